@@ -1,0 +1,317 @@
+"""The model classes of converted models, and the one function that turns an upstream model into one.
+
+Conversion and reload share `attach`: it swaps the class of every `PreTrainedModel` inside a model and of every
+converted attention module, gives them the new config, and installs the variants. The classes are made from the
+upstream ones on demand and can be imported from here by name (`LinearAttnBertForSequenceClassification`), which is
+what pickling needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from hf_linear_attn.attention import OUTPUT_ATTENTIONS_MESSAGE, converted_attention_class
+from hf_linear_attn.auto_config import IMPLEMENTATION, config_class_for, converted_name
+from hf_linear_attn.config import LinearAttentionConfig
+from hf_linear_attn.patchers.base import SelfAttention
+from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
+from hf_linear_attn.report import ConversionReport, LayerReport
+from hf_linear_attn.variants.base import AttentionVariant, LayerContext
+
+__all__ = [
+    "LinearAttnPreTrainedModel",
+    "attach",
+    "build_variants",
+    "detach",
+    "model_class_for",
+    "register_auto_models",
+    "variants_of",
+]
+
+REPORT_ATTRIBUTE = "_linear_attn_report"
+
+
+class LinearAttnPreTrainedModel:
+    """Mixin put before an upstream model class."""
+
+    config: Any
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        spec = getattr(config, "linear_attn", None)
+        if spec is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a config with `linear_attn`. Convert a model with convert_model(), or "
+                "load a converted checkpoint with from_pretrained()."
+            )
+        model: Any = self
+        attach(model, config, build_variants(model, config, LinearAttentionConfig.from_dict(spec)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation == IMPLEMENTATION:
+            if kwargs.get("output_attentions"):
+                raise ValueError(OUTPUT_ATTENTIONS_MESSAGE)
+            if kwargs.get("global_attention_mask") is not None and not _honours_global_mask(self.config):
+                raise ValueError(
+                    "global_attention_mask was given, but no layer of this model runs a variant that has global tokens "
+                    f"(its variants: {', '.join(LinearAttentionConfig.from_dict(self.config.linear_attn).variants())})."
+                )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def conversion_report(self) -> ConversionReport:
+        """What each layer runs, the parameters it added, and its measured error if the conversion was calibrated."""
+        stored = self.__dict__.get(REPORT_ATTRIBUTE)
+        return stored if stored is not None else describe(self)  # type: ignore[arg-type]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AttentionVariant):
+            # Reached for modules that came from the meta device; what the checkpoint filled must stay.
+            tensors = [*module.parameters(), *module.buffers()]
+            if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+                module.reset_parameters()
+            return
+        super()._init_weights(module)  # type: ignore[misc]
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Upstream's `{target: source}` of tied weights, plus the parameters that variants share across layers."""
+        return {**super().get_expanded_tied_weights_keys(all_submodels), **_shared_keys(self)}  # type: ignore[misc,arg-type]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, except that missing or unexpected weights are an error.
+
+        A checkpoint of another head (a converted base model loaded into a classifier, say) may lack or exceed the
+        head's weights, as upstream; the converted attention must be complete in any case.
+
+        Raises:
+            ValueError: naming the missing or unexpected keys.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        _refuse_incomplete(model, info, str(pretrained_model_name_or_path))
+        return (model, info) if wants_info else model
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the model with a model card and the loader code; see `hf_linear_attn.hub.push_to_hub`."""
+        return importlib.import_module("hf_linear_attn.hub").push_to_hub(self, repo_id, **kwargs)
+
+
+def _refuse_incomplete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
+    same_head = _architecture_of_checkpoint(model.config) == type(model).__name__
+    problems = {
+        kind: sorted(key for key in info[kind] if same_head or ".linear_attn." in str(key))
+        for kind in ("missing_keys", "unexpected_keys")
+    }
+    if any(problems.values()):
+        lines = [f"{kind.replace('_', ' ')}: {', '.join(map(str, keys))}" for kind, keys in problems.items() if keys]
+        raise ValueError(f"The weights in {source} do not fit {type(model).__name__}: {'; '.join(lines)}.")
+
+
+def _architecture_of_checkpoint(config: PreTrainedConfig) -> str | None:
+    architectures = getattr(config, "architectures", None) or [None]
+    return architectures[0]
+
+
+def _honours_global_mask(config: Any) -> bool:
+    spec = LinearAttentionConfig.from_dict(config.linear_attn)
+    return any(get_variant(key).uses_global_mask for key in spec.variants())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Classes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def model_class_for(upstream: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The converted form of an upstream model class (one per class)."""
+    return type(
+        converted_name(upstream.__name__),
+        (LinearAttnPreTrainedModel, upstream),
+        {
+            "__module__": __name__,
+            "__doc__": f"`{upstream.__name__}` with converted attention.",
+            "config_class": config_class_for(upstream.config_class.model_type),
+        },
+    )
+
+
+@cache
+def register_auto_models(base_model_type: str) -> None:
+    """Register the converted classes with every Auto class that knows the family's config, tokenizers included."""
+    base_config, new_config = get_patcher(base_model_type).config_class, config_class_for(base_model_type)
+    for name, mapping in vars(modeling_auto).items():
+        if not (name.startswith("MODEL_") and isinstance(mapping, _LazyAutoMapping)) or base_config not in mapping:
+            continue
+        upstream = mapping[base_config]
+        classes = upstream if isinstance(upstream, (list, tuple)) else (upstream,)
+        new = tuple(model_class_for(cls) for cls in classes)
+        mapping.register(new_config, new if isinstance(upstream, (list, tuple)) else new[0], exist_ok=True)
+    if base_config in TOKENIZER_MAPPING:
+        tokenizer = TOKENIZER_MAPPING[base_config]
+        tokenizer = next((t for t in reversed(tokenizer) if t), None) if isinstance(tokenizer, (list, tuple)) else tokenizer
+        if tokenizer is not None:
+            AutoTokenizer.register(new_config, tokenizer_class=tokenizer, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    prefix = converted_name("")
+    if name.startswith(prefix):
+        upstream_name = name[len(prefix) :]
+        for model_type in list_patchers():
+            patcher = get_patcher(model_type)
+            if upstream_name == patcher.config_name:
+                return config_class_for(model_type)
+            upstream = getattr(patcher.modeling, upstream_name, None)
+            if upstream is patcher.attention_class:
+                return converted_attention_class(upstream)
+            if isinstance(upstream, type) and issubclass(upstream, PreTrainedModel):
+                return model_class_for(upstream)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attaching and detaching
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def variants_of(model: nn.Module) -> dict[str, AttentionVariant]:
+    """Variants installed in `model`: module name -> variant, in layer order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionVariant)}
+
+
+def build_variants(
+    model: PreTrainedModel, config: PreTrainedConfig, spec: LinearAttentionConfig
+) -> list[tuple[SelfAttention, AttentionVariant]]:
+    """Build the variants `spec` asks for, on the devices and in the dtype of their layers; changes nothing.
+
+    Args:
+        model: an upstream model that was not converted.
+        config: the config the model will have (its limit on positions is what variants are built for).
+        spec: which layer runs what.
+    """
+    patcher: Any = get_patcher(config.base_model_type)  # type: ignore[attr-defined]
+    built = []
+    for attention in patcher.self_attentions(model):
+        layer = spec.layers[attention.layer_idx]
+        if layer is None:
+            continue
+        context = LayerContext(
+            layer_idx=attention.layer_idx,
+            num_layers=len(spec.layers),
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            head_dim=patcher.head_dim(config),
+            max_length=patcher.max_length(config),
+            is_causal=patcher.is_causal(config),
+        )
+        weight = patcher.projections(attention.module)[0].weight
+        with torch.device(weight.device):
+            variant = get_variant(layer.variant).module_class(layer.variant_config(), context)
+        built.append((attention, variant.to(weight.dtype)))
+    _tie_shared([variant for _, variant in built])
+    return built
+
+
+def attach(
+    model: PreTrainedModel, config: PreTrainedConfig, built: list[tuple[SelfAttention, AttentionVariant]]
+) -> None:
+    """Install `built` in `model` and make it a converted model with `config`."""
+    for attention, variant in built:
+        attention.module.linear_attn = variant
+        attention.module.__class__ = converted_attention_class(type(attention.module))
+        variant.train(attention.module.training)
+    _rebrand(model, config, model_class_for)
+
+
+def detach(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Undo `attach`: remove the variants, restore the upstream classes and give `config`."""
+    patcher: Any = get_patcher(model.config.base_model_type)
+    for attention in patcher.self_attentions(model):
+        if hasattr(attention.module, "linear_attn"):
+            del attention.module.linear_attn
+            attention.module.__class__ = type(attention.module).__mro__[2]
+    model.__dict__.pop(REPORT_ATTRIBUTE, None)
+    _rebrand(model, config, lambda converted: converted.__mro__[2])
+
+
+def _rebrand(model: PreTrainedModel, config: PreTrainedConfig, new_class: Any) -> None:
+    """Swap the class of every model in `model` and the config of every module that shares the old one."""
+    old = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config  # type: ignore[assignment]
+        if isinstance(module, PreTrainedModel):
+            if isinstance(module, LinearAttnPreTrainedModel) != (new_class is model_class_for):
+                module.__class__ = new_class(type(module))
+            # Recorders of hidden states are looked up by class.
+            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.all_tied_weights_keys = {**module.all_tied_weights_keys, **_shared_keys(module)}
+
+
+def _tie_shared(variants: list[AttentionVariant]) -> None:
+    """Make layers of one variant hold the same tensor for the parameters it shares."""
+    first: dict[tuple[str, str], AttentionVariant] = {}
+    for variant in variants:
+        for name in variant.shared_parameters():
+            source = first.setdefault((variant.spec.key, name), variant)
+            if source is not variant:
+                _set_parameter(variant, name, source.get_parameter(name))
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+def _shared_keys(model: nn.Module) -> dict[str, str]:
+    """`{target: source}` names of the parameters that variants share across layers."""
+    first: dict[tuple[str, str], str] = {}
+    keys = {}
+    for module_name, variant in variants_of(model).items():
+        for name in variant.shared_parameters():
+            full = f"{module_name}.{name}"
+            source = first.setdefault((variant.spec.key, name), full)
+            if source != full:
+                keys[full] = source
+    return keys
+
+
+def describe(model: PreTrainedModel, errors: dict[int, tuple[float, float]] | None = None) -> ConversionReport:
+    """Report of a converted model; `errors` maps a layer to its (relative error, cosine) against softmax."""
+    patcher: Any = get_patcher(model.config.base_model_type)
+    rows, counted = [], set()
+    for attention in patcher.self_attentions(model):
+        variant: AttentionVariant | None = getattr(attention.module, "linear_attn", None)
+        if variant is None:
+            rows.append(LayerReport(attention.layer_idx, "softmax", 0, "kv"))
+            continue
+        fresh = [p for p in variant.parameters() if id(p) not in counted]
+        counted.update(id(p) for p in fresh)
+        error, cosine = (errors or {}).get(attention.layer_idx, (None, None))
+        rows.append(
+            LayerReport(
+                layer=attention.layer_idx,
+                variant=variant.spec.key,
+                new_parameters=sum(p.numel() for p in fresh),
+                state=variant.spec.state,
+                output_error=error,
+                output_cosine=cosine,
+            )
+        )
+    return ConversionReport(rows=rows, max_length=patcher.max_length(model.config))

@@ -1,0 +1,79 @@
+"""The config classes of converted models, and their registration with `AutoConfig`.
+
+A converted BERT has a model type of its own, `linear_attn_bert`. Its config is BERT's plus one field, `linear_attn`.
+Kept apart from `auto.py` because it must stay light: it runs when the package is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from hf_linear_attn.registry import get_patcher, list_patchers
+
+__all__ = ["IMPLEMENTATION", "MODEL_TYPE_PREFIX", "config_class_for", "converted_name", "register_auto_configs"]
+
+IMPLEMENTATION = "linear_attn"
+"""Key of our attention and mask functions, and the `attn_implementation` written into `config.json`."""
+
+MODEL_TYPE_PREFIX = "linear_attn_"
+
+
+def converted_name(name: str) -> str:
+    """Class name of the converted form of the upstream class `name`."""
+    return f"LinearAttn{name}"
+
+
+class LinearAttnConfigMixin:
+    """Behaviour shared by every `LinearAttn...Config`; `linear_attn` is `LinearAttentionConfig.to_dict()`."""
+
+    base_model_type: str
+    linear_attn: dict[str, Any] | None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The default only if nothing was asked for: an explicit implementation given at load wins.
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = IMPLEMENTATION
+        self.linear_attn = kwargs.pop("linear_attn", None)
+        if self.linear_attn is not None:
+            # Validated here so that a bad checkpoint fails before any weight is read, and normalised so that what
+            # is saved is what is run.
+            config_module = importlib.import_module("hf_linear_attn.config")
+            self.linear_attn = config_module.LinearAttentionConfig.from_dict(self.linear_attn).to_dict()
+            # Model classes are registered when such a config is first built: early enough for every Auto class and
+            # late enough to keep `import hf_linear_attn` light.
+            importlib.import_module("hf_linear_attn.auto").register_auto_models(self.base_model_type)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        # A process without the plugin must refuse the checkpoint, whatever was switched on while saving.
+        return {**super().to_dict(), "attn_implementation": IMPLEMENTATION}  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {**super().to_diff_dict(), "attn_implementation": IMPLEMENTATION}  # type: ignore[misc]
+
+
+@cache
+def config_class_for(base_model_type: str) -> type[PreTrainedConfig]:
+    """The config class of converted models of the family `base_model_type`."""
+    base = get_patcher(base_model_type).config_class
+    return type(
+        converted_name(base.__name__),
+        (LinearAttnConfigMixin, base),
+        {
+            "__module__": "hf_linear_attn.auto",
+            "__doc__": f"`{base.__name__}` with one more field: `linear_attn`, which layer runs which attention.",
+            "model_type": MODEL_TYPE_PREFIX + base_model_type,
+            "base_model_type": base_model_type,
+        },
+    )
+
+
+def register_auto_configs() -> None:
+    """Register the config class of every family with `AutoConfig`; safe to call twice."""
+    for model_type in list_patchers():
+        config_class = config_class_for(model_type)
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

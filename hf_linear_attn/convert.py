@@ -1,0 +1,349 @@
+"""The verb: `convert_model` rewrites a model's attention in place, `revert_model` takes it back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_linear_attn.auto import REPORT_ATTRIBUTE, LinearAttnPreTrainedModel, attach, build_variants, describe, detach
+from hf_linear_attn.auto_config import config_class_for
+from hf_linear_attn.config import LayerConfig, LinearAttentionConfig, PositionsConfig
+from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
+from hf_linear_attn.variants.base import AttentionInputs
+
+__all__ = ["convert_model", "extend_positions", "revert_model"]
+
+VariantChoice = str | tuple[str, dict[str, Any]] | None
+ExtendMode = Literal["tile", "interpolate"]
+_ORIGINAL_POSITIONS = "_linear_attn_original_positions"
+
+
+def convert_model(
+    model: PreTrainedModel,
+    variant: str | Mapping[int, VariantChoice],
+    *,
+    layers: Iterable[int] | None = None,
+    max_length: int | None = None,
+    extend: ExtendMode = "tile",
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Rewrite the self-attention of a pretrained model, in place; its weights are kept.
+
+    Args:
+        model: a Transformers model of a supported family (`list_patchers()`), with any head.
+        variant: a variant's key (`list_variants()`) for all of `layers`, or a mapping from layer index to None
+            (keep softmax), a key, or `(key, options)`; layers that the mapping does not name keep softmax.
+        layers: indices to convert, all by default. Only with a single variant.
+        max_length: new limit in tokens; extends the position table, its buffers and the config.
+        extend: how to fill new positions: `"tile"` repeats the table, `"interpolate"` stretches it linearly.
+        calibration: a few batches (keyword arguments of `model`) on which variants choose their data-dependent
+            start; the report then has each layer's error against softmax.
+        **options: options of the variant; with a mapping, of every variant it names by key alone.
+
+    Returns:
+        The same object. `model.conversion_report` says what each layer runs now.
+
+    Raises:
+        TypeError: if `model` is not a Transformers model.
+        ValueError: for an unknown family, variant or option, a variant that does not serve the model's side
+            (encoder or decoder), a bad layer or length, or a model that is converted, compiled, sharded, on the
+            meta device or wrapped by PEFT. The model is unchanged in every case.
+    """
+    _check_convertible(model)
+    patcher = get_patcher(model.config.model_type)
+    spec = _resolve(model, variant, layers, options)
+    positions = _check_extension(model, max_length, extend)
+    batches = None if calibration is None else _check_batches(calibration)
+
+    config = _converted_config(model.config, replace(spec, positions=positions))
+    if max_length is not None:
+        patcher.set_max_length(config, max_length)
+    with torch.no_grad():
+        built = build_variants(model, config, spec)
+        for attention, module in built:
+            module.load_projections(*patcher.projections(attention.module))
+
+    upstream_config = model.config
+    upstream_table = _position_weight(model)
+    if max_length is not None:
+        _extend_table(model, max_length, extend)
+        if extend == "interpolate":
+            setattr(model, _ORIGINAL_POSITIONS, upstream_table)
+    attach(model, config, built)
+    try:
+        errors = _calibrate(model, batches) if batches is not None else None
+    except Exception:
+        detach(model, upstream_config)
+        _restore_table(model, upstream_table)
+        raise
+    setattr(model, REPORT_ATTRIBUTE, describe(model, errors))
+    return model
+
+
+def revert_model(model: PreTrainedModel, *, keep_positions: bool = False) -> PreTrainedModel:
+    """Take a conversion back, in place: softmax attention, upstream classes and config, the variants' parameters gone.
+
+    Bit-exact while the checkpoint's own weights were not trained. An extended position table shrinks back to the
+    checkpoint's length unless `keep_positions`.
+
+    Raises:
+        ValueError: if the model is not converted, or its table was stretched by interpolation in another process,
+            so that the checkpoint's own rows are not known any more (pass `keep_positions=True`).
+    """
+    if not isinstance(model, LinearAttnPreTrainedModel):
+        raise ValueError(f"revert_model takes a converted model; {type(model).__name__} was not converted.")
+    spec = LinearAttentionConfig.from_dict(model.config.linear_attn)
+    patcher = get_patcher(model.config.base_model_type)
+    config = _upstream_config(model.config)
+    shrink = spec.positions is not None and not keep_positions
+    table = None
+    if shrink:
+        table = _original_table(model, spec.positions)  # type: ignore[arg-type]
+        patcher.set_max_length(config, spec.positions.original_max_length)  # type: ignore[union-attr]
+    detach(model, config)  # type: ignore[arg-type]
+    model.__dict__.pop(_ORIGINAL_POSITIONS, None)
+    if table is not None:
+        _restore_table(model, table)
+    return model
+
+
+def extend_positions(model: PreTrainedModel, max_length: int, mode: ExtendMode = "tile") -> PreTrainedModel:
+    """Let a softmax model read `max_length` tokens: extends its position table, buffers and config, in place.
+
+    Raises:
+        ValueError: for an unknown mode or family, a converted model (use `convert_model(..., max_length=)`), or a
+            length below the present one.
+    """
+    _check_convertible(model)
+    _check_extension(model, max_length, mode)
+    _extend_table(model, max_length, mode)
+    get_patcher(model.config.model_type).set_max_length(model.config, max_length)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checks: all of them run before anything is changed
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_convertible(model: Any) -> None:
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(model, "_compiled_call_impl", None):
+        raise ValueError("The model is compiled. Convert it first, then call torch.compile on the result.")
+    if not isinstance(model, PreTrainedModel):
+        hint = " Convert the base model before wrapping it (PEFT, DDP)." if isinstance(model, nn.Module) else ""
+        raise TypeError(f"convert_model takes a Transformers PreTrainedModel, got {type(model).__name__}.{hint}")
+    if isinstance(model, LinearAttnPreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is already converted. Call revert_model(model) first to convert it another way."
+        )
+    if model.config.model_type not in PATCHERS:
+        raise ValueError(
+            f"Model family {model.config.model_type!r} is not supported. Supported: {', '.join(list_patchers())}."
+        )
+    patcher = get_patcher(model.config.model_type)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(patcher.modeling, type(module).__name__, None) is not type(module):
+            raise ValueError(
+                f"{type(module).__name__} is not one of Transformers' {model.config.model_type} classes, so its "
+                "checkpoints could not be reloaded. Convert the Transformers model inside it instead."
+            )
+    if any(getattr(module, "base_layer", None) is not None for module in model.modules()):
+        raise ValueError("The model carries PEFT adapters. Convert the base model first, then add adapters.")
+    parameters = list(model.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError("The model is on the meta device: it has no weights to convert. Load it first.")
+    if any(type(parameter).__name__ == "DTensor" or hasattr(parameter, "_is_flat_param") for parameter in parameters):
+        raise ValueError("The model is sharded (FSDP). Convert it before sharding.")
+
+
+def _resolve(
+    model: PreTrainedModel,
+    variant: str | Mapping[int, VariantChoice],
+    layers: Iterable[int] | None,
+    options: dict[str, Any],
+) -> LinearAttentionConfig:
+    num_layers = model.config.num_hidden_layers
+    if isinstance(variant, str):
+        choices: dict[int, VariantChoice] = dict.fromkeys(range(num_layers) if layers is None else layers, variant)
+    elif isinstance(variant, Mapping):
+        if layers is not None:
+            raise ValueError("Give either `layers` or a mapping of layers, not both.")
+        choices = dict(variant)
+    else:
+        raise TypeError(f"variant must be a name or a mapping from layer index, got {type(variant).__name__}.")
+    bad = [index for index in choices if not isinstance(index, int) or not 0 <= index < num_layers]
+    if bad:
+        raise ValueError(f"Layer(s) {bad} do not exist: the model has layers 0 to {num_layers - 1}.")
+    resolved: list[LayerConfig | None] = [None] * num_layers
+    for index, choice in choices.items():
+        if choice is None:
+            continue
+        key, layer_options = (choice, options) if isinstance(choice, str) else choice
+        _check_side(model, key)
+        resolved[index] = LayerConfig(key, dict(layer_options))
+    if not any(resolved):
+        raise ValueError("No layer is converted: name at least one layer with a variant.")
+    return LinearAttentionConfig(layers=tuple(resolved))
+
+
+def _check_side(model: PreTrainedModel, key: str) -> None:
+    spec = get_variant(key)
+    causal = get_patcher(model.config.model_type).is_causal(model.config)
+    if not (spec.decoder if causal else spec.encoder):
+        side, other = ("decoder", "encoders") if causal else ("encoder", "decoders")
+        raise ValueError(f"{key!r} serves {other} only and {type(model).__name__} is a {side}: {spec.refusal}")
+
+
+def _check_extension(model: PreTrainedModel, max_length: int | None, mode: str) -> PositionsConfig | None:
+    if mode not in ("tile", "interpolate"):
+        raise ValueError(f"extend={mode!r} is unknown. Allowed: 'tile', 'interpolate'.")
+    if max_length is None:
+        return None
+    present = get_patcher(model.config.model_type).max_length(model.config)
+    if not isinstance(max_length, int) or max_length < present:
+        raise ValueError(f"max_length={max_length!r} must be an integer of at least {present}, the present limit.")
+    return PositionsConfig(original_max_length=present, mode=mode)
+
+
+def _check_batches(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(calibration, Mapping):
+        raise ValueError("calibration takes a list of batches; got one batch. Pass [batch].")
+    batches = []
+    for batch in calibration:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"A calibration batch must map argument names to tensors, got {type(batch).__name__}.")
+        batches.append({name: value for name, value in batch.items() if name != "labels"})
+    if not batches:
+        raise ValueError("calibration holds no batch.")
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configs and positions
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _converted_config(config: PreTrainedConfig, spec: LinearAttentionConfig) -> PreTrainedConfig:
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    new = config_class_for(config.model_type)(**fields, linear_attn=spec.to_dict())
+    new.name_or_path = config.name_or_path
+    return new
+
+
+def _upstream_config(config: Any) -> PreTrainedConfig:
+    drop = ("model_type", "architectures", "linear_attn", "attn_implementation", "auto_map")
+    fields = {name: value for name, value in config.to_dict().items() if name not in drop}
+    new = get_patcher(config.base_model_type).config_class(**fields, attn_implementation="sdpa")
+    new.name_or_path = config.name_or_path
+    return new
+
+
+def _position_weight(model: PreTrainedModel) -> torch.Tensor:
+    owner, name = get_patcher(_family(model)).position_table(model)
+    return getattr(owner, name).weight.detach()
+
+
+def _family(model: PreTrainedModel) -> str:
+    return getattr(model.config, "base_model_type", model.config.model_type)
+
+
+def _extend_table(model: PreTrainedModel, max_length: int, mode: str) -> None:
+    offset = get_patcher(_family(model)).position_offset(model.config)
+    table = _position_weight(model)
+    head, usable = table[:offset], table[offset:]
+    if mode == "tile":
+        repeats = -(-max_length // usable.shape[0])
+        extended = usable.repeat(repeats, 1)[:max_length]
+    else:
+        extended = F.interpolate(usable.t()[None].float(), size=max_length, mode="linear", align_corners=True)[0].t()
+    _restore_table(model, torch.cat([head, extended.to(table.dtype)]))
+
+
+def _restore_table(model: PreTrainedModel, weight: torch.Tensor) -> None:
+    patcher = get_patcher(_family(model))
+    owner, name = patcher.position_table(model)
+    embedding = getattr(owner, name)
+    if embedding.weight.shape != weight.shape:
+        requires_grad = embedding.weight.requires_grad
+        embedding.weight = nn.Parameter(weight.clone(), requires_grad=requires_grad)
+        embedding.num_embeddings = weight.shape[0]
+        patcher.resize_position_buffers(model, weight.shape[0])
+
+
+def _original_table(model: Any, positions: PositionsConfig) -> torch.Tensor:
+    """The checkpoint's rows of the position table, as trained since where they can be told apart."""
+    rows = positions.original_max_length + get_patcher(model.config.base_model_type).position_offset(model.config)
+    if positions.mode == "tile":
+        return _position_weight(model)[:rows]
+    stored = getattr(model, _ORIGINAL_POSITIONS, None)
+    if stored is None:
+        raise ValueError(
+            "The position table was interpolated before this model was saved; the checkpoint's own rows are lost. "
+            "Pass keep_positions=True to revert the attention only."
+        )
+    return stored
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Calibration
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Recording:
+    """Inputs and softmax outputs of one layer over the calibration batches."""
+
+    inputs: list[AttentionInputs] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+
+@torch.no_grad()
+def _calibrate(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
+    """Run softmax attention on `batches`, let every variant choose its start, and measure how far it is off."""
+    recordings: dict[int, _Recording] = {}
+    variants: dict[int, Any] = {}
+
+    def record(module: Any, inputs: AttentionInputs, output: torch.Tensor) -> None:
+        recording = recordings.setdefault(module.layer_idx, _Recording())
+        recording.inputs.append(inputs)
+        recording.outputs.append(output)
+        variants[module.layer_idx] = module.linear_attn
+
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            extra = {"use_cache": False} if get_patcher(_family(model)).is_causal(model.config) else {}
+            model(**on_device, **extra, linear_attn_recorder=record)
+        errors = {}
+        for layer_idx, recording in sorted(recordings.items()):
+            variants[layer_idx].calibrate(recording.inputs)
+            errors[layer_idx] = _output_error(variants[layer_idx], recording)
+    finally:
+        model.train(was_training)
+    return errors
+
+
+def _output_error(variant: nn.Module, recording: _Recording) -> tuple[float, float]:
+    """Relative error and mean cosine of the variant's output against softmax, over real tokens."""
+    squared_error = squared_norm = cosine = tokens = 0.0
+    for inputs, expected in zip(recording.inputs, recording.outputs, strict=True):
+        output = variant(inputs)[0].float()
+        real = torch.ones(output.shape[0], output.shape[2], dtype=torch.bool, device=output.device)
+        if inputs.key_padding is not None:
+            real = inputs.key_padding
+        got, want = (o.transpose(1, 2)[real].flatten(1) for o in (output, expected.float()))
+        squared_error += (got - want).square().sum().item()
+        squared_norm += want.square().sum().item()
+        cosine += F.cosine_similarity(got, want, dim=-1).sum().item()
+        tokens += got.shape[0]
+    return (squared_error / max(squared_norm, 1e-30)) ** 0.5, cosine / max(tokens, 1.0)

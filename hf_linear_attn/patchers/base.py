@@ -1,0 +1,114 @@
+"""What the rest of the package asks of a model family."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["ModelPatcher", "Projection", "SelfAttention"]
+
+
+class SelfAttention(NamedTuple):
+    """A self-attention module: its layer index, its name inside the model, and the module."""
+
+    layer_idx: int
+    name: str
+    module: nn.Module
+
+
+class Projection(NamedTuple):
+    """A linear projection: weight `[H * D, hidden_size]` and bias `[H * D]` or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class ModelPatcher:
+    """Translates one family's names. Subclasses state facts; behaviour is here unless the family differs.
+
+    Importing a patcher must stay light: modeling code is imported when a model is at hand, not before.
+    """
+
+    modeling_module: ClassVar[str]
+    """Module that holds the model classes, e.g. `"transformers.models.bert.modeling_bert"`."""
+    config_module: ClassVar[str]
+    """Module that holds the config class."""
+    config_name: ClassVar[str]
+    """Name of the config class, e.g. `"BertConfig"`."""
+    attention_name: ClassVar[str]
+    """Name of the self-attention class, e.g. `"BertSelfAttention"`."""
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        """The upstream config class."""
+        return getattr(importlib.import_module(self.config_module), self.config_name)
+
+    @property
+    def modeling(self) -> Any:
+        """The upstream modeling module."""
+        return importlib.import_module(self.modeling_module)
+
+    @property
+    def attention_class(self) -> type[nn.Module]:
+        """The upstream self-attention class."""
+        return getattr(self.modeling, self.attention_name)
+
+    def is_self_attention(self, module: nn.Module) -> bool:
+        """Whether `module` is a self-attention layer (never cross-attention)."""
+        return isinstance(module, self.attention_class)
+
+    def self_attentions(self, model: nn.Module) -> list[SelfAttention]:
+        """All self-attention modules of `model`, in layer order."""
+        found = [
+            SelfAttention(int(module.layer_idx), name, module)  # type: ignore[arg-type]
+            for name, module in model.named_modules()
+            if self.is_self_attention(module)
+        ]
+        return sorted(found, key=lambda entry: entry.layer_idx)
+
+    def is_causal(self, config: PreTrainedConfig) -> bool:
+        """Whether a model with this config builds causal masks."""
+        return bool(getattr(config, "is_decoder", False))
+
+    def head_dim(self, config: PreTrainedConfig) -> int:
+        """Width of one attention head."""
+        return config.hidden_size // config.num_attention_heads
+
+    def projections(self, module: nn.Module) -> tuple[Projection, Projection, Projection]:
+        """The checkpoint's query, key and value projections of a self-attention module."""
+        return tuple(Projection(p.weight, p.bias) for p in (module.query, module.key, module.value))  # type: ignore[union-attr,return-value,arg-type]
+
+    def position_table(self, model: PreTrainedModel) -> tuple[nn.Module, str]:
+        """The module that owns the position `nn.Embedding`, and the embedding's attribute name."""
+        return model.base_model.embeddings, "position_embeddings"  # type: ignore[return-value]
+
+    def position_offset(self, config: PreTrainedConfig) -> int:
+        """Rows at the head of the position table that no token uses."""
+        return 0
+
+    def max_length(self, config: PreTrainedConfig) -> int:
+        """Longest sequence (tokens) the position table serves; also the tokenizer's limit."""
+        return config.max_position_embeddings - self.position_offset(config)
+
+    def set_max_length(self, config: PreTrainedConfig, max_length: int) -> None:
+        """Write a new limit (tokens) into the config."""
+        config.max_position_embeddings = max_length + self.position_offset(config)
+
+    def resize_position_buffers(self, model: PreTrainedModel, rows: int) -> None:
+        """Rebuild the non-persistent buffers whose length is that of the position table (`rows`)."""
+        import torch
+
+        owner, name = self.position_table(model)
+        device = getattr(owner, name).weight.device
+        if getattr(owner, "position_ids", None) is not None:
+            owner.position_ids = torch.arange(rows, device=device).expand((1, -1))
+        if getattr(owner, "token_type_ids", None) is not None:
+            owner.token_type_ids = torch.zeros((1, rows), dtype=torch.long, device=device)

@@ -1,0 +1,171 @@
+"""The two registries: attention variants and model-family patchers.
+
+Registering is done by decorator in the one file that defines the method or the family. Everything else that
+needs a list of them (CLI choices, documentation tables, the contract suite) reads it from here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+__all__ = [
+    "PATCHERS",
+    "VARIANTS",
+    "Registry",
+    "VariantSpec",
+    "get_patcher",
+    "get_variant",
+    "list_patchers",
+    "list_variants",
+    "register_patcher",
+    "register_variant",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """What the rest of the package may know about an attention variant.
+
+    Attributes:
+        key: registry key; also the file name, the config string, the CLI value and the test id.
+        title: the method's name in a sentence.
+        paper: title and arXiv id of the paper.
+        cost: attention cost in the notation of the documentation, e.g. `"n f d"`.
+        state: kind of decode state: `"constant"`, `"window"`, `"kv"` or `"none"` (not usable as a decoder).
+        module_class: the `AttentionVariant` subclass.
+        config_class: its frozen options dataclass.
+        encoder: whether it serves bidirectional attention.
+        decoder: whether it serves causal attention.
+        refusal: why the side it does not serve is refused, with the nearest method that fits.
+        exact_limit: `(length, is_causal) -> options` under which the variant equals softmax attention, or `None`.
+        uses_global_mask: whether it honours `global_attention_mask`.
+        linear_cost: whether it claims never to hold a tensor with two dimensions of sequence length.
+    """
+
+    key: str
+    title: str
+    paper: str
+    cost: str
+    state: Literal["constant", "window", "kv", "none"]
+    module_class: type
+    config_class: type
+    encoder: bool = True
+    decoder: bool = True
+    refusal: str = ""
+    exact_limit: Callable[[int, bool], dict[str, Any]] | None = None
+    uses_global_mask: bool = False
+    linear_cost: bool = True
+
+
+class Registry(Generic[T]):
+    """A name-to-object table, filled by importing every module of one package on first use."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._entries: dict[str, T] = {}
+        self._discovered = False
+
+    def register(self, key: str, entry: T) -> None:
+        """Add `entry` under `key`.
+
+        Raises:
+            ValueError: if the key is taken by another object.
+        """
+        if key in self._entries and self._entries[key] is not entry:
+            raise ValueError(f"{self.kind} {key!r} is already registered: {self._entries[key]!r}")
+        self._entries[key] = entry
+
+    def unregister(self, key: str) -> None:
+        """Remove `key` (tests and notebooks that redefine a method need it)."""
+        self._entries.pop(key, None)
+
+    def get(self, key: str) -> T:
+        """Return the entry called `key`.
+
+        Raises:
+            ValueError: for an unknown key, with the closest name and the list of all.
+        """
+        self._discover()
+        if key not in self._entries:
+            close = difflib.get_close_matches(str(key), self._entries, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Unknown {self.kind} {key!r}.{hint} Available: {', '.join(self.names())}.")
+        return self._entries[key]
+
+    def names(self) -> list[str]:
+        """All keys, sorted."""
+        self._discover()
+        return sorted(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        self._discover()
+        return key in self._entries
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")
+
+
+VARIANTS: Registry[VariantSpec] = Registry("attention variant", "hf_linear_attn.variants")
+PATCHERS: Registry[Any] = Registry("model family", "hf_linear_attn.patchers")
+
+
+def register_variant(
+    key: str, *, config: type, **facts: Any
+) -> Callable[[type], type]:
+    """Class decorator that registers an `AttentionVariant` under `key`; `facts` are the fields of `VariantSpec`."""
+
+    def decorate(module_class: type) -> type:
+        spec = VariantSpec(key=key, module_class=module_class, config_class=config, **facts)
+        VARIANTS.register(key, spec)
+        module_class.spec = spec  # type: ignore[attr-defined]
+        return module_class
+
+    return decorate
+
+
+def get_variant(key: str) -> VariantSpec:
+    """The spec of the variant called `key`; `ValueError` with the closest name otherwise."""
+    return VARIANTS.get(key)
+
+
+def list_variants(*, encoder: bool | None = None, decoder: bool | None = None) -> list[str]:
+    """Names of the registered variants, optionally only those that serve encoders or decoders."""
+    return [
+        name
+        for name in VARIANTS.names()
+        if (encoder is None or VARIANTS.get(name).encoder == encoder)
+        and (decoder is None or VARIANTS.get(name).decoder == decoder)
+    ]
+
+
+def register_patcher(model_type: str) -> Callable[[type], type]:
+    """Class decorator that registers a family patcher (an instance of it) under Transformers' `model_type`."""
+
+    def decorate(patcher_class: type) -> type:
+        PATCHERS.register(model_type, patcher_class(model_type))
+        return patcher_class
+
+    return decorate
+
+
+def get_patcher(model_type: str) -> Any:
+    """The patcher of the family `model_type`; `ValueError` with the list of families otherwise."""
+    return PATCHERS.get(model_type)
+
+
+def list_patchers() -> list[str]:
+    """Model types of the families that can be converted."""
+    return PATCHERS.names()

@@ -1,0 +1,84 @@
+"""The conversion report: what each layer runs now, what it added, and how far it starts from softmax."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["ConversionReport", "LayerReport"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        layer: index of the layer.
+        variant: key of the attention variant, or `"softmax"`.
+        new_parameters: parameters the variant added (shared ones are counted in the first layer that holds them).
+        state: kind of decode state, or `"kv"` for softmax.
+        output_error: relative error of the layer's output against softmax on the calibration batches
+            (`||o - o_softmax|| / ||o_softmax||` over real tokens), or None when not calibrated.
+        output_cosine: mean cosine of each token's output with softmax's, or None when not calibrated.
+    """
+
+    layer: int
+    variant: str
+    new_parameters: int
+    state: str
+    output_error: float | None = None
+    output_cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """All layers of a converted model.
+
+    Attributes:
+        rows: one `LayerReport` per layer.
+        max_length: longest sequence (tokens) the model reads now.
+        tokenizer_max_length: what `tokenizer.model_max_length` should be set to.
+    """
+
+    rows: list[LayerReport] = field(default_factory=list)
+    max_length: int = 0
+
+    @property
+    def tokenizer_max_length(self) -> int:
+        """The tokenizer's limit equals the model's: special tokens count as tokens."""
+        return self.max_length
+
+    @property
+    def new_parameters(self) -> int:
+        """Parameters added to the whole model."""
+        return sum(row.new_parameters for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "max_length": self.max_length,
+            "tokenizer_max_length": self.tokenizer_max_length,
+            "new_parameters": self.new_parameters,
+        }
+
+    def __str__(self) -> str:
+        header = ("layer", "variant", "new parameters", "state", "error", "cosine")
+        body = [
+            (
+                str(row.layer),
+                row.variant,
+                f"{row.new_parameters:,}",
+                row.state,
+                "-" if row.output_error is None else f"{row.output_error:.3f}",
+                "-" if row.output_cosine is None else f"{row.output_cosine:.3f}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]]
+        lines.append(
+            f"{self.new_parameters:,} new parameters; reads up to {self.max_length:,} tokens "
+            f"(set tokenizer.model_max_length = {self.tokenizer_max_length})"
+        )
+        return "\n".join(lines)

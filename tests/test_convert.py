@@ -1,0 +1,420 @@
+"""The verb: what it changes, what it refuses, and that nothing is changed when it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel, DistilBertConfig, DistilBertModel
+
+from hf_linear_attn import convert_model, extend_positions, get_variant, revert_model
+from tests.tiny import (
+    FAMILIES,
+    assert_bit_equal,
+    base_model,
+    build,
+    causal_lm,
+    head_classes,
+    inputs_for,
+    outputs_of,
+    pairs,
+    small_options,
+    tiny_config,
+    token_batch,
+    variants_for,
+)
+
+HEADS = [(family, cls) for family in FAMILIES for cls in head_classes(family)]
+HEAD_IDS = [cls.__name__ for _, cls in HEADS]
+
+
+def snapshot(model: nn.Module) -> tuple[type, dict[str, torch.Tensor], dict, list[type]]:
+    return (
+        type(model),
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        copy.deepcopy(model.config.to_dict()),
+        [type(module) for module in model.modules()],
+    )
+
+
+def assert_unchanged(model: nn.Module, before: tuple) -> None:
+    after = snapshot(model)
+    assert after[0] is before[0]
+    assert after[2] == before[2]
+    assert after[3] == before[3]
+    assert after[1].keys() == before[1].keys()
+    assert all(torch.equal(after[1][name], before[1][name]) for name in before[1])
+
+
+@pytest.mark.parametrize(("family", "cls"), HEADS, ids=HEAD_IDS)
+def test_every_head_converts_runs_and_reverts_bit_exactly(family: str, cls: type) -> None:
+    model = build(cls, tiny_config(family))
+    batch = token_batch()
+    softmax = outputs_of(model, batch)
+    before = snapshot(model)
+    for variant in variants_for(family):
+        assert convert_model(model, variant, **small_options(variant)) is model
+        converted = outputs_of(model, batch)
+        assert all(torch.isfinite(tensor).all() for tensor in converted)
+        assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(softmax, converted, strict=True)), variant
+        assert revert_model(model) is model
+        assert_unchanged(model, before)
+        assert_bit_equal(outputs_of(model, batch), softmax)
+
+
+@pytest.mark.parametrize(("variant", "family"), pairs())
+def test_report_counts_what_was_added(variant: str, family: str) -> None:
+    model = base_model(family)
+    before = sum(p.numel() for p in model.parameters())
+    convert_model(model, variant, **small_options(variant))
+    report = model.conversion_report
+    assert report.new_parameters == sum(p.numel() for p in model.parameters()) - before
+    assert [row.variant for row in report.rows] == [variant] * 2
+    assert all(row.state == get_variant(variant).state for row in report.rows)
+    assert all(row.output_error is None for row in report.rows)
+    assert variant in str(report)
+    assert report.to_dict()["rows"][0]["variant"] == variant
+
+
+@pytest.mark.parametrize(("variant", "family"), pairs())
+def test_new_parameters_live_in_one_submodule(variant: str, family: str) -> None:
+    model = base_model(family)
+    names = set(model.state_dict())
+    convert_model(model, variant, **small_options(variant))
+    assert all(".linear_attn." in name for name in set(model.state_dict()) - names)
+
+
+@pytest.mark.parametrize(("variant", "family"), pairs())
+def test_calibration_measures_the_error_against_softmax(variant: str, family: str) -> None:
+    model = base_model(family)
+    batch = token_batch()
+    batch["attention_mask"][1, 20:] = 0
+    captured: dict[int, torch.Tensor] = {}
+    convert_model(model, variant, calibration=[batch], **small_options(variant))
+    report = model.conversion_report
+    assert all(0.0 <= row.output_error < 10.0 and -1.0 <= row.output_cosine <= 1.0 for row in report.rows)
+
+    # An independent measurement of layer 0, whose input does not depend on the conversion.
+    patcher_modules = [m for m in model.modules() if hasattr(m, "linear_attn")]
+
+    def keep(index: int):  # noqa: ANN202
+        def hook(_module: nn.Module, _args: tuple, output: tuple) -> None:
+            captured[index] = output[0]
+
+        return hook
+
+    first = patcher_modules[0]
+    handle = first.register_forward_hook(keep(0))
+    outputs_of(model, batch)
+    ours = captured[0]
+    model.set_attn_implementation("eager")
+    outputs_of(model, batch)
+    softmax = captured[0]
+    handle.remove()
+    if family == "gpt2":  # its module ends in the output projection
+        return
+    real = batch["attention_mask"].bool()
+    error = ((ours - softmax)[real].norm() / softmax[real].norm()).item()
+    assert report.rows[0].output_error == pytest.approx(error, rel=1e-3)
+
+
+def test_a_dict_chooses_per_layer_and_leaves_the_rest_softmax() -> None:
+    model = base_model("bert", num_hidden_layers=4)
+    convert_model(model, {0: None, 1: "linear", 2: ("longformer", {"window_size": 8})})
+    assert [row.variant for row in model.conversion_report.rows] == ["softmax", "linear", "longformer", "softmax"]
+    assert model.encoder.layer[2].attention.self.linear_attn.config.window_size == 8
+
+
+def test_layers_limits_the_conversion() -> None:
+    model = convert_model(base_model("bert", num_hidden_layers=4), "performer", layers=range(1, 3))
+    assert [row.variant for row in model.conversion_report.rows] == ["softmax", "performer", "performer", "softmax"]
+
+
+def test_softmax_layers_of_a_hybrid_compute_what_upstream_computes() -> None:
+    """The one converted layer comes last, so everything below it must be upstream's own softmax."""
+    for family in FAMILIES:
+        model = base_model(family, num_hidden_layers=3)
+        batch = token_batch()
+        batch["attention_mask"][0, :9] = 0
+        with torch.no_grad():
+            expected = model(**batch, output_hidden_states=True).hidden_states[2]
+            convert_model(model, "linear", layers=[2])
+            got = model(**batch, output_hidden_states=True).hidden_states[2]
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_softmax_is_one_switch_away() -> None:
+    model = base_model("bert")
+    batch = token_batch()
+    softmax = outputs_of(model, batch)
+    convert_model(model, "linear")
+    converted = outputs_of(model, batch)
+    model.set_attn_implementation("sdpa")
+    assert_bit_equal(outputs_of(model, batch), softmax)
+    model.set_attn_implementation("linear_attn")
+    assert_bit_equal(outputs_of(model, batch), converted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_recorded_after_conversion(family: str) -> None:
+    model = base_model(family)
+    convert_model(model, "linear")
+    with torch.no_grad():
+        out = model(**token_batch(), output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+
+
+def test_a_shared_config_object_is_not_corrupted() -> None:
+    config = tiny_config("bert")
+    left, right = build(BertModel, config), build(BertModel, config, seed=1)
+    batch = token_batch()
+    before = outputs_of(right, batch)
+    convert_model(left, "linear")
+    assert right.config is config
+    assert type(config) is BertConfig
+    assert_bit_equal(outputs_of(right, batch), before)
+
+
+def test_train_mode_and_requires_grad_survive() -> None:
+    model = base_model("bert").train()
+    model.embeddings.requires_grad_(False)
+    convert_model(model, "longformer", window_size=8, max_length=300)
+    assert all(module.training for module in model.modules())
+    assert not model.embeddings.position_embeddings.weight.requires_grad
+
+
+def test_dtype_follows_the_layer() -> None:
+    model = base_model("bert").to(torch.bfloat16)
+    convert_model(model, "longformer", window_size=8)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert outputs_of(model, token_batch())[0].dtype == torch.bfloat16
+
+
+def test_longformer_globals_start_as_copies_of_the_checkpoint() -> None:
+    for family in FAMILIES:
+        model = base_model(family)
+        hidden = torch.randn(2, 5, 32)
+        convert_model(model, "longformer", window_size=8)
+        attention = next(m for m in model.modules() if hasattr(m, "linear_attn"))
+        if family == "gpt2":
+            expected = attention.c_attn(hidden).split(32, dim=-1)
+        else:
+            expected = (attention.query(hidden), attention.key(hidden), attention.value(hidden))
+        variant = attention.linear_attn
+        got = (variant.query_global(hidden), variant.key_global(hidden), variant.value_global(hidden))
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+# --- positions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_max_length_extends_everything_together(family: str) -> None:
+    model = base_model(family)
+    patcher_limit = 160 - (1 if family == "roberta" else 0)
+    short = token_batch(length=50)
+    convert_model(model, "linear")
+    expected = outputs_of(model, short)
+    revert_model(model)
+    convert_model(model, "linear", max_length=400)
+    assert model.conversion_report.tokenizer_max_length == 400
+    assert_bit_equal(outputs_of(model, short), expected)
+    long = token_batch(length=400)
+    assert outputs_of(model, long)[0].shape[1] == 400
+    revert_model(model)
+    assert model.config.max_position_embeddings == 160
+    with pytest.raises((IndexError, RuntimeError)):
+        outputs_of(model, token_batch(length=patcher_limit + 1))
+
+
+def test_tiling_repeats_the_usable_rows_and_keeps_the_offset() -> None:
+    model = base_model("roberta", pad_token_id=1)
+    table = model.embeddings.position_embeddings.weight.detach().clone()
+    convert_model(model, "linear", max_length=400)
+    new = model.embeddings.position_embeddings.weight
+    assert new.shape[0] == 402
+    assert torch.equal(new[:160], table)
+    assert torch.equal(new[160:318], table[2:])
+    assert torch.equal(new[318:], table[2:86])
+    assert model.config.max_position_embeddings == 402
+
+
+def test_interpolation_keeps_the_ends_and_reverts() -> None:
+    model = base_model("bert")
+    table = model.embeddings.position_embeddings.weight.detach().clone()
+    convert_model(model, "linear", max_length=319, extend="interpolate")
+    new = model.embeddings.position_embeddings.weight
+    torch.testing.assert_close(new[0], table[0])
+    torch.testing.assert_close(new[-1], table[-1])
+    torch.testing.assert_close(new[1], (table[0] + table[1]) / 2)
+    revert_model(model)
+    assert torch.equal(model.embeddings.position_embeddings.weight, table)
+
+
+def test_extend_positions_serves_softmax_models_too() -> None:
+    model = base_model("gpt2")
+    before = outputs_of(model, token_batch(length=100))
+    assert extend_positions(model, 400) is model
+    assert_bit_equal(outputs_of(model, token_batch(length=100)), before)
+    assert outputs_of(model, token_batch(length=400))[0].shape[1] == 400
+    assert model.config.max_position_embeddings == 400
+
+
+def test_keep_positions_keeps_them() -> None:
+    model = convert_model(base_model("bert"), "linear", max_length=400)
+    revert_model(model, keep_positions=True)
+    assert model.config.max_position_embeddings == 400
+    assert outputs_of(model, token_batch(length=400))[0].shape[1] == 400
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+REFUSALS = {
+    "typo": (("performr",), {}, "Did you mean 'performer'"),
+    "unknown": (("zzz",), {}, "Available: linear"),
+    "option": (("performer",), {"num_feature": 3}, "Allowed: .*num_features"),
+    "value": (("longformer",), {"window_size": 7}, "window_size"),
+    "layer": (("linear",), {"layers": [0, 9]}, r"\[9\].*layers 0 to 1"),
+    "no layer": (({0: None},), {}, "No layer is converted"),
+    "both": (({0: "linear"},), {"layers": [0]}, "not both"),
+    "shorter": (("linear",), {"max_length": 10}, "at least 160"),
+    "extend": (("linear",), {"max_length": 300, "extend": "repeat"}, "'tile', 'interpolate'"),
+    "calibration empty": (("linear",), {"calibration": []}, "no batch"),
+    "calibration one batch": (("linear",), {"calibration": {"input_ids": 1}}, r"\[batch\]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_calls_say_what_is_allowed_and_change_nothing(case: str) -> None:
+    args, kwargs, message = REFUSALS[case]
+    model = base_model("bert")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        convert_model(model, *args, **kwargs)
+    assert_unchanged(model, before)
+
+
+def test_a_calibration_that_fails_leaves_the_model_as_it_was() -> None:
+    model = base_model("bert")
+    before = snapshot(model)
+    with pytest.raises(TypeError):
+        convert_model(model, "linear", max_length=300, calibration=[{"no_such_argument": torch.ones(1)}, {"input_ids": 3}])
+    assert_unchanged(model, before)
+    convert_model(model, "linear")
+
+
+def test_an_encoder_only_variant_is_refused_on_a_decoder() -> None:
+    for model in (base_model("gpt2"), causal_lm("bert")):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"serves encoders only.*longformer|serves encoders only.*performer"):
+            convert_model(model, "linformer")
+        assert_unchanged(model, before)
+
+
+def test_unknown_family_lists_the_known_ones() -> None:
+    model = DistilBertModel(DistilBertConfig(dim=32, n_heads=4, n_layers=1, hidden_dim=32, vocab_size=50))
+    if "distilbert" in FAMILIES:
+        return
+    with pytest.raises(ValueError, match=r"'distilbert'.*bert, gpt2, roberta"):
+        convert_model(model, "linear")
+
+
+def test_double_conversion_is_refused() -> None:
+    model = convert_model(base_model("bert"), "linear")
+    with pytest.raises(ValueError, match="already converted"):
+        convert_model(model, "performer")
+    with pytest.raises(ValueError, match="was not converted"):
+        revert_model(base_model("bert"))
+
+
+def test_compiled_meta_wrapped_and_foreign_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="compiled"):
+        convert_model(torch.compile(base_model("bert")), "linear")
+    inplace = base_model("bert")
+    inplace.compile()
+    with pytest.raises(ValueError, match="compiled"):
+        convert_model(inplace, "linear")
+    with torch.device("meta"):
+        meta = BertModel(tiny_config("bert"))
+    with pytest.raises(ValueError, match="meta"):
+        convert_model(meta, "linear")
+    with pytest.raises(TypeError, match="Linear"):
+        convert_model(nn.Linear(3, 3), "linear")
+
+    class Custom(BertForSequenceClassification):
+        pass
+
+    with pytest.raises(ValueError, match="Custom"):
+        convert_model(Custom(tiny_config("bert")), "linear")
+
+
+def test_four_dimensional_masks_are_refused() -> None:
+    for family in FAMILIES:
+        model = convert_model(base_model(family), "linear")
+        batch = token_batch()
+        batch["attention_mask"] = torch.ones(2, 1, 37, 37, dtype=torch.bool)
+        with pytest.raises(ValueError, match="4-D mask"):
+            model(**batch)
+
+
+@pytest.mark.parametrize(("family", "cls"), HEADS, ids=HEAD_IDS)
+def test_output_attentions_is_refused(family: str, cls: type) -> None:
+    model = convert_model(build(cls, tiny_config(family)), "linear")
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(**inputs_for(model, token_batch()), output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+    model.set_attn_implementation("eager")
+    out = model(**inputs_for(model, token_batch()), output_attentions=True)
+    assert len(out.attentions) == 2
+
+
+def test_packed_sequences_are_refused() -> None:
+    model = convert_model(base_model("gpt2"), "linear")
+    ids = token_batch(batch=1, length=8)["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="Packed"):
+        model(input_ids=ids, position_ids=positions)
+    with pytest.raises(ValueError, match="Packed"):
+        model(input_ids=ids, position_ids=positions, use_cache=True)
+
+
+def test_global_attention_mask_needs_a_variant_that_honours_it() -> None:
+    batch = token_batch()
+    mask = torch.zeros_like(batch["input_ids"])
+    mask[:, 3] = 1
+    with pytest.raises(ValueError, match="global_attention_mask"):
+        convert_model(base_model("bert"), "linear")(**batch, global_attention_mask=mask)
+    model = convert_model(base_model("bert"), "longformer", window_size=4)
+    with torch.no_grad():
+        default, chosen = model(**batch)[0], model(**batch, global_attention_mask=mask)[0]
+    assert not torch.allclose(default, chosen, atol=1e-4)
+    with pytest.raises(ValueError, match="shape"):
+        model(**batch, global_attention_mask=mask[:, :5])
+
+
+def test_a_decoder_flag_changed_after_building_is_refused() -> None:
+    model = convert_model(base_model("bert"), "linear")
+    model.config.is_decoder = True
+    with pytest.raises(ValueError, match="is_decoder"):
+        model(**token_batch())
+
+
+def test_the_function_refuses_models_that_were_not_converted() -> None:
+    model = base_model("bert")
+    model.set_attn_implementation("linear_attn")
+    with pytest.raises(ValueError, match="was not converted"):
+        model(**token_batch())
+
+
+def test_dropout_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = convert_model(base_model("bert", attention_probs_dropout_prob=0.3), "linear").train()
+    from transformers.utils import logging
+
+    logging.get_logger("hf_linear_attn.attention").addHandler(caplog.handler)
+    model(**token_batch())
+    assert sum("dropout (0.3)" in record.message for record in caplog.records) <= 1

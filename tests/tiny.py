@@ -1,0 +1,120 @@
+"""Tiny models of every registered family, with every head that Transformers' Auto classes know for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+
+from hf_linear_attn import get_variant, list_patchers, list_variants
+from hf_linear_attn.registry import get_patcher
+
+VOCAB = 97
+PAD = 0
+FAMILIES = list_patchers()
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """A config of two small layers; the generic field names reach each family through its attribute map."""
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 160,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_labels": 3,
+    }
+    return get_patcher(model_type).config_class(**{**fields, **overrides})
+
+
+def head_classes(model_type: str) -> list[type[PreTrainedModel]]:
+    """Every upstream class that an Auto class knows for the family."""
+    config_class = get_patcher(model_type).config_class
+    found: dict[str, type[PreTrainedModel]] = {}
+    for name, mapping in vars(modeling_auto).items():
+        if name.startswith("MODEL_") and isinstance(mapping, _LazyAutoMapping) and config_class in mapping:
+            entry = mapping[config_class]
+            for cls in entry if isinstance(entry, (list, tuple)) else (entry,):
+                found[cls.__name__] = cls
+    return [found[name] for name in sorted(found)]
+
+
+def build(cls: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0, scale: float = 6.0) -> PreTrainedModel:
+    """A model in eval mode whose attention is far from uniform: random weights are scaled up."""
+    torch.manual_seed(seed)
+    model = cls(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "LayerNorm" not in name:
+                parameter.mul_(scale)
+    return model
+
+
+def base_model(model_type: str, **overrides: Any) -> PreTrainedModel:
+    """The family's base model."""
+    config = tiny_config(model_type, **overrides)
+    return build(modeling_auto.MODEL_MAPPING[type(config)], config)
+
+
+def causal_lm(model_type: str = "gpt2", **overrides: Any) -> PreTrainedModel:
+    """The family's causal language model."""
+    config = tiny_config(model_type, **overrides)
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    return build(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+
+
+def is_causal(model_type: str) -> bool:
+    """Whether the family's default model is a decoder."""
+    return get_patcher(model_type).is_causal(tiny_config(model_type))
+
+
+def variants_for(model_type: str) -> list[str]:
+    """Variants that serve the family's default side."""
+    return list_variants(decoder=True) if is_causal(model_type) else list_variants(encoder=True)
+
+
+def small_options(variant: str) -> dict[str, Any]:
+    """Options under which short inputs exercise the variant (a window that does not cover them, say)."""
+    options = get_variant(variant).test_options
+    return dict(options[0]) if options else {}
+
+
+def pairs() -> list[tuple[str, str]]:
+    """All (variant, family) pairs that may be converted."""
+    return [(variant, family) for family in FAMILIES for variant in variants_for(family)]
+
+
+def token_batch(batch: int = 2, length: int = 37, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tokens without padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCAB, (batch, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def inputs_for(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`batch` in the shape the head wants (multiple choice takes [batch, choices, length])."""
+    if "MultipleChoice" in type(model).__name__:
+        return {name: tensor.unsqueeze(1).expand(-1, 2, -1).contiguous() for name, tensor in batch.items()}
+    return batch
+
+
+def outputs_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """All float tensors that a forward returns, without the cache."""
+    with torch.no_grad():
+        out = model(**inputs_for(model, batch))
+    return [value for value in out.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def assert_bit_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
+    """Same number of tensors, the same bits."""
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b), f"differ by up to {(a - b).abs().max().item():.3g}"
