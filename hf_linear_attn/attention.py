@@ -334,10 +334,9 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
 def _check_listed_as_softmax(module: nn.Module) -> None:
     """Raise unless the config says that this module keeps softmax attention."""
     config: Any = module.config
-    spec = getattr(config, "linear_attn", None)
-    if spec is not None:
-        patcher = get_patcher(config.base_model_type)
-        if not patcher.is_self_attention(module) or spec["layers"][module.layer_idx] is None:  # type: ignore[index]
+    if hasattr(config, "base_model_type"):
+        is_self_attention = get_patcher(config.base_model_type).is_self_attention(module)
+        if not is_self_attention or config.linear_attn["layers"][module.layer_idx] is None:
             return
     raise ValueError(
         f"{type(module).__name__} runs with attn_implementation={IMPLEMENTATION!r} but was not converted. Load the "

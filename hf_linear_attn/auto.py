@@ -261,7 +261,8 @@ def _rebrand(model: PreTrainedModel, config: PreTrainedConfig, new_class: Any) -
             _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.all_tied_weights_keys = {**module.all_tied_weights_keys, **_shared_keys(module)}
+            own = {k: v for k, v in module.all_tied_weights_keys.items() if ".linear_attn." not in k}
+            module.all_tied_weights_keys = {**own, **_shared_keys(module)}
 
 
 def _tie_shared(variants: list[AttentionVariant]) -> None:
@@ -270,13 +271,12 @@ def _tie_shared(variants: list[AttentionVariant]) -> None:
     for variant in variants:
         for name in variant.shared_parameters():
             source = first.setdefault((variant.spec.key, name), variant)
-            if source is not variant:
-                _set_parameter(variant, name, source.get_parameter(name))
-
-
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, parameter)
+            if source is variant:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            setattr(variant.get_submodule(owner), leaf, source.get_parameter(name))
+            # Transformers looks for these names here before it saves tensors that share memory.
+            variant._tied_weights_keys = {**getattr(variant, "_tied_weights_keys", {}), name: name}  # type: ignore[assignment]
 
 
 def _shared_keys(model: nn.Module) -> dict[str, str]:

@@ -46,6 +46,8 @@ class VariantSpec:
         refusal: why the side it does not serve is refused, with the nearest method that fits.
         exact_limit: `(length, is_causal) -> options` under which the variant equals softmax attention, or `None`.
         uses_global_mask: whether it honours `global_attention_mask`.
+        test_options: option sets under which the contract is run besides the defaults; the first one makes short
+            inputs exercise the method (a window that does not cover them, say).
         linear_cost: whether it claims never to hold a tensor with two dimensions of sequence length.
     """
 
@@ -61,6 +63,7 @@ class VariantSpec:
     refusal: str = ""
     exact_limit: Callable[[int, bool], dict[str, Any]] | None = None
     uses_global_mask: bool = False
+    test_options: tuple[dict[str, Any], ...] = ()
     linear_cost: bool = True
 
 

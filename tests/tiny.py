@@ -29,7 +29,7 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
         "pad_token_id": PAD,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "num_labels": 3,
+        "num_labels": 2,
     }
     return get_patcher(model_type).config_class(**{**fields, **overrides})
 

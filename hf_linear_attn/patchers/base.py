@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
@@ -51,12 +52,12 @@ class ModelPatcher:
         """The upstream config class."""
         return getattr(importlib.import_module(self.config_module), self.config_name)
 
-    @property
+    @cached_property
     def modeling(self) -> Any:
         """The upstream modeling module."""
         return importlib.import_module(self.modeling_module)
 
-    @property
+    @cached_property  # asked in every forward, where torch.compile must not meet an import
     def attention_class(self) -> type[nn.Module]:
         """The upstream self-attention class."""
         return getattr(self.modeling, self.attention_name)

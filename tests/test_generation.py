@@ -1,0 +1,234 @@
+"""Generation with a constant-size state (or a window of keys) equals generation without a cache."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers.cache_utils import EncoderDecoderCache
+
+from hf_linear_attn import convert_model, get_variant, list_variants
+from hf_linear_attn.attention import LinearAttnCacheLayer
+from tests.tiny import PAD, VOCAB, causal_lm, small_options, token_batch
+
+VARIANTS = list_variants(decoder=True)
+FAMILIES = ["gpt2", "bert", "roberta"]
+
+
+def converted(variant: str, family: str = "gpt2", **kwargs: Any) -> GPT2LMHeadModel:
+    return convert_model(causal_lm(family), variant, **small_options(variant), **kwargs)
+
+
+def left_padded(length: int = 21) -> dict[str, torch.Tensor]:
+    batch = token_batch(batch=3, length=length)
+    for row, pads in ((1, 6), (2, 13)):
+        batch["input_ids"][row, :pads] = PAD
+        batch["attention_mask"][row, :pads] = 0
+    return batch
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 0, "temperature": 0.8},
+    "beam search": {"do_sample": False, "num_beams": 3},
+    "beam sampling": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
+    "several returned": {"do_sample": True, "num_return_sequences": 3},
+    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 5},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_generation_equals_uncached(variant: str, mode: str) -> None:
+    model = converted(variant)
+    kwargs = {"max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": PAD, **MODES[mode]}
+    batch = left_padded()
+
+    def generate(use_cache: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        extra = dict(kwargs) if use_cache else {k: v for k, v in kwargs.items() if k != "prefill_chunk_size"}
+        return model.generate(**batch, use_cache=use_cache, **extra)
+
+    cached = generate(True)
+    assert torch.equal(cached, generate(False))
+    assert cached[:, 21:].unique().numel() > 3, "a degenerate model would pass anything"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_left_padding_equals_one_by_one(variant: str, family: str) -> None:
+    model = converted(variant, family)
+    batch = left_padded()
+    kwargs = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": PAD}
+    together = model.generate(**batch, **kwargs)[:, 21:]
+    if family != "gpt2":  # BERT and RoBERTa number positions from the left edge, pads included, unlike GPT-2
+        together, batch = together[:1], {name: tensor[:1] for name, tensor in batch.items()}
+    for row in range(together.shape[0]):
+        real = batch["attention_mask"][row].bool()
+        alone = model.generate(input_ids=batch["input_ids"][row : row + 1, real], **kwargs)[0, int(real.sum()) :]
+        assert torch.equal(together[row], alone)
+
+
+@pytest.mark.parametrize("chunks", [(30,), (1,) * 30, (7, 1, 15, 7), (29, 1)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hand_made_chunks_give_the_same_logits(variant: str, chunks: tuple[int, ...]) -> None:
+    model = converted(variant)
+    batch = token_batch(length=30)
+    with torch.no_grad():
+        full = model(input_ids=batch["input_ids"], use_cache=False).logits
+        cache, pieces = DynamicCache(), []
+        for ids in batch["input_ids"].split(list(chunks), dim=1):
+            pieces.append(model(input_ids=ids, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=2e-4, rtol=1e-4)
+    assert cache.get_seq_length() == 30
+
+
+def state_numbers(cache: DynamicCache) -> int:
+    return sum(t.numel() for layer in cache.layers for t in layer.state.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_state_does_not_grow(variant: str) -> None:
+    if get_variant(variant).state == "kv":
+        return
+    model = converted(variant)
+    sizes = []
+    for length in (60, 120):
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(input_ids=token_batch(length=length)["input_ids"], past_key_values=cache)
+        assert all(isinstance(layer, LinearAttnCacheLayer) for layer in cache.layers)
+        sizes.append(state_numbers(cache))
+    assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hybrids_with_softmax_layers_generate_the_same(variant: str) -> None:
+    for choice in ({0: variant}, {1: variant}):
+        model = causal_lm("gpt2")
+        options = small_options(variant)
+        convert_model(model, {index: (key, options) for index, key in choice.items()})
+        kwargs = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": PAD}
+        batch = left_padded()
+        assert torch.equal(model.generate(**batch, **kwargs), model.generate(**batch, use_cache=False, **kwargs))
+
+
+def test_caches_that_would_be_wrong_are_refused() -> None:
+    model = converted("linear")
+    ids = token_batch(length=10)["input_ids"]
+    softmax = causal_lm("gpt2")
+    cache = DynamicCache()
+    with torch.no_grad():
+        softmax(input_ids=ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="already holds 10 tokens"):
+        model(input_ids=ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model.generate(input_ids=ids, cache_implementation="static", max_new_tokens=3)
+
+
+def test_a_forward_that_failed_half_way_is_noticed() -> None:
+    model = converted("linear")
+    ids = token_batch(length=10)["input_ids"]
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+
+        def fail(*_args: object) -> None:
+            raise RuntimeError("interrupted")
+
+        handle = model.transformer.h[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        handle.remove()
+        with pytest.raises(ValueError, match="inconsistent"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_cropping_is_refused_and_reset_starts_over() -> None:
+    model = converted("linear")
+    ids = token_batch(length=10)["input_ids"]
+    cache = DynamicCache()
+    with torch.no_grad():
+        first = model(input_ids=ids, past_key_values=cache).logits
+        with pytest.raises(ValueError, match="cropped"):
+            cache.crop(-3)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(input_ids=ids, past_key_values=cache).logits, first)
+
+
+def test_batch_operations_on_the_cache() -> None:
+    model = converted("performer")
+    batch = token_batch(batch=2, length=10)
+    ids, step = batch["input_ids"], torch.tensor([[5], [6]])
+    with torch.no_grad():
+        cache = DynamicCache()
+        model(input_ids=ids, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        repeated = model(input_ids=step.repeat_interleave(2, dim=0), past_key_values=cache).logits
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        assert cache.layers[0].state is not None
+        assert all(t.shape[0] == 2 for t in cache.layers[0].state.values())
+        expected = model(input_ids=torch.cat([ids, step], dim=1)).logits[:, -1:]
+    torch.testing.assert_close(repeated[::2], expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(repeated[0], repeated[1])
+
+
+def test_threads_do_not_mix_up_calls() -> None:
+    model = converted("linear")
+    kwargs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+    prompts = [token_batch(batch=1, length=5 + i, seed=i)["input_ids"] for i in range(8)]
+    expected = [model.generate(input_ids=p, attention_mask=torch.ones_like(p), **kwargs) for p in prompts]
+    results: list[torch.Tensor | None] = [None] * 8
+
+    def work(index: int) -> None:
+        torch.set_num_threads(1)
+        p = prompts[index]
+        results[index] = model.generate(input_ids=p, attention_mask=torch.ones_like(p), **kwargs)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_cross_attention_stays_softmax_and_its_cache_is_unwrapped() -> None:
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, add_cross_attention=True, pad_token_id=PAD
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    batch = token_batch(length=12)
+    context = torch.randn(2, 9, 32)
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[0, 6:] = 0
+    convert_model(model, "linear")
+    kwargs = {"encoder_hidden_states": context, "encoder_attention_mask": padding}
+    with torch.no_grad():
+        full = model(input_ids=batch["input_ids"], use_cache=False, **kwargs).logits
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        pieces = [
+            model(input_ids=ids, past_key_values=cache, **kwargs).logits for ids in batch["input_ids"].split(5, dim=1)
+        ]
+        poisoned = context.clone()
+        poisoned[0, 6:] = 1e3
+        same = model(
+            input_ids=batch["input_ids"], use_cache=False, encoder_hidden_states=poisoned, encoder_attention_mask=padding
+        ).logits
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(same, full, atol=1e-5, rtol=1e-5)
+    assert len(model.conversion_report.rows) == 2
+
+
+def test_global_attention_mask_is_rejected_by_generate() -> None:
+    model = converted("longformer")
+    batch = token_batch(length=10)
+    with pytest.raises(ValueError, match="global_attention_mask"):
+        model.generate(**batch, global_attention_mask=torch.zeros_like(batch["input_ids"]), max_new_tokens=2)
