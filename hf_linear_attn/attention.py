@@ -23,7 +23,13 @@ from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.variants.base import AttentionInputs, State
 
-__all__ = ["AttentionRecorder", "ConvertedAttention", "LinearAttnCacheLayer", "LinearAttnCall", "converted_attention_class"]
+__all__ = [
+    "AttentionRecorder",
+    "ConvertedAttention",
+    "LinearAttnCacheLayer",
+    "LinearAttnCall",
+    "converted_attention_class",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -175,7 +181,7 @@ def _check_lengths(cache: Cache, layer: LinearAttnCacheLayer, layer_idx: int, ne
     """Raise if an exception in an earlier forward left some layers of the cache a step ahead of others."""
     # Layer 0 opens the call, so the last layer must be where it is; later layers follow layer 0, which has just
     # taken the new tokens.
-    other = cache.layers[0] if layer_idx else cache.layers[-1]
+    other: Any = cache.layers[0] if layer_idx else cache.layers[-1]
     expected = layer.seen_tokens + (new_tokens if layer_idx else 0)
     if other.get_seq_length() != expected:
         raise ValueError(

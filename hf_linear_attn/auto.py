@@ -135,8 +135,12 @@ def _honours_global_mask(config: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _config_class(upstream: Any) -> type[PreTrainedConfig]:
+    return upstream.config_class
+
+
 @cache
-def model_class_for(upstream: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def model_class_for(upstream: Any) -> type[PreTrainedModel]:
     """The converted form of an upstream model class (one per class)."""
     return type(
         converted_name(upstream.__name__),
@@ -144,7 +148,7 @@ def model_class_for(upstream: type[PreTrainedModel]) -> type[PreTrainedModel]:
         {
             "__module__": __name__,
             "__doc__": f"`{upstream.__name__}` with converted attention.",
-            "config_class": config_class_for(upstream.config_class.model_type),
+            "config_class": config_class_for(_config_class(upstream).model_type),
         },
     )
 
@@ -156,13 +160,15 @@ def register_auto_models(base_model_type: str) -> None:
     for name, mapping in vars(modeling_auto).items():
         if not (name.startswith("MODEL_") and isinstance(mapping, _LazyAutoMapping)) or base_config not in mapping:
             continue
-        upstream = mapping[base_config]
+        upstream: Any = mapping[base_config]
         classes = upstream if isinstance(upstream, (list, tuple)) else (upstream,)
         new = tuple(model_class_for(cls) for cls in classes)
-        mapping.register(new_config, new if isinstance(upstream, (list, tuple)) else new[0], exist_ok=True)
+        registered: Any = new if isinstance(upstream, (list, tuple)) else new[0]
+        mapping.register(new_config, registered, exist_ok=True)
     if base_config in TOKENIZER_MAPPING:
-        tokenizer = TOKENIZER_MAPPING[base_config]
-        tokenizer = next((t for t in reversed(tokenizer) if t), None) if isinstance(tokenizer, (list, tuple)) else tokenizer
+        tokenizer: Any = TOKENIZER_MAPPING[base_config]
+        if isinstance(tokenizer, (list, tuple)):  # (slow, fast)
+            tokenizer = next((entry for entry in reversed(tokenizer) if entry), None)
         if tokenizer is not None:
             AutoTokenizer.register(new_config, tokenizer_class=tokenizer, exist_ok=True)
 
@@ -175,7 +181,7 @@ def __getattr__(name: str) -> Any:
             patcher = get_patcher(model_type)
             if upstream_name == patcher.config_name:
                 return config_class_for(model_type)
-            upstream = getattr(patcher.modeling, upstream_name, None)
+            upstream: Any = getattr(patcher.modeling, upstream_name, None)
             if upstream is patcher.attention_class:
                 return converted_attention_class(upstream)
             if isinstance(upstream, type) and issubclass(upstream, PreTrainedModel):
@@ -248,7 +254,7 @@ def detach(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     _rebrand(model, config, lambda converted: converted.__mro__[2])
 
 
-def _rebrand(model: PreTrainedModel, config: PreTrainedConfig, new_class: Any) -> None:
+def _rebrand(model: Any, config: PreTrainedConfig, new_class: Any) -> None:
     """Swap the class of every model in `model` and the config of every module that shares the old one."""
     old = model.config
     for module in model.modules():
@@ -295,7 +301,8 @@ def _shared_keys(model: nn.Module) -> dict[str, str]:
 def describe(model: PreTrainedModel, errors: dict[int, tuple[float, float]] | None = None) -> ConversionReport:
     """Report of a converted model; `errors` maps a layer to its (relative error, cosine) against softmax."""
     patcher: Any = get_patcher(model.config.base_model_type)
-    rows, counted = [], set()
+    rows: list[LayerReport] = []
+    counted: set[int] = set()
     for attention in patcher.self_attentions(model):
         variant: AttentionVariant | None = getattr(attention.module, "linear_attn", None)
         if variant is None:

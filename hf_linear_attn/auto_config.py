@@ -37,6 +37,8 @@ class LinearAttnConfigMixin:
         # The default only if nothing was asked for: an explicit implementation given at load wins.
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = IMPLEMENTATION
+        # The loader of the repository it came from; `push_to_hub` writes a new one.
+        kwargs.pop("auto_map", None)
         self.linear_attn = kwargs.pop("linear_attn", None)
         if self.linear_attn is not None:
             # Validated here so that a bad checkpoint fails before any weight is read, and normalised so that what
@@ -47,6 +49,11 @@ class LinearAttnConfigMixin:
             # late enough to keep `import hf_linear_attn` light.
             importlib.import_module("hf_linear_attn.auto").register_auto_models(self.base_model_type)
         super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Nothing to do: after a load that trusted remote code, Transformers would copy the source of this class
+        into every checkpoint that is saved, and that source is in a package."""
 
     def to_dict(self) -> dict[str, Any]:
         # A process without the plugin must refuse the checkpoint, whatever was switched on while saving.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -150,9 +149,10 @@ def _check_convertible(model: Any) -> None:
         )
     patcher = get_patcher(model.config.model_type)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(patcher.modeling, type(module).__name__, None) is not type(module):
+        cls = type(module)
+        if isinstance(module, PreTrainedModel) and getattr(patcher.modeling, cls.__name__, None) is not cls:
             raise ValueError(
-                f"{type(module).__name__} is not one of Transformers' {model.config.model_type} classes, so its "
+                f"{cls.__name__} is not one of Transformers' {model.config.model_type} classes, so its "
                 "checkpoints could not be reloaded. Convert the Transformers model inside it instead."
             )
     if any(getattr(module, "base_layer", None) is not None for module in model.modules()):
@@ -233,7 +233,8 @@ def _check_batches(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, A
 
 def _converted_config(config: PreTrainedConfig, spec: LinearAttentionConfig) -> PreTrainedConfig:
     fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
-    new = config_class_for(config.model_type)(**fields, linear_attn=spec.to_dict())
+    config_class: Any = config_class_for(config.model_type)
+    new = config_class(**fields, linear_attn=spec.to_dict())
     new.name_or_path = config.name_or_path
     return new
 

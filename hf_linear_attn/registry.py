@@ -47,7 +47,8 @@ class VariantSpec:
         exact_limit: `(length, is_causal) -> options` under which the variant equals softmax attention, or `None`.
         uses_global_mask: whether it honours `global_attention_mask`.
         test_options: option sets under which the contract is run besides the defaults; the first one makes short
-            inputs exercise the method (a window that does not cover them, say).
+            inputs exercise the method (a window that does not cover them, say). Lists in them are for
+            4 heads and 2 layers; a set that one side refuses with `ValueError` is run on the other only.
         linear_cost: whether it claims never to hold a tensor with two dimensions of sequence length.
     """
 
@@ -125,9 +126,7 @@ VARIANTS: Registry[VariantSpec] = Registry("attention variant", "hf_linear_attn.
 PATCHERS: Registry[Any] = Registry("model family", "hf_linear_attn.patchers")
 
 
-def register_variant(
-    key: str, *, config: type, **facts: Any
-) -> Callable[[type], type]:
+def register_variant(key: str, *, config: type, **facts: Any) -> Callable[[type], type]:
     """Class decorator that registers an `AttentionVariant` under `key`; `facts` are the fields of `VariantSpec`."""
 
     def decorate(module_class: type) -> type:

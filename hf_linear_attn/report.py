@@ -76,7 +76,9 @@ class ConversionReport:
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]
+        ]
         lines.append(
             f"{self.new_parameters:,} new parameters; reads up to {self.max_length:,} tokens "
             f"(set tokenizer.model_max_length = {self.tokenizer_max_length})"

@@ -220,7 +220,10 @@ def test_cross_attention_stays_softmax_and_its_cache_is_unwrapped() -> None:
         poisoned = context.clone()
         poisoned[0, 6:] = 1e3
         same = model(
-            input_ids=batch["input_ids"], use_cache=False, encoder_hidden_states=poisoned, encoder_attention_mask=padding
+            input_ids=batch["input_ids"],
+            use_cache=False,
+            encoder_hidden_states=poisoned,
+            encoder_attention_mask=padding,
         ).logits
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(same, full, atol=1e-5, rtol=1e-5)

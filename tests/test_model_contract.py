@@ -103,9 +103,7 @@ def test_rows_without_a_real_token_are_finite(variant: str, family: str) -> None
     batch["attention_mask"][1] = 0
     out = hidden(model, **batch)
     assert torch.isfinite(out).all()
-    torch.testing.assert_close(
-        out[:1], hidden(model, **{n: t[:1] for n, t in batch.items()}), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(out[:1], hidden(model, **{n: t[:1] for n, t in batch.items()}), atol=1e-5, rtol=1e-4)
 
 
 def test_decoders_do_not_see_the_future(variant: str, family: str) -> None:

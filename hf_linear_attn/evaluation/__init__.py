@@ -1,0 +1,1 @@
+"""Metrics, intervals, timings, memory and reports of comparisons between models."""
