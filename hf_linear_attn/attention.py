@@ -206,8 +206,11 @@ def linear_attention_mask(
     if attention_mask.shape[1] != kv_length:
         raise ValueError(
             f"attention_mask covers {attention_mask.shape[1]} tokens but there are {kv_length} (with a cache, the "
-            "mask covers past tokens as well)."
+            "mask covers past tokens as well; converted layers work with a DynamicCache, not a static one)."
         )
+    # Masks cost time, and most are all ones. Not while tracing: the answer depends on the data.
+    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        return None
     return attention_mask
 
 

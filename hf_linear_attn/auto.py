@@ -104,6 +104,13 @@ class LinearAttnPreTrainedModel:
         _refuse_incomplete(model, info, str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
 
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As upstream; with `push_to_hub=True` also what `push_to_hub` uploads."""
+        if push_to_hub:
+            importlib.import_module("hf_linear_attn.hub").save_and_push(self, save_directory, *args, **kwargs)
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the model with a model card and the loader code; see `hf_linear_attn.hub.push_to_hub`."""
         return importlib.import_module("hf_linear_attn.hub").push_to_hub(self, repo_id, **kwargs)
@@ -263,8 +270,9 @@ def _rebrand(model: Any, config: PreTrainedConfig, new_class: Any) -> None:
         if isinstance(module, PreTrainedModel):
             if isinstance(module, LinearAttnPreTrainedModel) != (new_class is model_class_for):
                 module.__class__ = new_class(type(module))
-            # Recorders of hidden states are looked up by class.
-            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+            # Recorders of hidden states are looked up by the class's name; the registry of later releases builds the
+            # key from the model itself, so go beneath its __setitem__, which all releases share.
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(module.__class__), module._can_record_outputs)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             own = {k: v for k, v in module.all_tied_weights_keys.items() if ".linear_attn." not in k}

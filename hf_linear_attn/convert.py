@@ -220,6 +220,9 @@ def _check_batches(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, A
     for batch in calibration:
         if not isinstance(batch, Mapping):
             raise ValueError(f"A calibration batch must map argument names to tensors, got {type(batch).__name__}.")
+        mask = batch.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and not bool(mask.any()):
+            raise ValueError("A calibration batch holds nothing but padding (its attention_mask is all 0).")
         batches.append({name: value for name, value in batch.items() if name != "labels"})
     if not batches:
         raise ValueError("calibration holds no batch.")

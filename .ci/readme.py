@@ -1,0 +1,207 @@
+"""Write the generated sections of README.md from the registry, recipes/results/*.json and .ci/times.json.
+
+`python .ci/readme.py` rewrites the file; `--check` only says whether it is up to date (exit status 1 if not).
+A section lies between `<!-- name:begin ... -->` and `<!-- name:end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "recipes" / "results"
+TIMES = ROOT / ".ci" / "times.json"
+STATES = {"constant": "constant size", "window": "a window of keys", "kv": "all keys", "none": "-"}
+LIMIT_LENGTH = 128  # the length at which the table writes out an exact limit
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def link_arxiv(paper: str) -> str:
+    """`arXiv:2009.14794` in the name of a paper becomes a link."""
+    return re.sub(r"arXiv:\s?(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+
+
+def write_options(options: dict[str, Any]) -> str:
+    """Options as they are written in a call of `convert_model`."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def exact_limit(spec: VariantSpec) -> str:
+    """The options under which the variant equals softmax attention."""
+    if spec.exact_limit is None:
+        return "-"
+    limits: dict[str, list[str]] = {}  # options -> the sides they are for
+    for side, serves in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+        if serves:
+            options = write_options(spec.exact_limit(LIMIT_LENGTH, side == "decoder"))
+            limits.setdefault(options, []).append(side)
+    return ", ".join(f"`{options}` ({', '.join(sides)})" for options, sides in limits.items())
+
+
+def variants() -> str:
+    """One row per registered variant."""
+    rows = [
+        [
+            f"`{spec.key}`",
+            f"{spec.title}: *{link_arxiv(spec.paper)}*",
+            "yes" if spec.encoder else "refused",
+            "yes" if spec.decoder else "refused",
+            spec.cost,
+            STATES[spec.state],
+            exact_limit(spec),
+        ]
+        for spec in map(VARIANTS.get, VARIANTS.names())
+    ]
+    limit = f"equals softmax (n = {LIMIT_LENGTH})"
+    return table(["variant", "method", "encoder", "decoder", "cost of attention", "generation keeps", limit], rows)
+
+
+def options() -> str:
+    """The options of every variant with their defaults."""
+    specs = map(VARIANTS.get, VARIANTS.names())
+    rows = [[f"`{spec.key}`", defaults(spec)] for spec in specs]
+    return table(["variant", "options and defaults"], rows)
+
+
+def defaults(spec: VariantSpec) -> str:
+    """`name=default` of every option."""
+    config = spec.config_class()
+    return ", ".join(f"`{field.name}={getattr(config, field.name)!r}`" for field in fields(config))
+
+
+def families() -> str:
+    """One row per patcher, with the first line of its file."""
+    rows = []
+    for key in PATCHERS.names():
+        doc = sys.modules[type(PATCHERS.get(key)).__module__].__doc__ or ""
+        name, _, what = doc.strip().splitlines()[0].partition(": ")
+        rows.append([f"`{key}`", name, what.rstrip(".")])
+    return table(["model type", "family", "what it is"], rows)
+
+
+def number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    """A measured number, or a dash where it was not measured."""
+    return "-" if value is None else f"{value * scale:,.{digits}f}"
+
+
+def interval(value: dict[str, float] | None, sign: str = "") -> str:
+    """`.71 [.66, .76]`."""
+    return "-" if value is None else f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+
+
+def result(path: Path) -> str:
+    """One committed results file (format: hf_linear_attn/evaluation/report.py) as text and a table."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    meta, task, metric = data["meta"], data["task"], data["primary_metric"]
+    header = [
+        "model", "tokens read", f"{metric} [95% interval]", f"against {data['baseline']}", "parameters added",
+        "s / step", "tokens / s", "peak MB", "forward time, longest",
+    ]  # fmt: skip
+    rows = []
+    for row in data["rows"]:
+        longest = row["forward"][-1] if row["forward"] else None
+        ratio = "" if longest is None or longest["ratio"] is None else f" ({longest['ratio']:.2f}x)"
+        rows.append(
+            [
+                row["name"],
+                f"{row['max_length']:,}",
+                interval(row["quality"][metric]),
+                interval(row["difference_to_baseline"], sign="+"),
+                number(row["parameters_added"], 0),
+                number(row["seconds_per_step"], 2),
+                number(row["tokens_per_second"], 0),
+                number(row["peak_memory_mb"], 0),
+                "-" if longest is None else f"{longest['seconds']:.2f} s at {longest['length']:,}{ratio}",
+            ]
+        )
+    about = (
+        f"**{meta['title']}**. {task['description'].rstrip('.')}. {task['train_documents']} training and "
+        f"{task['test_documents']} test documents"
+        + (f", median {task['median_tokens']:,.0f} tokens" if task["median_tokens"] else "")
+        + f". Budget: {data['budget']['description'].rstrip('.')}. Device: {meta['device']}, "
+        f"{meta['threads']} threads, seed {meta['seed']}. Made by `{meta['command']}`."
+    )
+    parts = [about, table(header, rows)]
+    if (picture := path.with_suffix(".png")).is_file():
+        parts.append(f"![{meta['title']}]({picture.relative_to(ROOT).as_posix()})")
+    remarks = [f"{b['name']}: {b['metric']} {b['value']:.3f} ({b['detail']})" for b in data["baselines"]]
+    remarks += [note for note in [task["note"], *data["notes"]] if note]
+    if remarks:
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
+    return "\n\n".join(parts)
+
+
+def results() -> str:
+    """Every committed results file, or how to make one."""
+    paths = sorted(RESULTS.glob("*.json"))
+    return "\n\n".join(map(result, paths)) if paths else "`make demo` measures them on your machine."
+
+
+def times() -> str:
+    """What .ci/time.py measured."""
+    measured = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() else {}
+    return "\n".join(
+        f"- `make {target}`, installation included: {entry['seconds'] / 60:.0f} minutes on {entry['machine']}"
+        for target, entry in sorted(measured.items())
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "variants": variants,
+    "options": options,
+    "families": families,
+    "results": results,
+    "times": times,
+}
+
+
+def render(text: str) -> str:
+    """`text` with every generated section written anew.
+
+    Raises:
+        ValueError: for a section that is missing, repeated, or has no generator.
+    """
+    begun = re.findall(r"<!-- (\w+):begin", text)
+    if sorted(begun) != sorted(SECTIONS):
+        raise ValueError(f"README.md has the generated sections {sorted(begun)}, expected {sorted(SECTIONS)}")
+    for name, generate in SECTIONS.items():
+        pattern = rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end -->)"
+        body = f"\n{content}\n\n" if (content := generate()) else ""
+        text, count = re.subn(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"Section {name!r} of README.md has no end")
+    return text
+
+
+def main() -> int:
+    """Write the file, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if out of date")
+    check = parser.parse_args().check
+    old = README.read_text(encoding="utf-8")
+    new = render(old)
+    if check and new != old:
+        print("README.md is out of date: make readme")
+        return 1
+    if not check:
+        README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

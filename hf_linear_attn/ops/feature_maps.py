@@ -1,0 +1,177 @@
+"""Feature maps phi of kernel attention, phi(q) . phi(k) in place of exp(q . k).
+
+A feature map takes `x [..., D]` and returns `(features [..., F], log_scale [...] or None)`: the true features
+are `features * exp(log_scale)`. A query's scale cancels in the quotient and is dropped; a key's goes into
+`key_log_weight` of `linear_attention`, which applies it without overflow. So no feature map needs an epsilon.
+Features are float32 (float64 for float64 input) whatever the input's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+__all__ = [
+    "FEATURE_MAPS",
+    "RANDOM_FEATURE_KERNELS",
+    "FeatureMap",
+    "Features",
+    "accumulation_dtype",
+    "elu_features",
+    "exp_features",
+    "fourier_features",
+    "gaussian_orthogonal",
+    "key_random_features",
+    "laplace_features",
+    "query_random_features",
+    "relu_features",
+    "softmax_features",
+    "squared_relu_features",
+]
+
+Features = tuple[torch.Tensor, torch.Tensor | None]
+FeatureMap = Callable[[torch.Tensor], Features]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision and float32, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _full(x: torch.Tensor) -> torch.Tensor:
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def elu_features(x: torch.Tensor) -> Features:
+    """elu(x) + 1, "Transformers are RNNs", arXiv:2006.16236."""
+    return F.elu(_full(x)).add_(1.0), None
+
+
+def relu_features(x: torch.Tensor) -> Features:
+    """max(x, 0); a row of negative values has no features and attends to nothing."""
+    return F.relu(_full(x)), None
+
+
+def squared_relu_features(x: torch.Tensor) -> Features:
+    """max(x, 0)^2."""
+    return F.relu(_full(x)).square(), None
+
+
+def exp_features(x: torch.Tensor) -> Features:
+    """exp(x), returned as exp(x - max x) and log scale max x, so that no input overflows."""
+    x = _full(x)
+    peak = x.detach().amax(-1)
+    return (x - peak[..., None]).exp(), peak
+
+
+def softmax_features(x: torch.Tensor) -> Features:
+    """softmax over the features of each token."""
+    return _full(x).softmax(-1), None
+
+
+def fourier_features(projected: torch.Tensor) -> torch.Tensor:
+    """[cos, sin] / sqrt(m) of `projected [..., m]`; a product of two averages cos of the difference."""
+    return torch.cat([projected.cos(), projected.sin()], -1) * projected.shape[-1] ** -0.5
+
+
+def laplace_features(x: torch.Tensor, omega: torch.Tensor) -> Features:
+    """Random features of the Laplace kernel exp(-|x - y|_1): Fourier features with Cauchy frequencies.
+
+    Args:
+        x: `[..., D]`.
+        omega: `[m, D]`, independent standard Cauchy draws.
+
+    Returns:
+        `[..., 2m]` (of both signs), and None. Source: Rahimi and Recht, "Random Features for Large-Scale
+        Kernel Machines", table of shift-invariant kernels.
+    """
+    x = _full(x)
+    return fourier_features(x @ omega.to(x.dtype).mT), None
+
+
+RANDOM_FEATURE_KERNELS = ("positive", "hyperbolic", "trig", "relu")
+
+_RELU_EPSILON = 1e-3  # `kernel_epsilon` of the FAVOR+ authors' code: added to every relu feature
+
+
+def query_random_features(projected: torch.Tensor, kernel: str) -> torch.Tensor:
+    """FAVOR+ features (arXiv:2009.14794) of queries, up to a factor of each query, which cancels.
+
+    Args:
+        projected: `[..., m]`, the queries on the random directions.
+        kernel: one of `RANDOM_FEATURE_KERNELS`.
+
+    Returns:
+        `[..., m]`, or `[..., 2m]` for hyperbolic and trig.
+    """
+    if kernel == "trig":
+        return fourier_features(projected)
+    if kernel == "relu":
+        return projected.relu() + _RELU_EPSILON
+    if kernel == "hyperbolic":
+        projected = torch.cat([projected, -projected], -1)
+    # exp up to the sum over features, a factor of the query as exp(-|q|^2 / 2) is; softmax cannot overflow.
+    return projected.softmax(-1)
+
+
+def key_random_features(projected: torch.Tensor, x: torch.Tensor, scaling: float, kernel: str) -> Features:
+    """FAVOR+ features of keys, the rest of their scale as a log weight.
+
+    Args:
+        projected: `[..., m]`, sqrt(scaling) x on the random directions; overwritten.
+        x: `[..., D]`, the keys.
+        scaling: factor of the logits.
+        kernel: one of `RANDOM_FEATURE_KERNELS`.
+
+    Returns:
+        features as for queries, and the log weight `[...]` (None for relu).
+    """
+    if kernel == "relu":
+        return projected.relu() + _RELU_EPSILON, None
+    half_norm = 0.5 * scaling * x.square().sum(-1)
+    if kernel == "trig":
+        return fourier_features(projected), half_norm
+    if kernel == "hyperbolic":
+        projected = torch.cat([projected, -projected], -1)
+    peak = projected.detach().amax(-1)
+    return projected.sub_(peak[..., None]).exp_(), peak - half_norm
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "elu": elu_features,
+    "exp": exp_features,
+    "relu": relu_features,
+    "softmax": softmax_features,
+    "squared_relu": squared_relu_features,
+}
+
+
+def gaussian_orthogonal(
+    num_features: int, dim: int, generator: torch.Generator, *, orthogonal: bool = True
+) -> torch.Tensor:
+    """Gaussian directions for random features, orthogonal within blocks of `dim` rows.
+
+    Every row has the norm of a Gaussian vector (chi distributed with `dim` degrees of freedom), drawn
+    independently of its direction, so each row on its own is exactly Gaussian and estimates stay unbiased.
+
+    Args:
+        num_features: rows m.
+        dim: columns D.
+        generator: a CPU generator; it alone decides the result.
+        orthogonal: False gives independent rows.
+
+    Returns:
+        float32 `[m, D]` on the CPU. Source: FAVOR+, arXiv:2009.14794, section 2.4.
+    """
+    if not orthogonal:
+        return torch.randn(num_features, dim, generator=generator, device="cpu")
+    blocks = []
+    for _ in range(math.ceil(num_features / dim)):
+        basis, upper = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu"))
+        # QR leaves the signs to the implementation; with these it is uniform over rotations.
+        blocks.append((basis * upper.diagonal().sign()).mT)
+    norms = torch.randn(num_features, dim, generator=generator, device="cpu").norm(dim=-1, keepdim=True)
+    return torch.cat(blocks)[:num_features].float() * norms

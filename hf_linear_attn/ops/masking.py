@@ -1,0 +1,131 @@
+"""Masks and positions that attention ops need: padding, ranks among real tokens, right-aligned causality.
+
+`key_padding` is a bool tensor `[B, T]`, True for a real token, or None when all tokens are real.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "causal_mask",
+    "gather_tokens",
+    "invert_permutation",
+    "pads_first_permutation",
+    "query_padding",
+    "real_token_rank",
+    "safe_masked_fill",
+]
+
+
+def safe_masked_fill(x: torch.Tensor, key_padding: torch.Tensor | None) -> torch.Tensor:
+    """Set padded tokens to 0 by selection, so that inf, nan or 1e9 in them vanishes (0 * nan is nan).
+
+    Args:
+        x: `[B, H, T, D]`.
+        key_padding: bool `[B, T]`, or None, which returns `x` itself.
+
+    Returns:
+        `[B, H, T, D]`.
+    """
+    if key_padding is None:
+        return x
+    return x.masked_fill(~key_padding[:, None, :, None], 0)
+
+
+def query_padding(key_padding: torch.Tensor | None, q_len: int, is_causal: bool) -> torch.Tensor | None:
+    """The padding of the queries: the last `q_len` of the key positions when causal or equally many.
+
+    Args:
+        key_padding: bool `[B, Tk]`, or None.
+        q_len: number of queries Tq.
+        is_causal: whether queries are right-aligned with the keys.
+
+    Returns:
+        bool `[B, Tq]`, or None when the keys' padding says nothing about the queries.
+    """
+    if key_padding is None or q_len > key_padding.shape[1]:
+        return None
+    if q_len == key_padding.shape[1]:
+        return key_padding
+    return key_padding[:, -q_len:] if is_causal else None
+
+
+def real_token_rank(key_padding: torch.Tensor, length: int | None = None) -> torch.Tensor:
+    """Position of each token among the real tokens of its row, `cumsum(mask) - 1`, clamped at 0.
+
+    Args:
+        key_padding: bool `[B, T]`.
+        length: T, checked when given.
+
+    Returns:
+        long `[B, T]`; a padded token has the rank of the last real token before it (0 when there is none).
+
+    Raises:
+        ValueError: when `length` is not the mask's.
+    """
+    if length is not None and key_padding.shape[-1] != length:
+        raise ValueError(f"key_padding covers {key_padding.shape[-1]} tokens, the sequence has {length}.")
+    return (key_padding.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def pads_first_permutation(key_padding: torch.Tensor) -> torch.Tensor:
+    """Indices that move the padded tokens of each row to the front and keep the order of the real ones.
+
+    Args:
+        key_padding: bool `[B, T]`.
+
+    Returns:
+        long `[B, T]`: token `perm[b, i]` goes to place i, so real tokens end up right-aligned.
+    """
+    return torch.sort(key_padding.to(torch.uint8), dim=-1, stable=True).indices
+
+
+def invert_permutation(perm: torch.Tensor) -> torch.Tensor:
+    """The inverse of each row's permutation, which brings gathered tokens back to their places.
+
+    Args:
+        perm: long `[B, T]`.
+
+    Returns:
+        long `[B, T]`.
+    """
+    places = torch.arange(perm.shape[-1], device=perm.device).expand_as(perm)
+    return torch.empty_like(perm).scatter_(-1, perm, places)
+
+
+def gather_tokens(x: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    """Reorder tokens by a permutation per batch row.
+
+    Args:
+        x: `[B, T]`, `[B, T, C]` (tokens in dimension 1) or `[B, H, T, D]` (tokens in dimension 2).
+        perm: long `[B, T]`.
+
+    Returns:
+        a tensor of `x`'s shape with token `perm[b, i]` at place i.
+
+    Raises:
+        ValueError: for another number of dimensions.
+    """
+    if x.ndim == 2:
+        return x.gather(1, perm)
+    if x.ndim == 3:
+        return x.gather(1, perm[:, :, None].expand(-1, -1, x.shape[2]))
+    if x.ndim == 4:
+        return x.gather(2, perm[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    raise ValueError(f"gather_tokens takes [B, T], [B, T, C] or [B, H, T, D], got shape {tuple(x.shape)}.")
+
+
+def causal_mask(q_len: int, k_len: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Right-aligned causal mask: query row r sits at position `k_len - q_len + r`.
+
+    Returns:
+        bool `[q_len, k_len]`, True where the query may see the key.
+
+    Raises:
+        ValueError: when there are more queries than keys.
+    """
+    if q_len > k_len:
+        raise ValueError(f"Causal attention needs q_len <= k_len, got q_len={q_len} and k_len={k_len}.")
+    rows = torch.arange(k_len - q_len, k_len, device=device)
+    return torch.arange(k_len, device=device)[None, :] <= rows[:, None]

@@ -1,0 +1,76 @@
+"""Pooling of tokens over contiguous segments, one set of boundaries per batch row."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["attend_segments", "even_segment_starts", "segment_max", "segment_mean", "segment_of_rank"]
+
+
+def even_segment_starts(n_real: torch.Tensor, slots: int) -> torch.Tensor:
+    """Boundaries of `m = min(slots, n)` even segments of n tokens: rank r is in segment `r * m // n`.
+
+    Args:
+        n_real: long `[B]`, tokens of each row.
+        slots: segments wanted; a row with fewer tokens leaves the last ones empty.
+
+    Returns:
+        long `[B, slots + 1]`: first rank of each segment, and the end of the last.
+    """
+    used = n_real.clamp(max=slots)[:, None]
+    slot = torch.arange(slots + 1, device=n_real.device)[None]
+    return -(-slot.minimum(used) * n_real[:, None] // used.clamp(min=1))
+
+
+def segment_of_rank(starts: torch.Tensor, length: int) -> torch.Tensor:
+    """Segment of each rank `[B, length]`; ranks past the last segment get the number of segments."""
+    ranks = torch.arange(length, device=starts.device).expand(starts.shape[0], -1).contiguous()
+    return torch.searchsorted(starts[:, 1:].contiguous(), ranks, right=True)
+
+
+def segment_mean(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Mean of each segment, 0 for an empty one.
+
+    Args:
+        x: `[B, H, T, D]`, tokens in rank order (padding last).
+        starts: `[B, slots + 1]`.
+
+    Returns:
+        `[B, H, slots, D]`.
+    """
+    slot = torch.arange(starts.shape[1] - 1, device=x.device)[:, None]
+    member = segment_of_rank(starts, x.shape[2])[:, None, :] == slot  # [B, slots, T]
+    # A matrix product, not a scatter: the sum has the same order in every run on a GPU.
+    return (member.to(x.dtype) / starts.diff()[:, :, None].clamp(min=1))[:, None] @ x
+
+
+def segment_max(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Elementwise maximum of each segment, 0 for an empty one; arguments as `segment_mean`."""
+    batch, heads, length, dim = x.shape
+    slots = starts.shape[1] - 1
+    segment = segment_of_rank(starts, length)[:, None, :, None].expand_as(x)
+    lowest = x.new_full((batch, heads, slots + 1, dim), float("-inf"))  # the last one takes the padding
+    pooled = lowest.scatter_reduce(2, segment, x, reduce="amax")[:, :, :slots]
+    return pooled.masked_fill((starts.diff() == 0)[:, None, :, None], 0)
+
+
+def attend_segments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, in_use: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Softmax attention, in float32 at least, over pooled keys; a row of the batch without any gives 0.
+
+    Args:
+        query: `[B, H, Tq, D]`.
+        key: `[B, H, slots, D]`, and `value` likewise.
+        in_use: bool `[B, slots]`, the segments that hold a real token.
+        scaling: factor of the logits.
+
+    Returns:
+        `[B, H, Tq, D]` in the query's dtype.
+    """
+    logits = query * scaling @ key.transpose(-1, -2)  # [B, H, Tq, slots]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    empty = ~in_use[:, None, None, :]
+    # A finite fill and a second mask, not -inf: a row without any segment has finite gradients.
+    weights = logits.masked_fill(empty, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(empty, 0)
+    return (weights.to(value.dtype) @ value).to(query.dtype)

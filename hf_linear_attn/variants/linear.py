@@ -1,0 +1,149 @@
+"""Linear transformer, "Transformers are RNNs", arXiv:2006.16236.
+
+o_i = phi(q_i) S / (phi(q_i) . z), S = sum_j phi(k_j) v_j^T, z = sum_j phi(k_j), phi(x) = elu(x) + 1.
+Both q and k are multiplied by sqrt(scaling) first, which keeps the scale of the checkpoint's logits.
+Cost n f d; decode state f (d + 1) numbers a head.
+
+With calibration, phi(k) is weighted by exp(scaling * a . k), a the head's mean query: the part of the logits
+that all queries share. Heads that it does not bring closer to softmax keep a = 0, the published form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_linear_attn.ops.calibration import Row, choose_per_head, head_errors, real_rows
+from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, Features, accumulation_dtype, laplace_features
+from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["LinearAttention", "LinearConfig"]
+
+
+@dataclass(frozen=True)
+class LinearConfig(VariantConfig):
+    """Options of `linear`.
+
+    Attributes:
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, or `"laplace"`
+            (random Fourier features of the kernel exp(-|q - k|_1), of both signs: for small norms only).
+        variance_reducer: weight keys by a calibrated exp(scaling * a . k); without calibration a is 0.
+        num_features: random features of `"laplace"` (a cosine and a sine each); other maps make head_dim.
+        seed: seed of the random features of `"laplace"`.
+    """
+
+    feature_map: str = "elu"
+    variance_reducer: bool = True
+    num_features: int = 128
+    seed: int = 0
+
+    def validate(self) -> None:
+        allowed = [*sorted(FEATURE_MAPS), "laplace"]
+        if self.feature_map not in allowed:
+            raise ValueError(f"feature_map={self.feature_map!r}; allowed: {', '.join(allowed)}.")
+        if not isinstance(self.variance_reducer, bool):
+            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+        if not isinstance(self.num_features, int) or self.num_features < 1:
+            raise ValueError(f"num_features={self.num_features!r}; allowed: an integer of at least 1.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}; allowed: an integer of at least 0.")
+
+
+@register_variant(
+    "linear",
+    config=LinearConfig,
+    title="Linear transformer",
+    paper="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, arXiv:2006.16236",
+    cost="n f d",
+    state="constant",
+    test_options=(
+        {"feature_map": "exp"},
+        {"feature_map": "softmax", "variance_reducer": False},
+    ),
+)
+class LinearAttention(AttentionVariant):
+    """Attention through a feature map phi, `(phi(q) . phi(k))` in place of `exp(q . k)`.
+
+    Buffers (persistent): `query_mean [H, D]` with the variance reducer, `omega [m, D]` with Laplace features.
+    """
+
+    query_mean: torch.Tensor
+    omega: torch.Tensor
+
+    def __init__(self, config: LinearConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        if config.variance_reducer:
+            self.register_buffer("query_mean", torch.empty(context.num_heads, context.head_dim))
+        if config.feature_map == "laplace":
+            self.register_buffer("omega", torch.empty(config.num_features, context.head_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published form: mean query 0; Cauchy frequencies drawn from (seed, layer_idx)."""
+        if self.config.variance_reducer:
+            self.query_mean.zero_()
+        if self.config.feature_map == "laplace":
+            generator = torch.Generator(device="cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+            shape = (self.config.num_features, self.context.head_dim)
+            self.omega.copy_(torch.empty(shape, device="cpu").cauchy_(generator=generator))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Set the mean query in the heads where that lowers the error against softmax on these inputs."""
+        if not self.config.variance_reducer:
+            return
+        rows, scaling = [], batches[0].scaling
+        for batch in batches:
+            rows += real_rows(batch.query, batch.key, batch.value, batch.key_padding)
+        tokens = sum(row[0].shape[2] for row in rows)
+        mean = torch.stack([row[0].sum((0, 2)) for row in rows]).sum(0) / tokens  # [H, D]
+
+        def attend(row: Row) -> torch.Tensor:
+            return self(AttentionInputs(*row, is_causal=self.context.is_causal, scaling=scaling))[0]
+
+        errors = []
+        for candidate in (torch.zeros_like(mean), mean):
+            self.query_mean.copy_(candidate)
+            errors.append(head_errors(attend, rows, is_causal=self.context.is_causal, scaling=scaling))
+        self.query_mean.copy_(torch.where(choose_per_head(errors)[:, None] == 1, mean, 0.0))
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        laplace = self.config.feature_map == "laplace"
+        num_features = 2 * self.config.num_features if laplace else self.context.head_dim
+        heads, dim = self.context.num_heads, self.context.head_dim
+        return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        scale = inputs.scaling**0.5
+        output, state = feature_map_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            lambda x: self._features(_scaled(x, scale)),
+            lambda x: self._key_features(_scaled(x, scale), scale),
+            key_padding=inputs.key_padding,
+            is_causal=inputs.is_causal,
+            state=state,
+        )
+        return output.to(inputs.query.dtype), state
+
+    def _features(self, x: torch.Tensor) -> Features:
+        if self.config.feature_map == "laplace":
+            return laplace_features(x, self.omega)
+        return FEATURE_MAPS[self.config.feature_map](x)
+
+    def _key_features(self, x: torch.Tensor, scale: float) -> Features:
+        features, log_weight = self._features(x)
+        if self.config.variance_reducer:
+            shared = (x @ (self.query_mean.to(x.dtype) * scale)[..., None])[..., 0]  # [B, H, T]
+            log_weight = shared if log_weight is None else log_weight + shared
+        return features, log_weight
+
+
+def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x.to(accumulation_dtype(x.dtype)) * scale

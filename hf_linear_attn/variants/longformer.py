@@ -1,0 +1,199 @@
+"""Longformer (arXiv:2004.05150): a sliding window, optionally dilated, plus global tokens.
+
+A local token i sees keys |i - j| <= d w/2, (i - j) mod d = 0 (causal: i - j in {0, d, .., (w-1) d}) and the
+global tokens; a global token sees all tokens through projections of its own. Cost O(n w) per head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_linear_attn.ops.compaction import CompactedCall, GlobalTokens, compact, first_tokens, marked_tokens, take_tokens
+from hf_linear_attn.ops.global_rows import check_hidden, keep_old, rows_over_all, rows_over_first
+from hf_linear_attn.ops.sliding_window import sliding_window_attention
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["LongformerAttention", "LongformerConfig"]
+
+
+@dataclass(frozen=True)
+class LongformerConfig(VariantConfig):
+    """Options of `longformer`.
+
+    Attributes:
+        window_size: w in tokens (even on encoders, half on each side), or one per layer of the model.
+        dilation: distance between neighbouring keys of the window in tokens, or one per head.
+        num_global_tokens: so many first real tokens are global unless the call names others; None means 1 on
+            encoders and 0 on decoders. With 0 the layer has no global projections and takes no global mask.
+    """
+
+    window_size: int | tuple[int, ...] = 512
+    dilation: int | tuple[int, ...] = 1
+    num_global_tokens: int | None = None
+
+    def validate(self) -> None:
+        for name in ("window_size", "dilation"):
+            given = getattr(self, name)
+            values = given if isinstance(given, tuple) else (given,)
+            if not values or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in values):
+                raise ValueError(f"{name} must be an int >= 1 or a list of them, got {given!r}.")
+        g = self.num_global_tokens
+        if g is not None and (isinstance(g, bool) or not isinstance(g, int) or g < 0):
+            raise ValueError(f"num_global_tokens must be None or an int >= 0, got {g!r}.")
+
+
+def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
+    return {"window_size": length if is_causal else max(2, 2 * (length - 1))}
+
+
+@register_variant(
+    "longformer",
+    config=LongformerConfig,
+    title="Longformer (window, dilation and global tokens)",
+    paper="Longformer: The Long-Document Transformer, arXiv:2004.05150",
+    cost="n w d",
+    state="window",
+    exact_limit=_exact_limit,
+    uses_global_mask=True,
+    test_options=(
+        {"window_size": 8},
+        {"window_size": 4, "dilation": 3, "num_global_tokens": 1},
+        {"window_size": 2, "num_global_tokens": 0},
+    ),
+)
+class LongformerAttention(AttentionVariant):
+    """Window and global attention of one layer.
+
+    Position means rank among the real tokens, so padding may stand anywhere. The decode state holds the last
+    (w - 1) d keys and values, the count of tokens and, with global tokens, their keys and values.
+
+    Raises:
+        ValueError: for an odd window on an encoder, or a list of the wrong length.
+    """
+
+    config: LongformerConfig
+
+    def __init__(self, config: LongformerConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        window, dilation = config.window_size, config.dilation
+        if isinstance(window, tuple) and len(window) != context.num_layers:
+            raise ValueError(f"window_size names {len(window)} layers, the model has {context.num_layers}.")
+        if isinstance(dilation, tuple) and len(dilation) != context.num_heads:
+            raise ValueError(f"dilation names {len(dilation)} heads, the layer has {context.num_heads}.")
+        self.window_size = window[context.layer_idx] if isinstance(window, tuple) else window
+        if not context.is_causal and self.window_size % 2:
+            raise ValueError(f"window_size must be even on an encoder (half on each side), got {self.window_size}.")
+        g = config.num_global_tokens
+        self.num_global_tokens = g if g is not None else int(not context.is_causal)
+        if self.num_global_tokens > 0:
+            width = context.num_heads * context.head_dim
+            self.query_global = nn.Linear(context.hidden_size, width)
+            self.key_global = nn.Linear(context.hidden_size, width)
+            self.value_global = nn.Linear(context.hidden_size, width)
+        self.reset_parameters()
+
+    def _projections(self) -> list[nn.Linear]:
+        return [self.query_global, self.key_global, self.value_global] if self.num_global_tokens > 0 else []
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        # Drawn on the CPU by a generator of its own: the same start on every device, and after meta loading.
+        generator = torch.Generator("cpu").manual_seed(self.context.layer_idx)
+        for layer in self._projections():
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, device="cpu") * 0.02)
+            layer.bias.zero_()
+
+    @torch.no_grad()
+    def load_projections(
+        self,
+        query: tuple[torch.Tensor, torch.Tensor | None],
+        key: tuple[torch.Tensor, torch.Tensor | None],
+        value: tuple[torch.Tensor, torch.Tensor | None],
+    ) -> None:
+        for layer, (weight, bias) in zip(self._projections(), (query, key, value), strict=False):
+            layer.weight.copy_(weight)
+            if bias is None:
+                layer.bias.zero_()
+            else:
+                layer.bias.copy_(bias)
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        def empty(length: int) -> torch.Tensor:
+            shape = (batch_size, self.context.num_heads, length, self.context.head_dim)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        dilation = self.config.dilation
+        span = (self.window_size - 1) * (max(dilation) if isinstance(dilation, tuple) else dilation)
+        names = ("global_key", "global_value", "global_key_projected", "global_value_projected")
+        state = {"key": empty(span), "value": empty(span)}
+        state["count"] = torch.zeros(batch_size, dtype=torch.long, device=device)
+        if self.num_global_tokens > 0:
+            state.update({name: empty(self.num_global_tokens) for name in names})
+        return state
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        self._check(inputs, state)
+        past = None if state is None else (state["key"], state["value"], state["count"])
+        call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
+        q_len, k_len = call.q.shape[2], call.k.shape[2]
+        tokens = self._global_tokens(inputs, call)
+        in_window = None if inputs.key_padding is None and state is None else call.rank >= 0
+        extra, rows = None, None
+        kept: State = {}
+        if tokens is not None and inputs.hidden_states is not None:
+            in_window = tokens.in_window
+            place = tokens.position.clamp(0, k_len - 1).expand(call.k.shape[0], -1)
+            kept = {"global_key": take_tokens(call.k, place), "global_value": take_tokens(call.v, place)}
+            kept = keep_old(kept, tokens, state)
+            extra = kept["global_key"], kept["global_value"], tokens.seen_by(q_len, k_len, inputs.is_causal)
+            q, k, v = ((layer.weight, layer.bias) for layer in self._projections())
+            given = call, tokens, inputs.hidden_states, (q, k, v), inputs.scaling
+            if inputs.is_causal and inputs.global_mask is None:
+                rows, new = rows_over_first(*given, state)
+                kept.update(new)
+            else:
+                rows = rows_over_all(*given, inputs.is_causal)
+        w, d = self.window_size, self.config.dilation
+        left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
+        where: dict[str, Any] = {"left": left, "right": right, "dilation": d, "key_allowed": in_window}
+        qkv = call.q, call.k, call.v
+        out = sliding_window_attention(*qkv, scaling=inputs.scaling, extra=extra, **where)
+        if tokens is not None and rows is not None:
+            out = tokens.place_rows(rows, out)
+        out = call.restore(out)
+        if state is None:
+            return out, None
+        start = k_len - state["key"].shape[2]
+        kept.update(key=call.k[:, :, start:], value=call.v[:, :, start:])
+        after = {name: x.to(state[name].dtype).contiguous() for name, x in kept.items()}
+        return out, {**after, "count": (call.rank[:, -1] + 1).expand(out.shape[0]).contiguous()}
+
+    def _check(self, inputs: AttentionInputs, state: State | None) -> None:
+        (B, _, q_len, _), k_len, g = inputs.query.shape, inputs.key.shape[2], self.num_global_tokens
+        mask, built = inputs.global_mask, self.context.is_causal
+        if inputs.is_causal != built:
+            raise ValueError(f"Layer built for is_causal={built}, called with {inputs.is_causal}.")
+        if state is not None and not inputs.is_causal:
+            raise ValueError("A decode state needs causal attention; this layer is bidirectional.")
+        if state is not None and q_len != k_len:
+            raise ValueError(f"With a decode state Tq must equal Tk (new tokens), got {q_len} and {k_len}.")
+        if mask is not None and g == 0:
+            raise ValueError("A global_mask needs global projections: convert with num_global_tokens >= 1.")
+        if mask is not None and state is not None:
+            raise ValueError("A global_mask does not go with a decode state: call with use_cache=False.")
+        if mask is not None and tuple(mask.shape) != (B, q_len):
+            raise ValueError(f"global_mask must have shape {(B, q_len)}, got {tuple(mask.shape)}.")
+        if g > 0 and inputs.hidden_states is None:
+            raise ValueError("The global tokens of longformer need hidden_states, got None.")
+        if g > 0:
+            check_hidden(q_len, inputs.key_padding, k_len, g, mask is not None)
+
+    def _global_tokens(self, inputs: AttentionInputs, call: CompactedCall) -> GlobalTokens | None:
+        if inputs.global_mask is not None:
+            return marked_tokens(inputs.global_mask.bool(), call)
+        return first_tokens(self.num_global_tokens, call) if self.num_global_tokens > 0 else None

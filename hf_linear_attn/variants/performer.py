@@ -1,0 +1,199 @@
+"""Performer (FAVOR+), softmax attention through random features, arXiv:2009.14794.
+
+exp(q'.k') = E phi(q') . phi(k') for q' = sqrt(scaling) q, k' = sqrt(scaling) k and Gaussian omega; `positive`
+phi(x) = exp(omega x - |x|^2 / 2) / sqrt(m). Cost n m d; decode state m (d + 1) numbers a head, twice that for
+`hyperbolic` and `trig`. The error falls as m^-1/2, from a level of exp(|q' + k'|^2 / 2).
+
+With calibration that level is lowered: exp(q'.k') differs from exp(q".k") exp(a'.k'), with q" = M (q' - a'),
+k" = M^-T (k' - c'), only by factors of the query, which cancel. a, c are the head's mean query and key, and M
+balances their second moments. Each head keeps what lowers its output error: nothing, the means, or all.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_linear_attn.ops import calibration as measure
+from hf_linear_attn.ops import feature_maps as maps
+from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["PerformerAttention", "PerformerConfig"]
+
+
+@dataclass(frozen=True)
+class PerformerConfig(VariantConfig):
+    """Options of `performer`.
+
+    Attributes:
+        num_features: random directions m; `hyperbolic` and `trig` make two features of each.
+        kernel: `"positive"`, `"hyperbolic"`, `"trig"` (all estimate softmax) or `"relu"` (a kernel of its
+            own). `trig` has features of both signs: for small norms only.
+        orthogonal: directions orthogonal in blocks of head_dim.
+        seed: seed of the directions, which are saved with the model.
+        variance_reducer: use the calibrated means and balancing; without calibration they change nothing.
+    """
+
+    num_features: int = 128
+    kernel: str = "positive"
+    orthogonal: bool = True
+    seed: int = 0
+    variance_reducer: bool = True
+
+    def validate(self) -> None:
+        if self.kernel not in maps.RANDOM_FEATURE_KERNELS:
+            raise ValueError(f"kernel={self.kernel!r}; allowed: {', '.join(maps.RANDOM_FEATURE_KERNELS)}.")
+        if not isinstance(self.num_features, int) or self.num_features < 1:
+            raise ValueError(f"num_features={self.num_features!r}; allowed: an integer of at least 1.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}; allowed: an integer of at least 0.")
+        for name in ("orthogonal", "variance_reducer"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False.")
+
+
+@register_variant(
+    "performer",
+    config=PerformerConfig,
+    title="Performer (FAVOR+)",
+    paper="Rethinking Attention with Performers, arXiv:2009.14794",
+    cost="n m d",
+    state="constant",
+    test_options=(
+        {"kernel": "hyperbolic", "num_features": 24},
+        {"kernel": "relu", "variance_reducer": False, "orthogonal": False},
+    ),
+)
+class PerformerAttention(AttentionVariant):
+    """Attention through random features.
+
+    Buffers (persistent): `omega [m, D]`; with the variance reducer `query_mean`, `key_mean [H, D]` and
+    `query_map`, `key_map [H, D, D]`, applied as `(q - query_mean) @ query_map`.
+    """
+
+    omega: torch.Tensor
+    query_mean: torch.Tensor
+    key_mean: torch.Tensor
+    query_map: torch.Tensor
+    key_map: torch.Tensor
+
+    def __init__(self, config: PerformerConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        heads, dim = context.num_heads, context.head_dim
+        self.register_buffer("omega", torch.empty(config.num_features, dim))
+        if config.variance_reducer:
+            for name, shape in (("mean", (heads, dim)), ("map", (heads, dim, dim))):
+                self.register_buffer(f"query_{name}", torch.empty(shape))
+                self.register_buffer(f"key_{name}", torch.empty(shape))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published form: directions drawn from (seed, layer_idx), means 0, maps the identity."""
+        self.redraw(self.config.seed)
+        if self.config.variance_reducer:
+            identity = torch.eye(self.context.head_dim, device=self.omega.device).expand_as(self.query_map)
+            self._set_start(torch.zeros_like(self.query_mean), torch.zeros_like(self.key_mean), identity, identity)
+
+    @torch.no_grad()
+    def redraw(self, seed: int) -> None:
+        """Draw new directions in place, on request during training; they are saved with the model."""
+        generator = torch.Generator(device="cpu").manual_seed(seed * 100_003 + self.context.layer_idx)
+        num_features, dim = self.config.num_features, self.context.head_dim
+        omega = maps.gaussian_orthogonal(num_features, dim, generator, orthogonal=self.config.orthogonal)
+        self.omega.copy_(omega)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose each head's start by its output error against softmax on these inputs.
+
+        Warns when the spread of the logits says that m features cannot estimate them.
+        """
+        if not self.config.variance_reducer:
+            return
+        rows, scaling = [], batches[0].scaling
+        for batch in batches:
+            rows += measure.real_rows(batch.query, batch.key, batch.value, batch.key_padding)
+        q, k = (torch.cat([row[i][0] for row in rows], 1) for i in (0, 1))  # [H, tokens, D]
+        a, c = q.mean(1), k.mean(1)
+        identity = torch.eye(q.shape[-1], device=q.device).expand(q.shape[0], -1, -1)
+        starts = [(torch.zeros_like(a), torch.zeros_like(c), identity, identity), (a, c, identity, identity)]
+        if self.config.kernel != "relu":
+            starts.append((a, c, *measure.balancing_maps(q - a[:, None], k - c[:, None])))
+
+        def attend(row: measure.Row) -> torch.Tensor:
+            return self(AttentionInputs(*row, is_causal=self.context.is_causal, scaling=scaling))[0]
+
+        errors = []
+        for start in starts:
+            self._set_start(*start)
+            errors.append(measure.head_errors(attend, rows, is_causal=self.context.is_causal, scaling=scaling))
+        choice, heads = measure.choose_per_head(errors), torch.arange(q.shape[0], device=q.device)
+        a, c, query_map, key_map = (torch.stack(options)[choice, heads] for options in zip(*starts, strict=True))
+        self._set_start(a, c, query_map, key_map)
+        if self.config.kernel != "relu":
+            self._warn_if_hopeless((q - a[:, None]) @ query_map, (k - c[:, None]) @ key_map, scaling)
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        num_features = self.config.num_features * (2 if self.config.kernel in ("hyperbolic", "trig") else 1)
+        heads, dim = self.context.num_heads, self.context.head_dim
+        return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        scaling = inputs.scaling
+        output, state = feature_map_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            lambda x: self._query_features(x, scaling),
+            lambda x: self._key_features(x, scaling),
+            key_padding=inputs.key_padding,
+            is_causal=inputs.is_causal,
+            state=state,
+        )
+        return output.to(inputs.query.dtype), state
+
+    def _query_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
+        x = x.to(maps.accumulation_dtype(x.dtype))
+        directions = self.omega.to(x.dtype).mT * scaling**0.5  # [D, m]
+        if self.config.variance_reducer and self.config.kernel != "relu":
+            x = x - self.query_mean.to(x.dtype)[:, None]
+            directions = self.query_map.to(x.dtype) @ directions  # [H, D, m]
+        return maps.query_random_features(x @ directions, self.config.kernel), None  # [B, H, T, m]
+
+    def _key_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
+        x = x.to(maps.accumulation_dtype(x.dtype))
+        shared = None  # what the reducer takes out of all logits of a key
+        if self.config.variance_reducer:
+            shared = (x @ (self.query_mean.to(x.dtype) * scaling)[..., None])[..., 0]  # [B, H, T]
+            if self.config.kernel != "relu":
+                x = (x - self.key_mean.to(x.dtype)[:, None]) @ self.key_map.to(x.dtype)
+        projected = x @ (self.omega.to(x.dtype).mT * scaling**0.5)  # [B, H, T, m]
+        features, log_weight = maps.key_random_features(projected, x, scaling, self.config.kernel)
+        if shared is None or log_weight is None:
+            return features, log_weight if shared is None else shared
+        return features, log_weight + shared
+
+    def _set_start(self, a: torch.Tensor, c: torch.Tensor, query_map: torch.Tensor, key_map: torch.Tensor) -> None:
+        self.query_mean.copy_(a)
+        self.key_mean.copy_(c)
+        self.query_map.copy_(query_map)
+        self.key_map.copy_(key_map)
+
+    def _warn_if_hopeless(self, q: torch.Tensor, k: torch.Tensor, scaling: float) -> None:
+        """Variance of an estimate over its square: (exp(|q'+k'|^2) - 1) / m, or with q' - k' for `trig`."""
+        trig, limit = self.config.kernel == "trig", math.log(self.config.num_features)
+        level = scaling * measure.mean_squared_sum(q, -k if trig else k).mean().item()
+        if level > limit:
+            warnings.warn(
+                f"performer, layer {self.context.layer_idx}: mean |q' {'-' if trig else '+'} k'|^2 is {level:.1f}, "
+                f"above log(num_features) = {limit:.1f}: the random features do not estimate this layer's softmax. "
+                "Train the model after conversion, or choose another variant for the layer.",
+                stacklevel=3,
+            )

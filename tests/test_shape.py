@@ -1,0 +1,70 @@
+"""The shape of the repository: its top level, and how long a file may be. Imports nothing of the package."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "hf_linear_attn",
+    "model_cards",
+    "notebooks",
+    "pyproject.toml",
+    "recipes",
+    "tests",
+}
+CODE = {".py", ".jinja", ".yaml", ".yml", ".toml", ".md", ".sh", ""}
+# Most lines a file may have; an extension that is not in CODE marks data. A base.py is no method, no family.
+LIMITS = {"hf_linear_attn/variants": 200, "hf_linear_attn/patchers": 80, "": 500}
+
+
+def repository_files() -> Iterator[Path]:
+    """Files of the repository, relative to its root, without what `.gitignore` names."""
+    ignored = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())]
+
+    def walk(folder: Path) -> Iterator[Path]:
+        for path in sorted(folder.iterdir()):
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored):
+                continue
+            if path.is_dir():
+                yield from walk(path)
+            else:
+                yield path.relative_to(ROOT)
+
+    yield from walk(ROOT)
+
+
+def test_top_level_keeps_its_shape() -> None:
+    assert {path.parts[0] for path in repository_files()} == TOP_LEVEL
+
+
+@pytest.mark.parametrize("folder", LIMITS, ids=lambda folder: folder or "everything")
+def test_files_are_short(folder: str) -> None:
+    long = {
+        str(path): lines
+        for path in repository_files()
+        if path.as_posix().startswith(folder)
+        and path.suffix in CODE
+        and path.name != "LICENSE"
+        and not (folder and path.name == "base.py")
+        and (lines := len((ROOT / path).read_text(encoding="utf-8").splitlines())) > LIMITS[folder]
+    }
+    assert long == {}, f"more than {LIMITS[folder]} lines"
+
+
+def test_every_folder_of_code_is_a_package() -> None:
+    """Setuptools leaves out a folder without `__init__.py`, and the installed package lacks it silently."""
+    folders = {path.parent for path in repository_files() if path.suffix == ".py" and path.parts[0] == "hf_linear_attn"}
+    assert {str(folder) for folder in folders if not (ROOT / folder / "__init__.py").is_file()} == set()

@@ -1,0 +1,183 @@
+"""Linformer against dense float64 formulas written here, and its promises on length, padding, sharing."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_linear_attn.registry import get_variant
+from hf_linear_attn.variants.base import AttentionInputs, LayerContext
+from hf_linear_attn.variants.linformer import LinformerAttention, LinformerConfig
+
+HEADS, DIM = 3, 8
+
+
+def build(max_length=24, layer_idx=0, num_layers=2, **options):
+    context = LayerContext(layer_idx, num_layers, HEADS * DIM, HEADS, DIM, max_length, is_causal=False)
+    return LinformerAttention(LinformerConfig.from_dict(options), context).double()
+
+
+def draw(batch, length, queries=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (batch, HEADS, queries or length, DIM),
+        (batch, HEADS, length, DIM),
+        (batch, HEADS, length, DIM),
+    ]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def attend(module, q, k, v, padding=None):
+    return module(AttentionInputs(q, k, v, key_padding=padding, scaling=DIM**-0.5))[0]
+
+
+def randomise(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+    return module
+
+
+@pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
+def test_full_length_is_the_formula_of_the_paper(sharing):
+    module = randomise(build(24, k=6, sharing=sharing))
+    q, k, v = draw(2, 24)
+    E = module.key_projection
+    F_ = E if sharing in ("key_value", "layerwise") else module.value_projection
+    assert E.shape == (HEADS if sharing == "none" else 1, 6, 24)
+    expected = torch.softmax(q @ (E @ k).transpose(-1, -2) / math.sqrt(DIM), -1) @ (F_ @ v)
+    torch.testing.assert_close(attend(module, q, k, v), expected)
+
+
+def test_random_init_on_short_inputs_uses_the_first_columns():
+    module = build(24, k=6, init="random", seed=3)
+    q, k, v = draw(2, 11, queries=4)
+    E, F_ = module.key_projection[:, :, :11], module.value_projection[:, :, :11]
+    expected = torch.softmax(q @ (E @ k).transpose(-1, -2) / math.sqrt(DIM), -1) @ (F_ @ v)
+    torch.testing.assert_close(attend(module, q, k, v), expected)
+
+
+@pytest.mark.parametrize(("projection", "pool"), [("mean_pool", torch.mean), ("max_pool", torch.amax)])
+@pytest.mark.parametrize("n_real", [3, 7, 20])
+def test_pooling_spreads_the_slots_over_the_real_tokens(projection, pool, n_real):
+    module = build(64, k=6, projection=projection)
+    q, k, v = draw(1, 20)
+    padding = torch.arange(20)[None] >= 20 - n_real  # left padding
+    slots = min(6, n_real)
+    segment = [rank * slots // n_real for rank in range(n_real)]
+    groups = [[20 - n_real + r for r in range(n_real) if segment[r] == slot] for slot in range(slots)]
+    pooled_k, pooled_v = (torch.stack([pool(x[:, :, g], dim=2) for g in groups], 2) for x in (k, v))
+    expected = torch.softmax(q @ pooled_k.transpose(-1, -2) / math.sqrt(DIM), -1) @ pooled_v
+    torch.testing.assert_close(attend(module, q, k, v, padding), expected)
+
+
+@pytest.mark.parametrize("projection", ["linear", "conv"])
+@pytest.mark.parametrize("length", [1, 5, 13, 24])
+def test_the_start_is_a_mean_over_segments_at_every_length(projection, length):
+    module = build(24, k=6, projection=projection)
+    q, k, v = draw(2, length)
+    groups = [range(i, min(i + 4, length)) for i in range(0, length, 4)]
+    pooled_k, pooled_v = (torch.stack([x[:, :, list(g)].mean(2) for g in groups], 2) for x in (k, v))
+    expected = torch.softmax(q @ pooled_k.transpose(-1, -2) / math.sqrt(DIM), -1) @ pooled_v
+    torch.testing.assert_close(attend(module, q, k, v), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_convolution_is_torch_conv1d():
+    module = randomise(build(24, k=6, projection="conv", sharing="key_value"))
+    q, k, v = draw(2, 24)
+    kernel = module.key_projection[0].permute(2, 1, 0)  # [D_out, D_in, kernel]
+    assert kernel.shape == (DIM, DIM, 4)
+    conv_k, conv_v = (
+        F.conv1d(x.flatten(0, 1).transpose(1, 2), kernel, stride=4).transpose(1, 2).unflatten(0, (2, HEADS))
+        for x in (k, v)
+    )
+    expected = torch.softmax(q @ conv_k.transpose(-1, -2) / math.sqrt(DIM), -1) @ conv_v
+    torch.testing.assert_close(attend(module, q, k, v), expected)
+
+
+@pytest.mark.parametrize("projection", ["linear", "conv", "mean_pool", "max_pool"])
+@pytest.mark.parametrize("side", ["left", "right", "holes", "none"])
+def test_k_of_the_whole_length_is_softmax(projection, side):
+    module = build(20, k=20, projection=projection).float()
+    q, k, v = (x.float() for x in draw(2, 20))
+    padding = {
+        "left": torch.arange(20) >= 9,
+        "right": torch.arange(20) < 9,
+        "holes": torch.arange(20) % 3 != 1,
+        "none": torch.ones(20, dtype=torch.bool),
+    }[side].expand(2, -1)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=padding[:, None, None, :])
+    torch.testing.assert_close(attend(module, q, k, v, padding), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_registered_limit_is_softmax_below_max_length():
+    options = get_variant("linformer").exact_limit(13, False)
+    module = build(24, **options)
+    q, k, v = draw(2, 13)
+    torch.testing.assert_close(attend(module, q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize(("sharing", "per_layer"), [("none", 2 * HEADS), ("headwise", 2), ("key_value", 1)])
+def test_sharing_counts_the_matrices_of_the_paper(sharing, per_layer):
+    module = build(24, k=6, sharing=sharing)
+    assert sum(p.numel() for p in module.parameters()) == per_layer * 6 * 24
+    assert module.shared_parameters() == ()
+
+
+def test_layerwise_sharing_names_its_one_matrix_and_starts_equal_in_all_layers():
+    layers = [build(24, layer_idx=i, k=6, sharing="layerwise", init="random") for i in range(2)]
+    assert [layer.shared_parameters() for layer in layers] == [("key_projection",)] * 2
+    assert all(list(dict(layer.named_parameters())) == ["key_projection"] for layer in layers)
+    torch.testing.assert_close(layers[0].key_projection, layers[1].key_projection, rtol=0, atol=0)
+
+
+def test_k_per_layer():
+    assert [build(24, layer_idx=i, k=[6, 3]).key_projection.shape[1] for i in range(2)] == [6, 3]
+    assert LinformerConfig(k=(6, 3)).to_dict()["k"] == [6, 3]
+    assert LinformerConfig.from_dict({"k": [6, 3]}) == LinformerConfig(k=(6, 3))
+    with pytest.raises(ValueError, match="3 entries for 2 layers"):
+        build(24, k=[6, 3, 2])
+
+
+def test_random_start_depends_on_seed_and_layer():
+    starts = [build(24, layer_idx=i, k=6, init="random", seed=s).key_projection for i, s in [(0, 0), (1, 0), (0, 1)]]
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+    assert torch.equal(starts[0], build(24, k=6, init="random").key_projection)
+    wide = build(1000, k=100, init="random").key_projection
+    assert abs(wide.std().item() - 0.1) < 0.002  # N(0, 1/k)
+
+
+def test_too_long_an_input_names_both_lengths():
+    with pytest.raises(ValueError, match=r"at most 24 tokens and got 25.*max_length=25"):
+        attend(build(24, k=6), *draw(1, 25))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k=0"),
+        ({"k": True}, "k=True"),
+        ({"k": (4, -1)}, "k="),
+        ({"k": ()}, "k="),
+        ({"sharing": "all"}, "none, headwise, key_value, layerwise"),
+        ({"projection": "fft"}, "linear, mean_pool, max_pool, conv"),
+        ({"init": "zeros"}, "mean_pool, random"),
+        ({"seed": -1}, "seed=-1"),
+        ({"k": (4, 8), "sharing": "layerwise"}, "one k for all layers"),
+        ({"init": "random", "projection": "max_pool"}, "needs projection='linear' or 'conv'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LinformerConfig(**options)
+
+
+def test_decoders_are_refused_with_the_nearest_method():
+    context = LayerContext(0, 1, HEADS * DIM, HEADS, DIM, 24, is_causal=True)
+    with pytest.raises(ValueError, match="'longformer'"):
+        LinformerAttention(LinformerConfig(), context)
+    q, k, v = draw(1, 8)
+    with pytest.raises(ValueError, match="'performer'"):
+        build()(AttentionInputs(q, k, v, is_causal=True))
