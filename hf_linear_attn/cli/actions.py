@@ -52,8 +52,10 @@ def run_training(recipe: Recipe) -> TrainResult | None:
     """Train; the result on the main process, None on the others."""
     from accelerate import PartialState
 
+    from hf_linear_attn.training.setup import reuse_freed_memory
     from hf_linear_attn.training.trainer import train
 
+    reuse_freed_memory()
     result = train(recipe)
     state = PartialState()
     main = state.is_main_process
@@ -66,7 +68,9 @@ def run_comparison(recipe: Recipe, variants: list[str] | None, title: str, comma
     from accelerate import PartialState
 
     from hf_linear_attn.evaluation.compare import compare
+    from hf_linear_attn.training.setup import reuse_freed_memory
 
+    reuse_freed_memory()
     comparison = compare(recipe, variants, title=title, command=command)
     state = PartialState()
     main = state.is_main_process
