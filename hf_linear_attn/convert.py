@@ -143,6 +143,11 @@ def _check_convertible(model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} is already converted. Call revert_model(model) first to convert it another way."
         )
+    parameters = list(model.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError("The model is on the meta device: it has no weights to convert. Load it first.")
+    if any(type(parameter).__name__ == "DTensor" or hasattr(parameter, "_is_flat_param") for parameter in parameters):
+        raise ValueError("The model is sharded (FSDP). Convert it before sharding.")
     if model.config.model_type not in PATCHERS:
         raise ValueError(
             f"Model family {model.config.model_type!r} is not supported. Supported: {', '.join(list_patchers())}."
@@ -157,11 +162,6 @@ def _check_convertible(model: Any) -> None:
             )
     if any(getattr(module, "base_layer", None) is not None for module in model.modules()):
         raise ValueError("The model carries PEFT adapters. Convert the base model first, then add adapters.")
-    parameters = list(model.parameters())
-    if any(parameter.is_meta for parameter in parameters):
-        raise ValueError("The model is on the meta device: it has no weights to convert. Load it first.")
-    if any(type(parameter).__name__ == "DTensor" or hasattr(parameter, "_is_flat_param") for parameter in parameters):
-        raise ValueError("The model is sharded (FSDP). Convert it before sharding.")
 
 
 def _resolve(

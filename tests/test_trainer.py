@@ -20,7 +20,10 @@ class Documents(Dataset):
         ids = torch.randint(10, VOCAB, (16, 24), generator=generator)
         labels = torch.arange(16) % 2
         ids[:, 0] = torch.where(labels.bool(), 7, 8)
-        self.rows = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y} for i, y in zip(ids, labels, strict=True)]
+        self.rows = [
+            {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y}
+            for i, y in zip(ids, labels, strict=True)
+        ]
         if with_globals:
             for row in self.rows:
                 row["global_attention_mask"] = torch.zeros(24, dtype=torch.long)

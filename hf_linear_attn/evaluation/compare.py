@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from datasets import concatenate_datasets
 from sklearn.model_selection import StratifiedGroupKFold
 
-from hf_linear_attn.data import bag_of_words_baseline
+from hf_linear_attn.data import bag_of_words_correct
 from hf_linear_attn.data.task import DocumentTask
 from hf_linear_attn.evaluation.bootstrap import bootstrap_statistic
 from hf_linear_attn.evaluation.metrics import macro_f1
@@ -27,7 +27,14 @@ from hf_linear_attn.evaluation.report import ReportPaths, write_report
 from hf_linear_attn.registry import get_patcher, get_variant
 from hf_linear_attn.training.prefix import FrozenPrefix
 from hf_linear_attn.training.recipe import Recipe
-from hf_linear_attn.training.setup import build_model, build_tokenizer, load_task, quiet_libraries
+from hf_linear_attn.training.setup import (
+    build_model,
+    build_tokenizer,
+    load_task,
+    prefix_dtype,
+    quiet_libraries,
+    resolve_precision,
+)
 from hf_linear_attn.training.trainer import TrainResult, train, work
 
 __all__ = ["BASELINE", "Comparison", "compare", "parse_variants"]
@@ -166,7 +173,7 @@ class _Comparison:
         for key, options in variants:
             if not options and base is not None and base.variant == key:
                 options = base.options
-            name = key if key not in names else f"{key} {_spelled(options)}"
+            name = key if key not in names or not options else f"{key} {_spelled(options)}"
             if name in names:
                 raise ValueError(f"The variant {name} is asked for twice")
             names.add(name)
@@ -245,8 +252,7 @@ class _Comparison:
         options = system.recipe.training
         if not options.cache_frozen_layers:
             return None
-        dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return FrozenPrefix(dtypes[options.mixed_precision])
+        return FrozenPrefix(prefix_dtype(options.mixed_precision))
 
     def _row(
         self, system: _System, outcomes: list[TrainResult], baseline: np.ndarray | None
@@ -333,7 +339,7 @@ class _Comparison:
             f"Each system trains {self.trained} for {self.steps} optimizer steps over {self.documents_seen} documents "
             f"(repeats counted), in the same order, from the same seed; learning rate {recipe.training.learning_rate:g}"
             + (f", {recipe.training.head_learning_rate:g} for the head" if recipe.training.head_learning_rate else "")
-            + f"; {recipe.training.mixed_precision} mixed precision."
+            + f"; mixed precision: {resolve_precision(recipe.training.mixed_precision)}."
             + (" The frozen layers run once per document; their time is in the step time." if cached else "")
             + (f" {folds} folds: every document is tested once." if folds > 1 else "")
         )
@@ -381,17 +387,17 @@ class _Comparison:
         }
 
     def _bag_of_words(self) -> list[dict[str, Any]]:
-        folds = self.recipe.data.folds
-        settings: dict[str, Any] = {"cross_validated": True, "folds": folds} if folds else {}
         lengths: list[int | None] = [self.systems[0].recipe.training.max_length, self.max_length, None]
         found = []
         for length in dict.fromkeys(lengths):
             reads = "whole documents" if length is None else f"first {length} tokens"
+            # the same folds as the systems
+            correct = np.concatenate([bag_of_words_correct(fold, self.tokenizer, length) for fold in self.folds])
             found.append(
                 {
                     "name": f"bag of words, {reads}",
                     "metric": "accuracy",
-                    "value": bag_of_words_baseline(self.task, self.tokenizer, length, **settings),
+                    "value": float(correct.mean()),
                     "detail": "TF-IDF and logistic regression on the same training documents",
                 }
             )
