@@ -192,7 +192,7 @@ def __getattr__(name: str) -> Any:
             if upstream is patcher.attention_class:
                 return converted_attention_class(upstream)
             if isinstance(upstream, type) and issubclass(upstream, PreTrainedModel):
-                return model_class_for(upstream)
+                return model_class_for(upstream)  # type: ignore[arg-type]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ __all__ = ["convert_model", "extend_positions", "revert_model"]
 VariantChoice = str | tuple[str, dict[str, Any]] | None
 ExtendMode = Literal["tile", "interpolate"]
 _ORIGINAL_POSITIONS = "_linear_attn_original_positions"
+_ORIGINAL_IMPLEMENTATION = "_linear_attn_original_implementation"
 
 
 def convert_model(
@@ -76,12 +78,14 @@ def convert_model(
         _extend_table(model, max_length, extend)
         if extend == "interpolate":
             setattr(model, _ORIGINAL_POSITIONS, upstream_table)
+    setattr(model, _ORIGINAL_IMPLEMENTATION, upstream_config._attn_implementation)
     attach(model, config, built)
     try:
         errors = _calibrate(model, batches) if batches is not None else None
     except Exception:
         detach(model, upstream_config)
         _restore_table(model, upstream_table)
+        _forget(model)
         raise
     setattr(model, REPORT_ATTRIBUTE, describe(model, errors))
     return model
@@ -101,14 +105,14 @@ def revert_model(model: PreTrainedModel, *, keep_positions: bool = False) -> Pre
         raise ValueError(f"revert_model takes a converted model; {type(model).__name__} was not converted.")
     spec = LinearAttentionConfig.from_dict(model.config.linear_attn)
     patcher = get_patcher(model.config.base_model_type)
-    config = _upstream_config(model.config)
+    config = _upstream_config(model.config, getattr(model, _ORIGINAL_IMPLEMENTATION, None))
     shrink = spec.positions is not None and not keep_positions
     table = None
     if shrink:
         table = _original_table(model, spec.positions)  # type: ignore[arg-type]
         patcher.set_max_length(config, spec.positions.original_max_length)  # type: ignore[union-attr]
     detach(model, config)  # type: ignore[arg-type]
-    model.__dict__.pop(_ORIGINAL_POSITIONS, None)
+    _forget(model)
     if table is not None:
         _restore_table(model, table)
     return model
@@ -179,7 +183,7 @@ def _resolve(
         choices = dict(variant)
     else:
         raise TypeError(f"variant must be a name or a mapping from layer index, got {type(variant).__name__}.")
-    bad = [index for index in choices if not isinstance(index, int) or not 0 <= index < num_layers]
+    bad = [index for index in choices if not (isinstance(index, Integral) and 0 <= int(index) < num_layers)]
     if bad:
         raise ValueError(f"Layer(s) {bad} do not exist: the model has layers 0 to {num_layers - 1}.")
     resolved: list[LayerConfig | None] = [None] * num_layers
@@ -188,7 +192,7 @@ def _resolve(
             continue
         key, layer_options = (choice, options) if isinstance(choice, str) else choice
         _check_side(model, key)
-        resolved[index] = LayerConfig(key, dict(layer_options))
+        resolved[int(index)] = LayerConfig(key, dict(layer_options))
     if not any(resolved):
         raise ValueError("No layer is converted: name at least one layer with a variant.")
     return LinearAttentionConfig(layers=tuple(resolved))
@@ -242,12 +246,18 @@ def _converted_config(config: PreTrainedConfig, spec: LinearAttentionConfig) -> 
     return new
 
 
-def _upstream_config(config: Any) -> PreTrainedConfig:
+def _upstream_config(config: Any, implementation: str | None) -> PreTrainedConfig:
+    """The upstream config; softmax runs as before the conversion, or as Transformers prefers after a reload."""
     drop = ("model_type", "architectures", "linear_attn", "attn_implementation", "auto_map")
     fields = {name: value for name, value in config.to_dict().items() if name not in drop}
-    new = get_patcher(config.base_model_type).config_class(**fields, attn_implementation="sdpa")
+    new = get_patcher(config.base_model_type).config_class(**fields, attn_implementation=implementation or "sdpa")
     new.name_or_path = config.name_or_path
     return new
+
+
+def _forget(model: PreTrainedModel) -> None:
+    for name in (_ORIGINAL_POSITIONS, _ORIGINAL_IMPLEMENTATION):
+        model.__dict__.pop(name, None)
 
 
 def _position_weight(model: PreTrainedModel) -> torch.Tensor:

@@ -37,6 +37,7 @@ def snapshot(model: nn.Module) -> tuple[type, dict[str, torch.Tensor], dict, lis
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
         copy.deepcopy(model.config.to_dict()),
         [type(module) for module in model.modules()],
+        {name for name in vars(model) if not name.startswith("_output_capturing")},
     )
 
 
@@ -44,7 +45,7 @@ def assert_unchanged(model: nn.Module, before: tuple) -> None:
     after = snapshot(model)
     assert after[0] is before[0]
     assert after[2] == before[2]
-    assert after[3] == before[3]
+    assert after[3:] == before[3:]
     assert after[1].keys() == before[1].keys()
     assert all(torch.equal(after[1][name], before[1][name]) for name in before[1])
 
@@ -170,6 +171,15 @@ def test_a_shared_config_object_is_not_corrupted() -> None:
     assert right.config is config
     assert type(config) is BertConfig
     assert_bit_equal(outputs_of(right, batch), before)
+
+
+def test_reverting_restores_the_implementation_that_was_chosen() -> None:
+    model = base_model("bert")
+    model.set_attn_implementation("eager")
+    eager = outputs_of(model, token_batch())
+    revert_model(convert_model(model, "linear"))
+    assert model.config._attn_implementation == "eager"
+    assert_bit_equal(outputs_of(model, token_batch()), eager)
 
 
 def test_train_mode_and_requires_grad_survive() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def measure_costs(
         repeats: timed rounds; medians are kept.
 
     Returns:
-        `{"machine", "model", "forward": [...], "memory": [...]}` with seconds and 10^6 bytes; `ratio` is SDPA's time
+        `{"machine", "threads", "torch", "model", "forward": [...], "memory": [...]}` with seconds and 10^6 bytes; `ratio` is SDPA's time
         over the variant's: above 1 the variant is faster.
     """
     models = {"sdpa": extend_positions(AutoModel.from_pretrained(resolve_model(model)), max(lengths))}
@@ -55,8 +56,9 @@ def measure_costs(
         if r.ratio is not None
     ]
     return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        f", torch {torch.__version__}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "model": model,
         "forward": forward,
         "memory": [row for key, options in variants for row in _memory(key, options, memory_lengths)],
@@ -72,7 +74,7 @@ def _memory(key: str, options: dict[str, Any], lengths: Sequence[int]) -> list[d
         ids = torch.randint(1000, 20000, (1, length))
         with torch.no_grad():
             encoder(input_ids=ids[:, :64])
-            peak = peak_memory(lambda ids=ids: encoder(input_ids=ids))
+            peak = peak_memory(partial(encoder, input_ids=ids))
         rows.append({"name": _name(key, options), "length": length, "peak_mb": round(peak.megabytes, 1)})
     return rows
 
