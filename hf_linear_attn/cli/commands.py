@@ -172,8 +172,9 @@ def _run_comparison(recipe: Recipe, variants: list[str] | None, title: str) -> N
     for note in (comparison.results["task"]["note"], *comparison.results["notes"]):
         if note:
             typer.echo(note)
-    typer.echo(f"Page: {comparison.paths.html}")
-    typer.echo(f"Picture: {comparison.paths.png}")
+    if comparison.paths is not None:
+        typer.echo(f"Page: {comparison.paths.html}")
+        typer.echo(f"Picture: {comparison.paths.png}")
     if comparison.failed:
         raise typer.Exit(code=1)
 

@@ -15,16 +15,21 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from datasets import concatenate_datasets
-from sklearn.model_selection import StratifiedGroupKFold
 
 from hf_linear_attn.data import bag_of_words_correct
-from hf_linear_attn.data.task import DocumentTask
 from hf_linear_attn.evaluation.bootstrap import bootstrap_statistic
 from hf_linear_attn.evaluation.metrics import macro_f1
 from hf_linear_attn.evaluation.profile import forward_time_against_length
 from hf_linear_attn.evaluation.report import ReportPaths, write_report
-from hf_linear_attn.registry import get_patcher, get_variant
+from hf_linear_attn.evaluation.systems import (
+    PlannedBar,
+    System,
+    make_folds,
+    parse_variants,
+    spell_options,
+    with_recipe_options,
+)
+from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.training.prefix import FrozenPrefix
 from hf_linear_attn.training.recipe import Recipe
 from hf_linear_attn.training.setup import (
@@ -37,7 +42,7 @@ from hf_linear_attn.training.setup import (
 )
 from hf_linear_attn.training.trainer import TrainResult, train, work
 
-__all__ = ["BASELINE", "Comparison", "compare", "parse_variants"]
+__all__ = ["BASELINE", "Comparison", "compare"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +51,6 @@ _SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda predictions, references: float(np.mean(predictions == references)),
     "macro_f1": macro_f1,
 }
-
-
-@dataclass(frozen=True)
-class _System:
-    """One row of the comparison: its name and the recipe that trains it."""
-
-    name: str
-    recipe: Recipe
-    variant: str
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,28 +66,6 @@ class Comparison:
     results: dict[str, Any]
     paths: ReportPaths | None
     failed: dict[str, str] = field(default_factory=dict)
-
-
-def parse_variants(entries: Sequence[Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Variants as a recipe or a caller writes them: `"linear"`, `("linear", {...})` or `{"linear": {...}}`.
-
-    Raises:
-        ValueError: for another form, an unknown variant or an unknown option.
-    """
-    parsed = []
-    for entry in entries:
-        if isinstance(entry, str):
-            key, options = entry, {}
-        elif isinstance(entry, dict) and len(entry) == 1:
-            key, options = next(iter(entry.items()))
-        elif isinstance(entry, (tuple, list)) and len(entry) == 2:
-            key, options = entry
-        else:
-            raise ValueError(f"A variant is 'key', {{key: options}} or (key, options); got {entry!r}")
-        options = dict(options or {})
-        get_variant(key).config_class.from_dict(options)  # type: ignore[attr-defined]
-        parsed.append((key, options))
-    return parsed
 
 
 def compare(
@@ -111,8 +84,8 @@ def compare(
 
     Args:
         recipe: `conversion` gives layers, extension and calibration (and options, for its own variant).
-        variants: see `parse_variants`; the recipe's `evaluation.variants` when None. A variant named without
-            options takes those that the recipe gives it.
+        variants: see `hf_linear_attn.evaluation.systems.parse_variants`; the recipe's `evaluation.variants` when
+            None. A variant named without options takes those that the recipe gives it.
         title: of the report.
         command: what to write down as the command that made it.
         show_progress: one bar over everything, on the main process.
@@ -128,7 +101,7 @@ def compare(
         if metric not in _SCORES:
             raise ValueError(f"compare takes the metrics {', '.join(_SCORES)}; got {metric!r}")
     own = parse_variants(recipe.evaluation.variants)
-    parsed = own if variants is None else _with_recipe_options(parse_variants(variants), own)
+    parsed = own if variants is None else with_recipe_options(parse_variants(variants), own)
     return _Comparison(recipe, parsed, title, command, show_progress).run()
 
 
@@ -157,11 +130,11 @@ class _Comparison:
         self.max_length = recipe.training.max_length or own_limit
         self.systems = self._systems(variants, min(own_limit, self.max_length))
         with quiet_libraries():
-            self.folds = _folds(self.task, recipe.data.folds, recipe.data.seed)
+            self.folds = make_folds(self.task, recipe.data.folds, recipe.data.seed)
         self.document_tokens = self._document_tokens()
         self.failed: dict[str, str] = {}
 
-    def _systems(self, variants: list[tuple[str, dict[str, Any]]], truncated: int) -> list[_System]:
+    def _systems(self, variants: list[tuple[str, dict[str, Any]]], truncated: int) -> list[System]:
         base = self.recipe.conversion
         keep = {} if base is None else {"layers": base.layers, "extend": base.extend}
         plans: list[tuple[str, str, dict[str, Any], int, dict[str, Any] | None]] = [
@@ -173,20 +146,20 @@ class _Comparison:
         for key, options in variants:
             if not options and base is not None and base.variant == key:
                 options = base.options
-            name = key if key not in names or not options else f"{key} {_spelled(options)}"
+            name = key if key not in names or not options else f"{key} {spell_options(options)}"
             if name in names:
                 raise ValueError(f"The variant {name} is asked for twice")
             names.add(name)
             calibration = 0 if base is None else base.calibration_documents
-            conversion = {"variant": key, "options": options, "calibration_documents": calibration, **keep}
-            plans.append((name, key, options, self.max_length, conversion))
+            own: dict[str, Any] = {"variant": key, "options": options, "calibration_documents": calibration, **keep}
+            plans.append((name, key, options, self.max_length, own))
         systems = []
         for name, variant, options, length, conversion in plans:
             data = self.recipe.to_dict()
             data["conversion"] = conversion
             folder = name.replace(" ", "_")
             data["training"].update(max_length=length, output_dir=str(self.output_dir / folder), resume_from=None)
-            systems.append(_System(name, Recipe.from_dict(data), variant, options))
+            systems.append(System(name, Recipe.from_dict(data), variant, options))
         return systems
 
     def _document_tokens(self) -> list[int]:
@@ -231,7 +204,7 @@ class _Comparison:
 
     # One system --------------------------------------------------------------------------------------------------
 
-    def _run_folds(self, system: _System, advance: Callable[[str, int], None]) -> list[TrainResult]:
+    def _run_folds(self, system: System, advance: Callable[[str, int], None]) -> list[TrainResult]:
         conversion = system.recipe.conversion
         calibrated = conversion is not None and conversion.calibration_documents > 0
         shared = self._new_prefix(system) if not calibrated else None
@@ -248,14 +221,14 @@ class _Comparison:
         return outcomes
 
     @staticmethod
-    def _new_prefix(system: _System) -> FrozenPrefix | None:
+    def _new_prefix(system: System) -> FrozenPrefix | None:
         options = system.recipe.training
         if not options.cache_frozen_layers:
             return None
         return FrozenPrefix(prefix_dtype(options.mixed_precision))
 
     def _row(
-        self, system: _System, outcomes: list[TrainResult], baseline: np.ndarray | None
+        self, system: System, outcomes: list[TrainResult], baseline: np.ndarray | None
     ) -> tuple[dict[str, Any], np.ndarray]:
         """The row, and the predictions `[N]` that a later row is paired with."""
         evaluation = self.recipe.evaluation
@@ -284,7 +257,7 @@ class _Comparison:
         row = {
             "name": system.name,
             "variant": system.variant,
-            "options": _full_options(system),
+            "options": system.full_options(),
             "max_length": first.max_length,
             "quality": quality,
             "difference_to_baseline": difference,
@@ -404,7 +377,7 @@ class _Comparison:
         return found
 
     @contextmanager
-    def _bar(self) -> Iterator[_Bar]:
+    def _bar(self) -> Iterator[PlannedBar]:
         from tqdm.auto import tqdm
 
         plan = {system.name: self._planned(system) for system in self.systems}
@@ -419,9 +392,9 @@ class _Comparison:
         disable = not (self.main and self.show_progress)
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
         with tqdm(total=sum(plan.values()), bar_format=form, disable=disable) as bar:
-            yield _Bar(bar, plan)
+            yield PlannedBar(bar, plan)
 
-    def _planned(self, system: _System) -> int:
+    def _planned(self, system: System) -> int:
         """Work of a system in tokens x layers, see `work`."""
         options = system.recipe.training
         tokens = {
@@ -440,65 +413,6 @@ class _Comparison:
             if last is not None and number:  # frozen layers ran in the first fold
                 total -= sum((*train_set, *test_set)) * (self.layers - max(last, 1))
         return total
-
-
-class _Bar:
-    """One progress bar over systems whose shares are planned; each system ends where its plan does."""
-
-    def __init__(self, bar: Any, plan: dict[str, int]) -> None:
-        self._bar, self._plan, self._done, self._inside = bar, plan, 0, 0
-
-    def start(self, name: str) -> None:
-        """Name the system that runs now."""
-        self._inside = 0
-        self._bar.set_description_str(f"{name:20s}")
-
-    def advance(self, phase: str, amount: int) -> None:
-        """`amount` more tokens x layers are done on each process."""
-        self._inside += amount * PartialState().num_processes
-        self._move(self._done + self._inside)
-
-    def finish(self, name: str) -> None:
-        """Jump to the end of the system's share."""
-        self._done += self._plan[name]
-        self._move(self._done)
-
-    def _move(self, place: int) -> None:
-        self._bar.update(min(place, self._bar.total or place) - self._bar.n)
-
-
-def _folds(task: DocumentTask, folds: int, seed: int) -> list[DocumentTask]:
-    """The task itself, or one task per fold; documents are numbered through both parts."""
-    count = len(task.train)
-    numbers = list(range(count + len(task.test)))
-    train_set = task.train.add_column("document", numbers[:count])
-    test_set = task.test.add_column("document", numbers[count:])
-    if not folds:
-        return [replace(task, train=train_set, test=test_set)]
-    both = concatenate_datasets([train_set, test_set])
-    # Stratified: without it a fold may hold most of a label's groups, and what is left to learn it from is too little.
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    splits = splitter.split(numbers, both["label"], groups=list(both["group"]))
-    return [replace(task, train=both.select(train), test=both.select(test)) for train, test in splits]
-
-
-def _with_recipe_options(
-    asked: list[tuple[str, dict[str, Any]]], own: list[tuple[str, dict[str, Any]]]
-) -> list[tuple[str, dict[str, Any]]]:
-    defaults: dict[str, dict[str, Any]] = {}
-    for key, options in own:
-        defaults.setdefault(key, options)
-    return [(key, options or defaults.get(key, {})) for key, options in asked]
-
-
-def _spelled(options: dict[str, Any]) -> str:
-    return ",".join(f"{name}={value}" for name, value in options.items())
-
-
-def _full_options(system: _System) -> dict[str, Any]:
-    if system.recipe.conversion is None:
-        return {}
-    return get_variant(system.variant).config_class.from_dict(system.options).to_dict()  # type: ignore[attr-defined]
 
 
 def _device_name() -> str:

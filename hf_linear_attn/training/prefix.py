@@ -20,7 +20,7 @@ from hf_linear_attn.training.parts import transformer_layers
 __all__ = ["FrozenPrefix"]
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass at the first trained layer, carrying that layer's input."""
 
     def __init__(self, hidden_states: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
-MIXED_PRECISION = ("no", "bf16", "fp16")
+MIXED_PRECISION = ("no", "bf16", "fp16", "auto")
 TRAINABLE = ("all", "new", "head", "lora", "last_layers:<k>")
 
 
@@ -125,7 +125,7 @@ class TrainingRecipe:
         warmup_ratio: share of the steps over which the learning rate rises.
         scheduler: `linear`, `cosine`, `constant` or `constant_with_warmup`.
         max_grad_norm: gradients are clipped to this norm.
-        mixed_precision: `no`, `bf16` or `fp16`.
+        mixed_precision: `no`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it, else `no`.
         gradient_checkpointing: recompute activations in the backward pass.
         trainable: `all`; `new` (what the conversion added, and the head); `head`; `last_layers:<k>` (the last k
             layers and the head); `lora` (adapters, what the conversion added, and the head).
@@ -267,10 +267,16 @@ class Recipe:
         """Nested mappings of plain types."""
         return dataclasses.asdict(self)
 
-    def replace(self, **sections: dict[str, Any]) -> Recipe:
-        """A copy with some keys of some sections changed: `recipe.replace(training={"epochs": 1})`."""
+    def replace(self, **sections: dict[str, Any] | None) -> Recipe:
+        """A copy with some keys of some sections changed: `recipe.replace(training={"epochs": 1})`.
+
+        `epochs` takes the place of `max_steps` and the other way round.
+        """
         data = self.to_dict()
         for section, values in sections.items():
+            for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
+                if section == "training" and values and values.get(given) is not None and other not in values:
+                    values = {**values, other: None}
             data[section] = values if values is None else {**(data.get(section) or {}), **values}
         return Recipe.from_dict(data)
 
@@ -314,6 +320,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             raise ValueError(f"{where} must be a number, got {value!r}") from None
+    if hint is str and value is False:
+        return "no"  # YAML 1.1 reads a bare `no` as false; it is a choice of `mixed_precision`
     _check(
         isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
         f"{where} must be {hint.__name__}, got {value!r}",

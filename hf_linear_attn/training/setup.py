@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hf_linear_attn.convert import convert_model, extend_positions
 from hf_linear_attn.data import (
     LongDocumentCollator,
@@ -24,7 +26,16 @@ if TYPE_CHECKING:
     from hf_linear_attn.data.task import DocumentTask
     from hf_linear_attn.training.recipe import DataRecipe, Recipe
 
-__all__ = ["build_model", "build_tokenizer", "load_task", "prepare_documents", "quiet_libraries", "reuse_freed_memory"]
+__all__ = [
+    "build_model",
+    "build_tokenizer",
+    "load_task",
+    "prefix_dtype",
+    "prepare_documents",
+    "quiet_libraries",
+    "resolve_precision",
+    "reuse_freed_memory",
+]
 
 
 def load_task(recipe: DataRecipe) -> DocumentTask:
@@ -37,6 +48,22 @@ def load_task(recipe: DataRecipe) -> DocumentTask:
             max_test_documents=recipe.max_test_documents,
             **recipe.options,
         )
+
+
+def resolve_precision(name: str) -> str:
+    """`auto` becomes `bf16` on a device that has instructions for it, and `no` elsewhere: emulated, it is slower."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    # no public question exists for CPUs; a build of torch that cannot answer gets fp32
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if supported() else "no"
+
+
+def prefix_dtype(precision: str) -> torch.dtype:
+    """What the outputs of frozen layers are kept in: the precision of the run."""
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[resolve_precision(precision)]
 
 
 def build_tokenizer(recipe: Recipe) -> Any:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,15 @@ from hf_linear_attn.evaluation.profile import parameter_counts, track_peak_memor
 from hf_linear_attn.training.batching import LengthGroupedBatches
 from hf_linear_attn.training.parts import apply_trainable, freeze_dropout, optimizer_groups
 from hf_linear_attn.training.prefix import FrozenPrefix
-from hf_linear_attn.training.setup import build_model, build_tokenizer, load_task, prepare_documents, quiet_libraries
+from hf_linear_attn.training.setup import (
+    build_model,
+    build_tokenizer,
+    load_task,
+    prefix_dtype,
+    prepare_documents,
+    quiet_libraries,
+    resolve_precision,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,7 +139,7 @@ class _Run:
         # Accelerate keeps one state per process, and refuses another run's mixed precision
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
-            mixed_precision=options.mixed_precision,
+            mixed_precision=resolve_precision(options.mixed_precision),
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=options.tracker,
             project_config=ProjectConfiguration(
@@ -165,8 +173,7 @@ class _Run:
         self.last_layers = options.last_layers
         self.prefix: FrozenPrefix | None = None
         if options.cache_frozen_layers:
-            dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-            self.prefix = prefix if prefix is not None else FrozenPrefix(dtypes[options.mixed_precision])
+            self.prefix = prefix if prefix is not None else FrozenPrefix(prefix_dtype(options.mixed_precision))
             self.prefix.check(model, self.last_layers or 0)
 
         # Cut documents by their full text, so that every model sees the same batches whatever it reads of them.
@@ -353,7 +360,8 @@ class _Run:
 
     def _save_state(self, step: int, epoch: int, skip: int) -> None:
         folder = self.output_dir / "checkpoints" / f"step_{step}"
-        self.accelerator.save_state(str(folder))
+        with quiet_libraries():
+            self.accelerator.save_state(str(folder))
         if self.accelerator.is_main_process:
             place = {"step": step, "epoch": epoch, "batches_done_in_epoch": skip, "steps": self.steps}
             (folder / "place.json").write_text(json.dumps(place), encoding="utf-8")
@@ -424,7 +432,8 @@ def _check_processes(found: int) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != found:
         raise RuntimeError(
-            f"{launched} processes were launched, and Accelerate sees {found}. Without a GPU, set ACCELERATE_USE_CPU=true."
+            f"{launched} processes were launched, and Accelerate sees {found}. "
+            "Without a GPU, set ACCELERATE_USE_CPU=true."
         )
 
 

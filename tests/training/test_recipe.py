@@ -44,7 +44,7 @@ def test_missing_key_is_named() -> None:
         ("training", {"max_steps": 3}, "epochs or training.max_steps"),
         ("training", {"trainable": "last_layer"}, "last_layers:<k>"),
         ("training", {"trainable": "last_layers:0"}, "last_layers:<k>"),
-        ("training", {"mixed_precision": "fp8"}, "no', 'bf16', 'fp16"),
+        ("training", {"mixed_precision": "fp8"}, "'bf16', 'fp16', 'auto'"),
         ("training", {"scheduler": "step"}, "cosine"),
         ("training", {"task": "translation"}, "sequence_classification"),
         ("training", {"batch_size": 0}, "batch_size must be positive"),

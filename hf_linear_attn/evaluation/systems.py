@@ -1,0 +1,110 @@
+"""What a comparison consists of: its systems, its folds, and the bar over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate import PartialState
+from datasets import concatenate_datasets
+from sklearn.model_selection import StratifiedGroupKFold
+
+from hf_linear_attn.data.task import DocumentTask
+from hf_linear_attn.registry import get_variant
+from hf_linear_attn.training.recipe import Recipe
+
+__all__ = ["PlannedBar", "System", "make_folds", "parse_variants", "spell_options", "with_recipe_options"]
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the comparison: its name and the recipe that trains it."""
+
+    name: str
+    recipe: Recipe
+    variant: str
+    options: dict[str, Any]
+
+    def full_options(self) -> dict[str, Any]:
+        """The variant's options with the defaults written out; none for softmax attention."""
+        if self.recipe.conversion is None:
+            return {}
+        return get_variant(self.variant).config_class.from_dict(self.options).to_dict()  # type: ignore[attr-defined]
+
+
+def parse_variants(entries: Sequence[Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Variants as a recipe or a caller writes them: `"linear"`, `("linear", {...})` or `{"linear": {...}}`.
+
+    Raises:
+        ValueError: for another form, an unknown variant or an unknown option.
+    """
+    parsed: list[tuple[str, dict[str, Any]]] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            key, options = entry, None
+        elif isinstance(entry, dict) and len(entry) == 1:
+            key, options = next(iter(entry.items()))
+        elif isinstance(entry, (tuple, list)) and len(entry) == 2:
+            key, options = entry
+        else:
+            raise ValueError(f"A variant is 'key', {{key: options}} or (key, options); got {entry!r}")
+        chosen: dict[str, Any] = dict(options or {})
+        get_variant(key).config_class.from_dict(chosen)  # type: ignore[attr-defined]
+        parsed.append((key, chosen))
+    return parsed
+
+
+def with_recipe_options(
+    asked: list[tuple[str, dict[str, Any]]], own: list[tuple[str, dict[str, Any]]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Give variants that were asked for without options those of `own`."""
+    defaults: dict[str, dict[str, Any]] = {}
+    for key, options in own:
+        defaults.setdefault(key, options)
+    return [(key, options or defaults.get(key, {})) for key, options in asked]
+
+
+def spell_options(options: dict[str, Any]) -> str:
+    """Options as part of a name: `window_size=64`."""
+    return ",".join(f"{name}={value}" for name, value in options.items())
+
+
+def make_folds(task: DocumentTask, folds: int, seed: int) -> list[DocumentTask]:
+    """The task itself, or one task per fold; documents are numbered through both parts."""
+    count = len(task.train)
+    numbers = list(range(count + len(task.test)))
+    train_set = task.train.add_column("document", numbers[:count])
+    test_set = task.test.add_column("document", numbers[count:])
+    if not folds:
+        return [replace(task, train=train_set, test=test_set)]
+    both = concatenate_datasets([train_set, test_set])
+    # Stratified: without it a fold may hold most of a label's groups, and what is left to learn it from is too little.
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    splits = splitter.split(numbers, both["label"], groups=list(both["group"]))
+    return [replace(task, train=both.select(train), test=both.select(test)) for train, test in splits]
+
+
+class PlannedBar:
+    """One progress bar over systems whose shares are planned; each system ends where its plan does."""
+
+    def __init__(self, bar: Any, plan: dict[str, int]) -> None:
+        self._bar, self._plan, self._done, self._inside = bar, plan, 0, 0
+
+    def start(self, name: str) -> None:
+        """Name the system that runs now."""
+        self._inside = 0
+        self._bar.set_description_str(f"{name:20s}")
+
+    def advance(self, phase: str, amount: int) -> None:
+        """`amount` more tokens x layers are done on each process."""
+        self._inside += amount * PartialState().num_processes
+        self._move(self._done + self._inside)
+
+    def finish(self, name: str) -> None:
+        """Jump to the end of the system's share."""
+        self._done += self._plan[name]
+        self._move(self._done)
+
+    def _move(self, place: int) -> None:
+        self._bar.update(min(place, self._bar.total or place) - self._bar.n)
