@@ -20,6 +20,7 @@ from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "recipes" / "results"
+COSTS = ROOT / "recipes" / "bench" / "results"
 TIMES = ROOT / ".ci" / "times.json"
 STATES = {"constant": "constant size", "window": "a window of keys", "kv": "all keys", "none": "-"}
 LIMIT_LENGTH = 128  # the length at which the table writes out an exact limit
@@ -152,6 +153,31 @@ def results() -> str:
     return "\n\n".join(map(result, paths)) if paths else "`make demo` measures them on your machine."
 
 
+def costs() -> str:
+    """Every file that `python -m hf_linear_attn.evaluation.costs` wrote."""
+    return "\n\n".join(cost(path) for path in sorted(COSTS.glob("*.json")))
+
+
+def cost(path: Path) -> str:
+    """One machine: how much faster than SDPA a whole model is at each length, and the memory of a forward."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lengths = list(dict.fromkeys(row["length"] for row in data["forward"]))
+    sizes = list(dict.fromkeys(row["length"] for row in data["memory"]))
+    forward = {(row["name"], row["length"]): row for row in data["forward"]}
+    memory = {(row["name"], row["length"]): row["peak_mb"] for row in data["memory"]}
+    header = ["model", *(f"{n:,} tokens" for n in lengths), *(f"peak MB at {n:,}" for n in sizes)]
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in data["forward"]):
+        cells = [f"{forward[name, n]['seconds']:.3f} s ({forward[name, n]['ratio']:.2f}x)" for n in lengths]
+        rows.append([name, *cells, *(number(memory.get((name, n)), 0) for n in sizes)])
+    about = (
+        f"{data['machine']}, {data['threads']} thread(s), torch {data['torch']}. Forward time of one document through "
+        f"`{data['model']}`, the models taking turns (median; x: SDPA's time over the model's), and the peak memory of "
+        "a forward of a base-size encoder (12 layers, 768 wide) beyond its weights."
+    )
+    return f"{about}\n\n{table(header, rows)}"
+
+
 def times() -> str:
     """What .ci/time.py measured."""
     measured = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() else {}
@@ -166,6 +192,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "options": options,
     "families": families,
     "results": results,
+    "costs": costs,
     "times": times,
 }
 

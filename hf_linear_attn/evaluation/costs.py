@@ -35,14 +35,14 @@ def measure_costs(
 
     Args:
         model: Hub id, folder or bundled name of an encoder.
-        variants: (key, options) pairs; an option of None means the default.
+        variants: (key, options) pairs.
         lengths: tokens of a sequence, for the times.
         memory_lengths: tokens of a sequence, for the memory.
         repeats: timed rounds; medians are kept.
 
     Returns:
-        `{"machine", "threads", "torch", "model", "forward": [...], "memory": [...]}` with seconds and 10^6 bytes; `ratio` is SDPA's time
-        over the variant's: above 1 the variant is faster.
+        `{"machine", "threads", "torch", "model", "forward": [...], "memory": [...]}` with seconds and 10^6 bytes;
+        `ratio` is SDPA's time over the variant's: above 1 the variant is faster.
     """
     models = {"sdpa": extend_positions(AutoModel.from_pretrained(resolve_model(model)), max(lengths))}
     for key, options in variants:
