@@ -82,7 +82,7 @@ def convert_model(
     attach(model, config, built)
     try:
         errors = _calibrate(model, batches) if batches is not None else None
-    except Exception:
+    except BaseException:  # an interrupt as well: nothing is left half converted
         detach(model, upstream_config)
         _restore_table(model, upstream_table)
         _forget(model)

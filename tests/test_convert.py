@@ -19,6 +19,7 @@ from tests.tiny import (
     causal_lm,
     head_classes,
     inputs_for,
+    is_causal,
     outputs_of,
     pairs,
     small_options,
@@ -428,3 +429,18 @@ def test_dropout_is_announced_once() -> None:
     finally:
         logger.removeHandler(handler)
     assert [message for message in messages if "dropout (0.37)" in message] == messages[:1] != []
+
+
+@pytest.mark.parametrize(("family", "cls"), HEADS, ids=HEAD_IDS)
+def test_calibration_and_global_tokens_reach_the_layers_of_every_head(family: str, cls: type) -> None:
+    model = build(cls, tiny_config(family))
+    batch = inputs_for(model, token_batch())
+    labelled = {**batch, "labels": torch.zeros(2, dtype=torch.long)}
+    convert_model(model, "longformer", window_size=4, num_global_tokens=1, calibration=[labelled])
+    assert all(row.output_error is not None for row in model.conversion_report.rows)
+    chosen = torch.zeros_like(batch["input_ids"])
+    chosen[..., 3] = 1
+    extra = {"use_cache": False} if is_causal(family) else {}
+    with torch.no_grad():
+        default, moved = model(**batch, **extra)[0], model(**batch, **extra, global_attention_mask=chosen)[0]
+    assert not torch.allclose(default, moved, atol=1e-5)
