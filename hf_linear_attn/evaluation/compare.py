@@ -128,6 +128,7 @@ class _Comparison:
         # fails before anything is trained where the family is not known
         get_patcher(probe.config.model_type)
         self.max_length = recipe.training.max_length or own_limit
+        self.position_parameters = max(self.max_length - own_limit, 0) * probe.config.hidden_size
         self.systems = self._systems(variants, min(own_limit, self.max_length))
         with quiet_libraries():
             self.folds = make_folds(self.task, recipe.data.folds, recipe.data.seed)
@@ -321,6 +322,11 @@ class _Comparison:
             "Intervals are bootstrap intervals over groups of documents that belong together "
             f"({len({group for fold in self.folds for group in fold.test['group']})} groups)."
         )
+        if self.position_parameters:
+            notes.append(
+                "Parameters added are those of the conversion; the longer position table adds another "
+                f"{self.position_parameters:,} to every system that reads {self.max_length:,} tokens."
+            )
         if recipe.evaluation.forward_lengths:
             notes.append("Forward times are of one document in fp32, the models taking turns.")
         versions = {"torch": torch.__version__, "transformers": __import__("transformers").__version__}
