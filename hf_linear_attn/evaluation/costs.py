@@ -44,10 +44,12 @@ def measure_costs(
         `{"machine", "threads", "torch", "model", "forward": [...], "memory": [...]}` with seconds and 10^6 bytes;
         `ratio` is SDPA's time over the variant's: above 1 the variant is faster.
     """
-    models = {"sdpa": extend_positions(AutoModel.from_pretrained(resolve_model(model)), max(lengths))}
+    sdpa = AutoModel.from_pretrained(resolve_model(model))
+    limit = max(*lengths, sdpa.config.max_position_embeddings)
+    models = {"sdpa": extend_positions(sdpa, limit)}
     for key, options in variants:
         models[_name(key, options)] = convert_model(
-            AutoModel.from_pretrained(resolve_model(model)), key, max_length=max(lengths), **options
+            AutoModel.from_pretrained(resolve_model(model)), key, max_length=limit, **options
         )
     rows = forward_time_against_length(models, lengths, repeats=repeats)
     forward = [
@@ -68,7 +70,8 @@ def measure_costs(
 def _memory(key: str, options: dict[str, Any], lengths: Sequence[int]) -> list[dict[str, Any]]:
     """Peak of one forward of a base-size encoder (12 layers, 768 wide) beyond its weights, at each length."""
     torch.manual_seed(0)
-    encoder = convert_model(BertModel(BertConfig()).eval(), key, max_length=max(lengths), **options)
+    config = BertConfig(max_position_embeddings=max(lengths))
+    encoder = convert_model(BertModel(config).eval(), key, **options)
     rows = []
     for length in lengths:
         ids = torch.randint(1000, 20000, (1, length))

@@ -1,0 +1,75 @@
+"""Conversions are worth having: memory grows with the length, and whole models are faster than SDPA on long inputs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from hf_linear_attn import convert_model, get_variant, list_variants
+from hf_linear_attn.evaluation.profile import forward_time_against_length, peak_memory
+
+pytestmark = pytest.mark.slow
+
+LINEAR = [name for name in list_variants(encoder=True) if get_variant(name).linear_cost]
+
+
+@pytest.mark.parametrize("variant", LINEAR)
+def test_memory_of_a_base_size_encoder_grows_with_the_length(variant: str) -> None:
+    """Two layers stand for twelve: without gradients a layer's memory is free before the next one starts."""
+    torch.manual_seed(0)
+    config = BertConfig(num_hidden_layers=2)
+    model = convert_model(BertModel(config).eval(), variant, max_length=16384)
+    peaks = {}
+    with torch.no_grad():
+        for length in (8192, 16384):
+            ids = torch.randint(1000, 20000, (1, length))
+            model(input_ids=ids[:, :64])
+            peaks[length] = peak_memory(lambda ids=ids: model(input_ids=ids)).megabytes
+    assert 0 < peaks[16384] < 1500
+    assert peaks[16384] / peaks[8192] < 2.2
+
+
+# (options, the length from which on a MiniLM-size model must be faster; asked at twice that, where a busy machine
+# does not turn the answer round)
+CROSSOVERS: dict[str, tuple[dict[str, Any], int]] = {
+    "linear": ({}, 1024),
+    "performer": ({}, 1024),
+    "longformer": ({"window_size": 128}, 2048),
+}
+
+
+def test_converted_models_are_faster_than_sdpa_on_long_inputs() -> None:
+    config = BertConfig(
+        hidden_size=384,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_hidden_layers=2,
+        max_position_embeddings=4096,
+    )
+    models = {"sdpa": BertModel(config)}
+    for variant, (options, _) in CROSSOVERS.items():
+        models[variant] = convert_model(BertModel(config), variant, **options)
+    lengths = sorted({2 * length for _, length in CROSSOVERS.values()})
+    rows = forward_time_against_length(models, lengths, repeats=5)
+    ratios = {(row.name, row.length): row.ratio for row in rows}
+    slow = {name: ratios[name, 2 * n] for name, (_, n) in CROSSOVERS.items() if not ratios[name, 2 * n] < 1.0}
+    assert slow == {}
+
+
+def test_the_command_writes_a_results_file(tmp_path: Path) -> None:
+    output = tmp_path / "costs.json"
+    arguments = ["--variants", "linear", "longformer:window_size=32", "--lengths", "64", "--memory-lengths", "128"]
+    command = [sys.executable, "-m", "hf_linear_attn.evaluation.costs", str(output), *arguments, "--repeats", "1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    costs = json.loads(output.read_text())
+    names = ["sdpa", "linear", "longformer window_size=32"]
+    assert [row["name"] for row in costs["forward"]] == names
+    assert [row["name"] for row in costs["memory"]] == names[1:]
+    assert all(row["seconds"] > 0 for row in costs["forward"])
