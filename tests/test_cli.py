@@ -21,6 +21,12 @@ COMMANDS = ["list", "convert", "train", "compare", "demo"]
 runner = CliRunner(env={"COLUMNS": "200"})
 
 
+@pytest.fixture(autouse=True)
+def _allocator_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line tunes malloc for its whole process; here that is the process of other tests as well."""
+    monkeypatch.setattr("hf_linear_attn.training.setup.reuse_freed_memory", lambda: None)
+
+
 def examples(command: str) -> list[str]:
     help_text = runner.invoke(app, [command, "--help"]).output
     return re.findall(r"^\W*(hf-linear-attn [a-z].*?)\s*│?$", help_text, flags=re.MULTILINE)
