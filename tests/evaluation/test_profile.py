@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from hf_linear_attn.evaluation import profile
 from hf_linear_attn.evaluation.profile import (
     forward_time_against_length,
     longest_input,
