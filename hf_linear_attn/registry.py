@@ -49,7 +49,9 @@ class VariantSpec:
         test_options: option sets under which the contract is run besides the defaults; the first one makes short
             inputs exercise the method (a window that does not cover them, say). Lists in them are for
             4 heads and 2 layers; a set that one side refuses with `ValueError` is run on the other only.
-        linear_cost: whether it claims never to hold a tensor with two dimensions of sequence length.
+        linear_cost: whether it claims never to hold a tensor with two dimensions of sequence length; a function of
+            the options where they decide.
+        quadratic: what of it takes time quadratic in the length, for the table of methods: options, or "always".
     """
 
     key: str
@@ -65,7 +67,14 @@ class VariantSpec:
     exact_limit: Callable[[int, bool], dict[str, Any]] | None = None
     uses_global_mask: bool = False
     test_options: tuple[dict[str, Any], ...] = ()
-    linear_cost: bool = True
+    linear_cost: bool | Callable[[Any], bool] = True
+    quadratic: str = ""
+
+    def claims_linear_cost(self, options: dict[str, Any]) -> bool:
+        """`linear_cost` under these options."""
+        if callable(self.linear_cost):
+            return self.linear_cost(self.config_class.from_dict(options))  # type: ignore[attr-defined]
+        return self.linear_cost
 
 
 class Registry(Generic[T]):

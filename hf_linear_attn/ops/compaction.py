@@ -12,7 +12,16 @@ import torch
 
 from hf_linear_attn.ops.masking import invert_permutation, pads_first_permutation, safe_masked_fill
 
-__all__ = ["CompactedCall", "GlobalTokens", "compact", "first_tokens", "marked_tokens", "take_tokens"]
+__all__ = [
+    "CompactedCall",
+    "GlobalTokens",
+    "compact",
+    "first_tokens",
+    "init_kv_state",
+    "kv_state_after",
+    "marked_tokens",
+    "take_tokens",
+]
 
 
 def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -100,6 +109,27 @@ def compact(
         k, v = take_tokens(k, order), take_tokens(v, order)
     rank = torch.arange(k.shape[2], device=device) - k.shape[2] + (count + new)[:, None]
     return CompactedCall(q, k, v, perm, query_real, count, rank)
+
+
+def init_kv_state(
+    batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The decode state of a variant that keeps every key and value: none of them yet.
+
+    Pass `(state["key"], state["value"], state["count"])` to `compact` as the past.
+    """
+    shape = (batch_size, num_heads, 0, head_dim)
+    return {
+        "key": torch.zeros(shape, dtype=dtype, device=device),
+        "value": torch.zeros(shape, dtype=dtype, device=device),
+        "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+    }
+
+
+def kv_state_after(call: CompactedCall) -> dict[str, torch.Tensor]:
+    """The state of `init_kv_state` after a call: all keys and values so far, padding in front, and their count."""
+    batch = call.k.shape[0]
+    return {"key": call.k, "value": call.v, "count": (call.rank[:, -1] + 1).expand(batch).contiguous()}
 
 
 @dataclass

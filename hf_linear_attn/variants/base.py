@@ -61,6 +61,7 @@ class LayerContext:
         head_dim: width of a head.
         max_length: longest sequence the model's position table allows (tokens).
         is_causal: whether the layer is causal (decoder) or bidirectional (encoder).
+        rotary: whether queries and keys arrive with rotary embeddings, which a projection of hidden_states lacks.
     """
 
     layer_idx: int
@@ -70,6 +71,7 @@ class LayerContext:
     head_dim: int
     max_length: int
     is_causal: bool
+    rotary: bool = False
 
 
 @dataclass
@@ -125,6 +127,22 @@ class AttentionVariant(nn.Module):
 
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose the data-dependent start from real inputs of this layer (detached, no state)."""
+
+    def regression_loss(self, inputs: AttentionInputs, target: torch.Tensor) -> torch.Tensor:
+        """What the per-layer regression minimises over this variant's parameters: here the output's relative error.
+
+        Args:
+            inputs: real inputs of this layer (detached, no state).
+            target: softmax attention's output `[B, H, Tq, D]`.
+
+        Returns:
+            a scalar.
+        """
+        output = self(inputs)[0].to(target.dtype)
+        if inputs.key_padding is not None:
+            real = inputs.key_padding[:, None, :, None]
+            output, target = output.masked_fill(~real, 0), target.masked_fill(~real, 0)
+        return (output - target).square().sum() / target.square().sum().clamp(min=1e-12)
 
     def shared_parameters(self) -> tuple[str, ...]:
         """Names of the parameters that all layers of this variant share (tied to the first such layer's)."""
