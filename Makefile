@@ -21,10 +21,10 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality style notebook readme clean
+.PHONY: help install demo test test-conformance quality style notebook readme clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP)-package ## the package in .venv, nothing else
 
@@ -33,8 +33,11 @@ demo: $(STAMP)-demo $(STAMP)-weights ## convert, fine-tune and compare on long d
 
 # One thread per worker: the workers share the cores, and results do not depend on the thread count.
 test: $(STAMP)-dev $(STAMP)-weights ## the test-suite and the notebooks
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu" \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu and not conformance" \
 		--nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
+
+test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance $(ARGS)
 
 quality: $(STAMP)-dev ## lint, format, types, import floors, shape of the repository; changes nothing
 	$(PY) -m ruff check .
@@ -72,7 +75,7 @@ $(STAMP)-package: $(STAMP)-torch pyproject.toml
 	@$(PIP) install -e .
 	@touch $@
 
-$(STAMP)-demo $(STAMP)-dev: $(STAMP)-%: $(STAMP)-torch pyproject.toml
+$(STAMP)-demo $(STAMP)-dev $(STAMP)-conformance: $(STAMP)-%: $(STAMP)-torch pyproject.toml
 	@echo "Installing hf-linear-attn[$*]"
 	@$(PIP) install -e '.[$*]'
 	@touch $@

@@ -353,7 +353,7 @@ def exact_limit(subject: Subject) -> None:
                 assert_close(output.transpose(1, 2)[real], expected.transpose(1, 2)[real], what)
 
 
-@law(lambda subject: subject.served and subject.spec.linear_cost)
+@law(lambda subject: subject.served and subject.spec.claims_linear_cost(subject.options))
 def linear_memory(subject: Subject) -> None:
     """No tensor has two dimensions of sequence length, and the largest one grows in proportion to it."""
     largest = {}
