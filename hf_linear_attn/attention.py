@@ -232,11 +232,16 @@ def linear_attention_forward(
     is_causal: bool | None = None,
     position_ids: torch.Tensor | None = None,
     global_attention_mask: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     linear_attn_call: LinearAttnCall | None = None,
     linear_attn_recorder: AttentionRecorder | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of converted models: query, key, value `[B, H, T, D]` to output `[B, Tq, H, D]`.
+
+    Keys and values that serve a group of heads, `[B, H / groups, T, D]`, are repeated for every head, so that variants
+    need not know of groups; a decode state that keeps keys grows by that factor. `sliding_window` (tokens) concerns
+    layers that keep softmax: a layer that upstream runs with one is not converted.
 
     Raises:
         ValueError: for a mask that is not a 2-D padding mask, packed sequences, `output_attentions`, or a module
@@ -249,10 +254,14 @@ def linear_attention_forward(
     _refuse_packed(position_ids, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = _is_causal(module, is_causal)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
     if linear_attn_call is None:
         _check_listed_as_softmax(module)
-        return softmax_attention(query, key, value, attention_mask, causal, scaling, dropout).transpose(1, 2), None
+        output = softmax_attention(query, key, value, attention_mask, causal, scaling, dropout, sliding_window)
+        return output.transpose(1, 2), None
 
     variant: Any = module.linear_attn
     cache_layer = linear_attn_call.cache_layer
@@ -302,13 +311,16 @@ def softmax_attention(
     is_causal: bool,
     scaling: float,
     dropout: float,
+    sliding_window: int | None = None,
 ) -> torch.Tensor:
     """Softmax attention of a layer that was not converted, `[B, H, Tq, D]`; rows that see no key are 0.
 
-    SDPA drops causality as soon as it is given a mask, so padding and causality are combined here.
+    SDPA drops causality as soon as it is given a mask, so padding, causality and the sliding window (the last
+    `sliding_window` tokens of a causal layer, None for all) are combined here.
     """
     q_len, k_len = query.shape[-2], key.shape[-2]
-    if key_padding is None and (not is_causal or q_len == k_len):
+    windowed = is_causal and sliding_window is not None and k_len > sliding_window
+    if key_padding is None and not windowed and (not is_causal or q_len == k_len):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=is_causal and q_len > 1, scale=scaling
         )
@@ -316,7 +328,8 @@ def softmax_attention(
     if key_padding is not None:
         allowed = key_padding[:, None, None, :]
     if is_causal:
-        allowed = allowed & causal_mask(q_len, k_len, query.device)
+        past = causal_mask(q_len, k_len, query.device)
+        allowed = allowed & (past.triu(k_len - q_len - sliding_window + 1) if windowed else past)  # type: ignore[operator]
     sees_a_key = allowed.any(-1, keepdim=True)
     # Rows without a key attend everywhere and are zeroed afterwards: no NaN in the output nor in the gradients.
     output = F.scaled_dot_product_attention(

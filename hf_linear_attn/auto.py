@@ -163,12 +163,15 @@ def model_class_for(upstream: Any) -> type[PreTrainedModel]:
 @cache
 def register_auto_models(base_model_type: str) -> None:
     """Register the converted classes with every Auto class that knows the family's config, tokenizers included."""
-    base_config, new_config = get_patcher(base_model_type).config_class, config_class_for(base_model_type)
+    patcher = get_patcher(base_model_type)
+    base_config, new_config = patcher.config_class, config_class_for(base_model_type)
     for name, mapping in vars(modeling_auto).items():
         if not (name.startswith("MODEL_") and isinstance(mapping, _LazyAutoMapping)) or base_config not in mapping:
             continue
         upstream: Any = mapping[base_config]
         classes = upstream if isinstance(upstream, (list, tuple)) else (upstream,)
+        if any(getattr(patcher.modeling, cls.__name__, None) is not cls for cls in classes):
+            continue  # a model of another family that takes this one as its inner part
         new = tuple(model_class_for(cls) for cls in classes)
         registered: Any = new if isinstance(upstream, (list, tuple)) else new[0]
         mapping.register(new_config, registered, exist_ok=True)
@@ -215,6 +218,9 @@ def build_variants(
         model: an upstream model that was not converted.
         config: the config the model will have (its limit on positions is what variants are built for).
         spec: which layer runs what.
+
+    Raises:
+        ValueError: if upstream runs one of the layers with a sliding window, or a variant refuses its options.
     """
     patcher: Any = get_patcher(config.base_model_type)  # type: ignore[attr-defined]
     built = []
@@ -222,6 +228,7 @@ def build_variants(
         layer = spec.layers[attention.layer_idx]
         if layer is None:
             continue
+        _refuse_sliding_window(config, attention.layer_idx, patcher.sliding_window(config, attention.layer_idx))
         context = LayerContext(
             layer_idx=attention.layer_idx,
             num_layers=len(spec.layers),
@@ -230,6 +237,7 @@ def build_variants(
             head_dim=patcher.head_dim(config),
             max_length=patcher.max_length(config),
             is_causal=patcher.is_causal(config),
+            rotary=patcher.rotary,
         )
         weight = patcher.projections(attention.module)[0].weight
         with torch.device(weight.device):
@@ -239,10 +247,26 @@ def build_variants(
     return built
 
 
+def _refuse_sliding_window(config: Any, layer_idx: int, window: int | None) -> None:
+    if window is None:
+        return
+    fix = "sliding_window=None"
+    if getattr(config, "layer_types", None) is not None:
+        fix = 'layer_types=["full_attention"] * num_hidden_layers'
+    raise ValueError(
+        f"Layer {layer_idx} attends to a sliding window of {window} tokens (config.sliding_window), no variant does. "
+        f"Leave the layer on softmax, or load the checkpoint without the window: from_pretrained(..., {fix})."
+    )
+
+
 def attach(
     model: PreTrainedModel, config: PreTrainedConfig, built: list[tuple[SelfAttention, AttentionVariant]]
 ) -> None:
     """Install `built` in `model` and make it a converted model with `config`."""
+    patcher: Any = get_patcher(config.base_model_type)  # type: ignore[attr-defined]
+    if not patcher.layers_are_numbered:
+        for attention in patcher.self_attentions(model):
+            attention.module.layer_idx = attention.layer_idx
     for attention, variant in built:
         attention.module.linear_attn = variant
         attention.module.__class__ = converted_attention_class(type(attention.module))
@@ -257,6 +281,8 @@ def detach(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if hasattr(attention.module, "linear_attn"):
             del attention.module.linear_attn
             attention.module.__class__ = type(attention.module).__mro__[2]
+        if not patcher.layers_are_numbered:
+            del attention.module.layer_idx
     model.__dict__.pop(REPORT_ATTRIBUTE, None)
     _rebrand(model, config, lambda converted: converted.__mro__[2])
 

@@ -34,11 +34,11 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class PositionsConfig:
-    """How the position table was extended.
+    """How the limit on positions was extended.
 
     Attributes:
         original_max_length: longest sequence (tokens) the checkpoint itself could read.
-        mode: `"tile"` (the table repeated) or `"interpolate"` (stretched linearly).
+        mode: `"tile"` (the table repeated), `"interpolate"` (stretched linearly) or `"rotary"` (there is no table).
     """
 
     original_max_length: int

@@ -43,8 +43,10 @@ def convert_model(
         variant: a variant's key (`list_variants()`) for all of `layers`, or a mapping from layer index to None
             (keep softmax), a key, or `(key, options)`; layers that the mapping does not name keep softmax.
         layers: indices to convert, all by default. Only with a single variant.
-        max_length: new limit in tokens; extends the position table, its buffers and the config.
-        extend: how to fill new positions: `"tile"` repeats the table, `"interpolate"` stretches it linearly.
+        max_length: new limit in tokens; extends the position table, its buffers and the config. Rotary families
+            (Llama, Qwen, Mistral) have no table: only the config changes, and the embeddings extrapolate.
+        extend: how to fill new positions: `"tile"` repeats the table, `"interpolate"` stretches it linearly (refused
+            where there is no table).
         calibration: a few batches (keyword arguments of `model`) on which variants choose their data-dependent
             start; the report then has each layer's error against softmax.
         **options: options of the variant; with a mapping, of every variant it names by key alone.
@@ -55,8 +57,8 @@ def convert_model(
     Raises:
         TypeError: if `model` is not a Transformers model.
         ValueError: for an unknown family, variant or option, a variant that does not serve the model's side
-            (encoder or decoder), a bad layer or length, or a model that is converted, compiled, sharded, on the
-            meta device or wrapped by PEFT. The model is unchanged in every case.
+            (encoder or decoder), a bad layer or length, a layer with a sliding window, or a model that is converted,
+            compiled, sharded, on the meta device or wrapped by PEFT. The model is unchanged in every case.
     """
     _check_convertible(model)
     patcher = get_patcher(model.config.model_type)
@@ -113,8 +115,7 @@ def revert_model(model: PreTrainedModel, *, keep_positions: bool = False) -> Pre
         patcher.set_max_length(config, spec.positions.original_max_length)  # type: ignore[union-attr]
     detach(model, config)  # type: ignore[arg-type]
     _forget(model)
-    if table is not None:
-        _restore_table(model, table)
+    _restore_table(model, table)
     return model
 
 
@@ -209,12 +210,19 @@ def _check_side(model: PreTrainedModel, key: str) -> None:
 def _check_extension(model: PreTrainedModel, max_length: int | None, mode: str) -> PositionsConfig | None:
     if mode not in ("tile", "interpolate"):
         raise ValueError(f"extend={mode!r} is unknown. Allowed: 'tile', 'interpolate'.")
+    patcher = get_patcher(model.config.model_type)
+    has_table = patcher.position_table(model) is not None
+    if mode == "interpolate" and not has_table:
+        raise ValueError(
+            f"extend={mode!r} stretches a position table, and {model.config.model_type} has rotary embeddings instead. "
+            "Give max_length alone; to slow the rotation down, load the model with other rope_parameters."
+        )
     if max_length is None:
         return None
-    present = get_patcher(model.config.model_type).max_length(model.config)
+    present = patcher.max_length(model.config)
     if not isinstance(max_length, int) or max_length < present:
         raise ValueError(f"max_length={max_length!r} must be an integer of at least {present}, the present limit.")
-    return PositionsConfig(original_max_length=present, mode=mode)
+    return PositionsConfig(original_max_length=present, mode=mode if has_table else "rotary")
 
 
 def _check_batches(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -260,9 +268,10 @@ def _forget(model: PreTrainedModel) -> None:
         model.__dict__.pop(name, None)
 
 
-def _position_weight(model: PreTrainedModel) -> torch.Tensor:
-    owner, name = get_patcher(_family(model)).position_table(model)
-    return getattr(owner, name).weight.detach()
+def _position_weight(model: PreTrainedModel) -> torch.Tensor | None:
+    """The position table `[rows, width]`, or None in a family without one."""
+    table = get_patcher(_family(model)).position_table(model)
+    return None if table is None else getattr(*table).weight.detach()
 
 
 def _family(model: PreTrainedModel) -> str:
@@ -272,6 +281,8 @@ def _family(model: PreTrainedModel) -> str:
 def _extend_table(model: PreTrainedModel, max_length: int, mode: str) -> None:
     offset = get_patcher(_family(model)).position_offset(model.config)
     table = _position_weight(model)
+    if table is None:
+        return
     head, usable = table[:offset], table[offset:]
     if mode == "tile":
         repeats = -(-max_length // usable.shape[0])
@@ -281,10 +292,11 @@ def _extend_table(model: PreTrainedModel, max_length: int, mode: str) -> None:
     _restore_table(model, torch.cat([head, extended.to(table.dtype)]))
 
 
-def _restore_table(model: PreTrainedModel, weight: torch.Tensor) -> None:
+def _restore_table(model: PreTrainedModel, weight: torch.Tensor | None) -> None:
+    if weight is None:
+        return
     patcher = get_patcher(_family(model))
-    owner, name = patcher.position_table(model)
-    embedding = getattr(owner, name)
+    embedding = getattr(*patcher.position_table(model))
     if embedding.weight.shape != weight.shape:
         requires_grad = embedding.weight.requires_grad
         embedding.weight = nn.Parameter(weight.clone(), requires_grad=requires_grad)
@@ -292,11 +304,14 @@ def _restore_table(model: PreTrainedModel, weight: torch.Tensor) -> None:
         patcher.resize_position_buffers(model, weight.shape[0])
 
 
-def _original_table(model: Any, positions: PositionsConfig) -> torch.Tensor:
-    """The checkpoint's rows of the position table, as trained since where they can be told apart."""
+def _original_table(model: Any, positions: PositionsConfig) -> torch.Tensor | None:
+    """The checkpoint's rows of the position table, as trained since where they can be told apart; None without one."""
     rows = positions.original_max_length + get_patcher(model.config.base_model_type).position_offset(model.config)
+    table = _position_weight(model)
+    if table is None:
+        return None
     if positions.mode == "tile":
-        return _position_weight(model)[:rows]
+        return table[:rows]
     stored = getattr(model, _ORIGINAL_POSITIONS, None)
     if stored is None:
         raise ValueError(

@@ -34,11 +34,12 @@ from tests.tiny import (
     build,
     head_classes,
     outputs_of,
+    over,
     pairs,
+    representative_variants,
     small_options,
     tiny_config,
     token_batch,
-    variants_for,
 )
 
 HEADS = [(family, cls) for family in FAMILIES for cls in head_classes(family)]
@@ -65,7 +66,7 @@ def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
 def test_every_head_reloads_bit_equal_through_every_auto_class(family: str, cls: type, tmp_path: Path) -> None:
     autos = auto_classes_for(cls)
     assert autos
-    for variant in variants_for(family):
+    for variant in representative_variants(family):
         model = convert_model(build(cls, tiny_config(family)), variant, max_length=200, **small_options(variant))
         expected = outputs_of(model, token_batch(length=190))
         model.save_pretrained(tmp_path / variant)
@@ -76,7 +77,7 @@ def test_every_head_reloads_bit_equal_through_every_auto_class(family: str, cls:
             assert again.conversion_report.to_dict() == model.conversion_report.to_dict()
 
 
-@pytest.mark.parametrize(("variant", "family"), pairs())
+@over(pairs())
 def test_a_reloaded_model_behaves_like_the_converted_one(variant: str, family: str, tmp_path: Path) -> None:
     model = convert_model(base_model(family), variant, **small_options(variant))
     model.save_pretrained(tmp_path)

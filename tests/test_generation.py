@@ -12,10 +12,23 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from hf_linear_attn import convert_model, get_variant, list_variants
 from hf_linear_attn.attention import LinearAttnCacheLayer
-from tests.tiny import PAD, VOCAB, causal_lm, small_options, token_batch
+from tests.tiny import (
+    PAD,
+    VOCAB,
+    causal_families,
+    causal_lm,
+    is_causal,
+    main_family,
+    over,
+    representative_variants,
+    small_options,
+    token_batch,
+)
 
 VARIANTS = list_variants(decoder=True)
-FAMILIES = ["gpt2", "bert", "roberta"]
+MAIN = main_family(causal=True)
+# Every variant on every family of decoders; encoders that Transformers can turn into decoders, with two variants.
+PAIRS = [(v, f) for f in causal_families() for v in (VARIANTS if is_causal(f) else representative_variants(MAIN))]
 
 
 def converted(variant: str, family: str = "gpt2", **kwargs: Any) -> GPT2LMHeadModel:
@@ -40,10 +53,16 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_cached_generation_equals_uncached(variant: str, mode: str) -> None:
-    model = converted(variant)
+# Modes that ask something else of the state, for every variant; beams reorder it in every family.
+CASES = [(variant, MAIN, mode) for variant in VARIANTS for mode in ("greedy", "beam search", "chunked prefill")]
+CASES += [(variant, MAIN, mode) for variant in representative_variants(MAIN) for mode in MODES]
+CASES += [(variant, family, "beam search") for family in causal_families() for variant in representative_variants(MAIN)]
+CASES = list(dict.fromkeys(CASES))
+
+
+@pytest.mark.parametrize(("variant", "family", "mode"), CASES, ids=["-".join(case) for case in CASES])
+def test_cached_generation_equals_uncached(variant: str, family: str, mode: str) -> None:
+    model = converted(variant, family)
     kwargs = {"max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": PAD, **MODES[mode]}
     batch = left_padded()
 
@@ -57,14 +76,14 @@ def test_cached_generation_equals_uncached(variant: str, mode: str) -> None:
     assert cached[:, 21:].unique().numel() > 3, "a degenerate model would pass anything"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@over(PAIRS)
 def test_left_padding_equals_one_by_one(variant: str, family: str) -> None:
     model = converted(variant, family)
     batch = left_padded()
     kwargs = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": PAD}
     together = model.generate(**batch, **kwargs)[:, 21:]
-    if family != "gpt2":  # BERT and RoBERTa number positions from the left edge, pads included, unlike GPT-2
+    assert torch.equal(model.generate(**batch, use_cache=False, **kwargs)[:, 21:], together)
+    if not is_causal(family):  # families of encoders number positions from the left edge, pads included
         together, batch = together[:1], {name: tensor[:1] for name, tensor in batch.items()}
     for row in range(together.shape[0]):
         real = batch["attention_mask"][row].bool()
@@ -90,10 +109,8 @@ def state_numbers(cache: DynamicCache) -> int:
     return sum(t.numel() for layer in cache.layers for t in layer.state.values())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if get_variant(v).state in ("constant", "window")])
 def test_the_state_does_not_grow(variant: str) -> None:
-    if get_variant(variant).state == "kv":
-        return
     model = converted(variant)
     sizes = []
     for length in (60, 120):

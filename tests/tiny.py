@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -15,23 +17,40 @@ from hf_linear_attn.registry import get_patcher
 VOCAB = 97
 PAD = 0
 FAMILIES = list_patchers()
+# Fields that only some families have.
+FAMILY_FIELDS = {
+    "intermediate_size": 48,
+    "hidden_dim": 48,  # the same in DistilBERT
+    "embedding_size": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # not hidden_size / num_attention_heads
+    "sliding_window": None,
+}
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """A config of two small layers; the generic field names reach each family through its attribute map."""
+    config_class = get_patcher(model_type).config_class
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     fields = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "intermediate_size": 48,
         "max_position_embeddings": 160,
         "pad_token_id": PAD,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "num_labels": 2,
+        **{name: value for name, value in FAMILY_FIELDS.items() if name in known},
     }
-    return get_patcher(model_type).config_class(**{**fields, **overrides})
+    return config_class(**{**fields, **overrides})
+
+
+def without_dropout(model_type: str) -> dict[str, float]:
+    """Overrides of `tiny_config` that switch off every dropout the family has."""
+    names = [field.name for field in dataclasses.fields(get_patcher(model_type).config_class)]
+    return dict.fromkeys((name for name in names if "drop" in name), 0.0)
 
 
 def head_classes(model_type: str) -> list[type[PreTrainedModel]]:
@@ -42,7 +61,8 @@ def head_classes(model_type: str) -> list[type[PreTrainedModel]]:
         if name.startswith("MODEL_") and isinstance(mapping, _LazyAutoMapping) and config_class in mapping:
             entry = mapping[config_class]
             for cls in entry if isinstance(entry, (list, tuple)) else (entry,):
-                found[cls.__name__] = cls
+                if cls.__module__ == get_patcher(model_type).modeling_module:  # not a model with this one inside
+                    found[cls.__name__] = cls
     return [found[name] for name in sorted(found)]
 
 
@@ -71,6 +91,11 @@ def causal_lm(model_type: str = "gpt2", **overrides: Any) -> PreTrainedModel:
     return build(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
 
 
+def causal_families() -> list[str]:
+    """Families that have a causal language model."""
+    return [f for f in FAMILIES if get_patcher(f).config_class in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING]
+
+
 def is_causal(model_type: str) -> bool:
     """Whether the family's default model is a decoder."""
     return get_patcher(model_type).is_causal(tiny_config(model_type))
@@ -90,6 +115,32 @@ def small_options(variant: str) -> dict[str, Any]:
 def pairs() -> list[tuple[str, str]]:
     """All (variant, family) pairs that may be converted."""
     return [(variant, family) for family in FAMILIES for variant in variants_for(family)]
+
+
+def main_family(causal: bool) -> str:
+    """The family of one side on which every variant is tested thoroughly."""
+    return next(family for family in FAMILIES if is_causal(family) == causal)
+
+
+def representative_variants(model_type: str) -> list[str]:
+    """Two variants that differ as much as the registry can tell.
+
+    One has a state of constant size and no use for global tokens, the other keeps keys and marks tokens as global.
+    """
+    specs = [get_variant(name) for name in variants_for(model_type)]
+    constant = next(spec.key for spec in specs if spec.state == "constant" and not spec.uses_global_mask)
+    return [constant, next(spec.key for spec in specs if spec.state != "constant" and spec.uses_global_mask)]
+
+
+def thorough_pairs() -> list[tuple[str, str]]:
+    """Pairs for costly tests: every variant on one family of each side, every family with two variants."""
+    main = {main_family(False), main_family(True)}
+    return [(v, family) for v, family in pairs() if family in main or v in representative_variants(family)]
+
+
+def over(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Parametrises a test over (variant, family) pairs."""
+    return pytest.mark.parametrize(("variant", "family"), cases, ids=[f"{v}-{f}" for v, f in cases])
 
 
 def token_batch(batch: int = 2, length: int = 37, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Row", "balancing_maps", "choose_per_head", "head_errors", "mean_squared_sum", "real_rows"]
+__all__ = [
+    "Row",
+    "SelfAttentionCall",
+    "balancing_maps",
+    "choose_per_head",
+    "choose_start",
+    "collect_rows",
+    "error_meter",
+    "head_errors",
+    "head_tokens",
+    "kmeans",
+    "mean_squared_sum",
+    "principal_maps",
+    "real_rows",
+    "reducer_starts",
+]
 
 Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v of one sequence, each [1, H, T, D], no padding
 
 _MAX_TOKENS = 1024  # softmax attention over a row is quadratic; this much of it is enough to compare starts
+# Shares of the mean query that the variance reducer tries. All of it is exact where the kernel is; a kernel flatter
+# than exp, with part of it, is usually nearer.
+_REDUCER_SHARES = (0.5, 0.7, 1.0)
+_KMEANS_TOKENS = 4096  # centroids of so many tokens are as good as those of more
+_KMEANS_ROUNDS = 10
+
+
+class SelfAttentionCall(Protocol):
+    """One recorded call: query, key, value `[B, H, T, D]`, key_padding bool `[B, T]` or None."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_padding: torch.Tensor | None
+
+
+def collect_rows(batches: Iterable[SelfAttentionCall]) -> list[Row]:
+    """`real_rows` of every call."""
+    return [row for call in batches for row in real_rows(call.query, call.key, call.value, call.key_padding)]
+
+
+def head_tokens(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All queries and all keys of each head, `[H, tokens, D]`."""
+    q, k = (torch.cat([row[i][0] for row in rows], 1) for i in (0, 1))
+    return q, k
 
 
 def real_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_padding: torch.Tensor | None) -> list[Row]:
@@ -47,12 +88,21 @@ def head_errors(
     Returns:
         `[H]`; not finite where the attention is not.
     """
-    error, norm = torch.zeros(()), torch.zeros(())
-    for row in rows:
-        exact = F.scaled_dot_product_attention(*row, is_causal=is_causal, scale=scaling)
-        error = error.to(exact.device) + (attend(row) - exact).square().sum((0, 2, 3))
-        norm = norm.to(exact.device) + exact.square().sum((0, 2, 3))
-    return error / norm
+    return error_meter(attend, list(rows), is_causal=is_causal, scaling=scaling)()
+
+
+def error_meter(
+    attend: Callable[[Row], torch.Tensor], rows: Sequence[Row], *, is_causal: bool, scaling: float
+) -> Callable[[], torch.Tensor]:
+    """`head_errors` as a function to call again after each change of `attend`; softmax is computed once."""
+    outputs = [F.scaled_dot_product_attention(*row, is_causal=is_causal, scale=scaling) for row in rows]
+    norm = torch.stack([exact.square().sum((0, 2, 3)) for exact in outputs]).sum(0)
+
+    def measure() -> torch.Tensor:
+        errors = [(attend(row) - exact).square().sum((0, 2, 3)) for row, exact in zip(rows, outputs, strict=True)]
+        return torch.stack(errors).sum(0) / norm
+
+    return measure
 
 
 def choose_per_head(errors: list[torch.Tensor]) -> torch.Tensor:
@@ -68,6 +118,63 @@ def choose_per_head(errors: list[torch.Tensor]) -> torch.Tensor:
     return table.nan_to_num(nan=float("inf")).argmin(0)
 
 
+def choose_start(
+    present: Mapping[str, torch.Tensor],
+    starts: Iterable[Mapping[str, torch.Tensor]],
+    errors: Callable[[], torch.Tensor],
+) -> None:
+    """Try each start in place and leave every head with the one whose error is smallest.
+
+    Args:
+        present: the parameters and buffers to set, by name, `[H, ...]`.
+        starts: values for them, the method as published first: it wins ties and non-numbers. A name that a start
+            leaves out keeps what it held before.
+        errors: measures what is in place: `[H]`.
+    """
+    before = best = {name: x.detach().clone() for name, x in present.items()}
+    smallest: torch.Tensor | None = None
+    for start in starts:
+        candidate = {**before, **start}
+        for name, x in present.items():
+            x.copy_(candidate[name])
+        error = errors().nan_to_num(nan=float("inf"))
+        if smallest is None:
+            best, smallest = candidate, error
+            continue
+        better = error < smallest
+        best = {
+            name: torch.where(_like(better, x), candidate[name].to(x), best[name].to(x)) for name, x in best.items()
+        }
+        smallest = smallest.minimum(error)
+    for name, x in present.items():
+        x.copy_(best[name])
+
+
+def _like(per_head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return per_head.view(-1, *[1] * (x.ndim - 1))
+
+
+def reducer_starts(
+    q: torch.Tensor, k: torch.Tensor, *, centered: bool = True
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What the variance reducer tries: keys weighted by exp(scaling * a . k), queries and keys centred or not.
+
+    q . k = (q - a) . (k - c) + a . k + q . c - a . c for any a and c: terms of the query alone cancel, so a kernel has
+    to estimate only what differs between queries, if its keys carry the rest as a weight.
+
+    Args:
+        q, k: `[H, tokens, D]`.
+        centered: False leaves out the candidates that center queries and keys.
+
+    Returns:
+        (a, center of the queries, center of the keys), each `[H, D]`; the published form, all 0, first.
+    """
+    a, c = q.mean(1), k.mean(1)
+    zero = torch.zeros_like(a)
+    centers = ((zero, zero), (a, c)) if centered else ((zero, zero),)
+    return [(zero, zero, zero), *((share * a, *center) for center in centers for share in _REDUCER_SHARES)]
+
+
 def mean_squared_sum(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Mean of |q_i + k_j|^2 over all pairs, `[H]`, for q, k `[H, tokens, D]`."""
     cross = (q.mean(1) * k.mean(1)).sum(-1)
@@ -76,15 +183,74 @@ def mean_squared_sum(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 def balancing_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """M and M^-T that make E|q M|^2 + E|k M^-T|^2 smallest, for centred q, k `[H, tokens, D]`."""
-    q_moment, k_moment = (x.double().mT @ x.double() / x.shape[1] for x in (q, k))
-    ridge = 1e-3 * torch.eye(q.shape[-1], dtype=torch.double, device=q.device)
-    q_moment, k_moment = (
-        x + ridge * x.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-12) for x in (q_moment, k_moment)
-    )
+    q_moment, k_moment = _moment(q), _moment(k)
     # G = M M^T solves G q_moment G = k_moment: the geometric mean of q_moment^-1 and k_moment.
     root, inverse_root = _symmetric_power(q_moment, 0.5), _symmetric_power(q_moment, -0.5)
     g = inverse_root @ _symmetric_power(root @ k_moment @ root, 0.5) @ inverse_root
     return _symmetric_power(g, 0.5).to(q.dtype), _symmetric_power(g, -0.5).to(q.dtype)
+
+
+def principal_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """P and R with q . k = (P q) . (R k) whose rows are ordered by how much of the logits they carry.
+
+    The first r rows give the best rank r estimate of the logits of independent q and k: the singular value
+    decomposition of C_q^1/2 C_k^1/2. In these coordinates both moments are the diagonal of singular values.
+
+    Args:
+        q, k: `[H, tokens, D]`, centred.
+
+    Returns:
+        two `[H, D, D]`.
+    """
+    q_moment, k_moment = _moment(q), _moment(k)
+    u, values, vh = torch.linalg.svd(_symmetric_power(q_moment, 0.5) @ _symmetric_power(k_moment, 0.5))
+    root = values.sqrt()[..., :, None]
+    p = root * (u.mT @ _symmetric_power(q_moment, -0.5))
+    r = root * (vh @ _symmetric_power(k_moment, -0.5))
+    return p.to(q.dtype), r.to(k.dtype)
+
+
+@torch.no_grad()
+def kmeans(x: torch.Tensor, k: int, seed: int) -> torch.Tensor:
+    """Centroids of the tokens of each head: k-means++ seeding, then a few rounds of Lloyd's algorithm.
+
+    Args:
+        x: `[H, tokens, D]`, at least one token; beyond 4096 tokens an evenly spaced subset is used.
+        k: centroids; with fewer distinct tokens some centroids coincide.
+        seed: decides the seeding, together with `x` alone.
+
+    Returns:
+        float32 `[H, k, D]`, on the device of `x`.
+    """
+    x = x.float()
+    if x.shape[1] > _KMEANS_TOKENS:
+        x = x[:, torch.linspace(0, x.shape[1] - 1, _KMEANS_TOKENS, device=x.device).long()]
+    heads, tokens, _ = x.shape
+    every_head = torch.arange(heads, device=x.device)
+    draws = torch.rand(k, heads, 1, generator=torch.Generator(device="cpu").manual_seed(seed), device="cpu")
+    draws = draws.to(x.device)
+    distance = torch.ones(heads, tokens, device=x.device)  # squared, to the nearest centroid so far
+    centroids = []
+    for draw in draws:
+        reached = distance.cumsum(-1)
+        index = torch.searchsorted(reached, draw * reached[:, -1:])[:, 0].clamp(max=tokens - 1)
+        centroids.append(x[every_head, index])
+        nearest = (x - centroids[-1][:, None]).square().sum(-1)
+        distance = nearest if len(centroids) == 1 else distance.minimum(nearest)
+    c = torch.stack(centroids, 1)  # [H, k, D]
+    for _ in range(_KMEANS_ROUNDS):
+        label = torch.cdist(x, c).argmin(-1)
+        size = torch.zeros(heads, k, device=x.device).scatter_add_(1, label, torch.ones_like(label, dtype=x.dtype))
+        total = torch.zeros_like(c).scatter_add_(1, label[..., None].expand_as(x), x)
+        c = torch.where(size[..., None] > 0, total / size[..., None].clamp(min=1), c)
+    return c
+
+
+def _moment(x: torch.Tensor) -> torch.Tensor:
+    """Second moments `[H, D, D]` in float64, with a little of their mean on the diagonal."""
+    moment = x.double().mT @ x.double() / x.shape[1]
+    ridge = 1e-3 * moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
+    return moment + ridge[:, None, None] * torch.eye(x.shape[-1], dtype=torch.double, device=x.device)
 
 
 def _symmetric_power(matrix: torch.Tensor, power: float, *, floor: float = 1e-6) -> torch.Tensor:

@@ -30,6 +30,8 @@ __all__ = [
     "relu_features",
     "softmax_features",
     "squared_relu_features",
+    "taylor_features",
+    "weighted_by_mean_logit",
 ]
 
 Features = tuple[torch.Tensor, torch.Tensor | None]
@@ -70,6 +72,39 @@ def exp_features(x: torch.Tensor) -> Features:
 def softmax_features(x: torch.Tensor) -> Features:
     """softmax over the features of each token."""
     return _full(x).softmax(-1), None
+
+
+def taylor_features(x: torch.Tensor, order: int) -> Features:
+    """Features of 1 + q . k (order 1) or 1 + q . k + (q . k)^2 / 2 (order 2, Based, arXiv:2402.18668).
+
+    Args:
+        x: `[..., D]`.
+        order: 1 or 2.
+
+    Returns:
+        `[..., 1 + D]`, or `[..., 1 + D + D (D + 1) / 2]` (each pair of coordinates once), and None.
+    """
+    x = _full(x)
+    parts = [torch.ones_like(x[..., :1]), x]
+    if order == 2:
+        row, column = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+        weight = torch.where(row == column, 0.5**0.5, 1.0).to(x.dtype)
+        parts.append(x[..., row] * x[..., column] * weight)
+    return torch.cat(parts, -1), None
+
+
+def weighted_by_mean_logit(features: Features, k: torch.Tensor, query_mean: torch.Tensor, scaling: float) -> Features:
+    """Key features times exp(scaling * a . k): the variance reducer, exact for what all queries share.
+
+    Args:
+        features: of the keys.
+        k: `[B, H, T, D]`, the keys themselves.
+        query_mean: a, `[H, D]`.
+        scaling: factor of the logits.
+    """
+    shared = (_full(k) @ (query_mean.to(accumulation_dtype(k.dtype)) * scaling)[..., None])[..., 0]  # [B, H, T]
+    phi, log_scale = features
+    return phi, shared if log_scale is None else log_scale + shared
 
 
 def fourier_features(projected: torch.Tensor) -> torch.Tensor:

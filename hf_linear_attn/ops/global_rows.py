@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hf_linear_attn.ops.compaction import CompactedCall, GlobalTokens
 from hf_linear_attn.ops.masking import causal_mask, gather_tokens
 from hf_linear_attn.ops.sliding_window import attend_projected
 
-__all__ = ["check_hidden", "keep_old", "rows_over_all", "rows_over_first"]
+__all__ = ["affine", "check_hidden", "keep_old", "rows_over_all", "rows_over_first"]
 
-Projection = tuple[torch.Tensor, torch.Tensor]  # weight [H * D, C] and bias [H * D]
-Projections = tuple[Projection, Projection, Projection]  # of query, key and value
+
+def affine(layer: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight `[out, C]` and bias `[out]` of a linear layer, as its forward applies them.
+
+    A wrapper around the layer (LoRA, say) adds to its weight without changing it, so a layer that is not a plain
+    `nn.Linear` is asked what it does to the basis of its input.
+
+    Args:
+        layer: maps `[..., C]` to `[..., out]`, affinely.
+        like: a tensor `[..., C]` of the input's dtype and device.
+    """
+    if type(layer) is nn.Linear:
+        return layer.weight, layer.bias
+    bias = layer(like.new_zeros(1, like.shape[-1]))
+    return (layer(torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)) - bias).t(), bias[0]
 
 
 def check_hidden(q_len: int, key_padding: torch.Tensor | None, k_len: int, count: int, marked: bool) -> None:
@@ -57,11 +73,14 @@ def rows_over_all(
     call: CompactedCall,
     tokens: GlobalTokens,
     hidden: torch.Tensor,
-    projections: Projections,
+    projections: Sequence[nn.Module],
     scaling: float,
     is_causal: bool,
 ) -> torch.Tensor:
-    """Output `[B, H, G, D]` of the global tokens over all tokens of the call (causal: up to their own)."""
+    """Output `[B, H, G, D]` of the global tokens over all tokens of the call (causal: up to their own).
+
+    `projections` are the query, key and value layers of the global tokens, `[..., C]` to `[..., H * D]`.
+    """
     hidden = _clean(hidden, call)  # in the call's own order, which makes no difference to keys
     place = call.origin(tokens.position)
     real = call.query_real
@@ -71,14 +90,14 @@ def rows_over_all(
         allowed = allowed & (torch.arange(hidden.shape[1], device=hidden.device) <= place[:, None, :, None])
     query, key, value = projections
     q = _project(gather_tokens(hidden, place), query, call.q.shape[1])
-    return attend_projected(q, hidden, key, value, allowed, scaling)
+    return attend_projected(q, hidden, affine(key, hidden), affine(value, hidden), allowed, scaling)
 
 
 def rows_over_first(
     call: CompactedCall,
     tokens: GlobalTokens,
     hidden: torch.Tensor,
-    projections: Projections,
+    projections: Sequence[nn.Module],
     scaling: float,
     state: dict[str, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -95,8 +114,8 @@ def rows_over_first(
     return F.scaled_dot_product_attention(q, *keys, attn_mask=mask, scale=scaling), kept
 
 
-def _project(hidden: torch.Tensor, layer: Projection, num_heads: int) -> torch.Tensor:
-    return F.linear(hidden, *layer).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def _project(hidden: torch.Tensor, layer: nn.Module, num_heads: int) -> torch.Tensor:
+    return layer(hidden).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def _clean(hidden: torch.Tensor, call: CompactedCall) -> torch.Tensor:

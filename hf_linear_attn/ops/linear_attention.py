@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops.feature_maps import FeatureMap, accumulation_dtype
+from hf_linear_attn.ops.feature_maps import FeatureMap, Features, accumulation_dtype
 from hf_linear_attn.ops.masking import causal_mask, query_padding, safe_masked_fill
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "bidirectional_linear_attention",
     "chunk_linear_attention",
     "feature_map_attention",
+    "feature_map_attention_with_normalizer",
     "init_linear_state",
     "linear_attention",
     "naive_linear_attention",
@@ -91,15 +92,16 @@ def linear_attention(
         ValueError: for causal attention with more queries than keys, or a state that does not fit the call.
     """
 
-    def k_map(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def k_map(start: int, stop: int) -> Features:
         weight = None if key_log_weight is None else key_log_weight[:, :, start:stop]
         return k_features[:, :, start:stop], weight
 
-    def q_map(start: int, stop: int) -> torch.Tensor:
-        return q_features[:, :, start:stop]
+    def q_map(start: int, stop: int) -> Features:
+        return q_features[:, :, start:stop], None
 
     with _full_precision(v):
-        return _attend(q_map, k_map, q_features.shape[2], v, key_padding, is_causal, state)
+        output, _, state = _attend(q_map, k_map, q_features.shape[2], v, key_padding, is_causal, state)
+    return output, state
 
 
 def feature_map_attention(
@@ -117,18 +119,40 @@ def feature_map_attention(
 
     Args:
         q: `[B, H, Tq, D]`; k, v: `[B, H, Tk, D]`. What stands at padded tokens has no effect, be it nan.
-        q_map: `x -> (features, log scale)`; the log scale is dropped, it cancels.
+        q_map: `x -> (features, log scale)`; the log scale cancels.
         k_map: `x -> (features, log weight [B, H, T] or None)`.
         key_padding, is_causal, state: as for `linear_attention`.
     """
+    output, _, state = feature_map_attention_with_normalizer(
+        q, k, v, q_map, k_map, key_padding=key_padding, is_causal=is_causal, state=state
+    )
+    return output, state
 
+
+def feature_map_attention_with_normalizer(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_map: FeatureMap,
+    k_map: FeatureMap,
+    *,
+    key_padding: torch.Tensor | None = None,
+    is_causal: bool,
+    state: State | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, State | None]:
+    """`feature_map_attention` with the log of each row's denominator, by which it can be merged with other keys.
+
+    Returns:
+        output; log denominator `[B, H, Tq]` with the query's log scale, for features whose products are positive
+        (about `LOG_ZERO` in rows that see no key); and the state.
+    """
     query_real = query_padding(key_padding, q.shape[2], is_causal)
 
-    def map_queries(start: int, stop: int) -> torch.Tensor:
+    def map_queries(start: int, stop: int) -> Features:
         real = None if query_real is None else query_real[:, start:stop]
-        return q_map(safe_masked_fill(q[:, :, start:stop], real))[0]
+        return q_map(safe_masked_fill(q[:, :, start:stop], real))
 
-    def map_keys(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def map_keys(start: int, stop: int) -> Features:
         real = None if key_padding is None else key_padding[:, start:stop]
         return k_map(safe_masked_fill(k[:, :, start:stop], real))
 
@@ -195,7 +219,7 @@ def chunk_linear_attention(
     with _full_precision(v):
         keys = _prepare_keys(v, key_log_weight, key_padding, dtype)
         carry = None if state is None else _pack(state)
-        sums, carry = _chunk_block(q_features.to(dtype), k_features.to(dtype), *keys, carry, chunk_size)
+        sums, _, carry = _chunk_block(q_features.to(dtype), k_features.to(dtype), *keys, carry, chunk_size)
     return _divide(sums, v.dtype), _unpack(carry)
 
 
@@ -242,14 +266,14 @@ def _block_size(v: torch.Tensor) -> int:
 
 
 def _attend(
-    q_map: Callable[[int, int], torch.Tensor],
-    k_map: Callable[[int, int], tuple[torch.Tensor, torch.Tensor | None]],
+    q_map: Callable[[int, int], Features],
+    k_map: Callable[[int, int], Features],
     q_len: int,
     v: torch.Tensor,
     key_padding: torch.Tensor | None,
     is_causal: bool,
     state: State | None,
-) -> tuple[torch.Tensor, State | None]:
+) -> tuple[torch.Tensor, torch.Tensor, State | None]:
     """Attention in blocks of tokens; `q_map` and `k_map` give the features of a range of positions."""
     k_len, dtype, block = v.shape[2], accumulation_dtype(v.dtype), _block_size(v)
     if is_causal and q_len > k_len:
@@ -272,24 +296,27 @@ def _attend(
     offset = k_len - q_len if is_causal else k_len
     for start in range(0, offset, block):
         carry = _accumulate(carry, *keys(start, min(start + block, offset)))
-    outputs = []
+    outputs, normalizers = [], []
     for start in range(0, q_len, block):
         stop = min(start + block, q_len)
-        queries = q_map(start, stop).to(dtype)
+        queries, log_scale = q_map(start, stop)
+        queries = queries.to(dtype)
         if not is_causal:
             assert carry is not None
-            sums = queries @ carry[0]
+            sums, peak = queries @ carry[0], carry[1][..., None]
         elif stop - start == 1 and carry is not None:
             carry = _accumulate(carry, *keys(offset + start, offset + stop))
-            sums = queries @ carry[0]
+            sums, peak = queries @ carry[0], carry[1][..., None]
         else:
-            sums, carry = _chunk_block(queries, *keys(offset + start, offset + stop), carry, _CHUNK)
+            sums, peak, carry = _chunk_block(queries, *keys(offset + start, offset + stop), carry, _CHUNK)
         outputs.append(_divide(sums, v.dtype))
+        peak = peak if log_scale is None else peak + log_scale
+        normalizers.append(sums[..., -1].clamp(min=_TINY).log() + peak)
     output = outputs[0]
     if len(outputs) > 1:
         # [B, T, H, D] in memory: what the output projection reads next
         output = torch.cat([o.transpose(1, 2) for o in outputs], 1).transpose(1, 2)
-    return output, None if state is None or carry is None else _unpack(carry)
+    return output, torch.cat(normalizers, 2), None if state is None or carry is None else _unpack(carry)
 
 
 def _prepare_keys(
@@ -328,8 +355,8 @@ def _chunk_block(
     log_weight: torch.Tensor | None,
     carry: _Carry | None,
     chunk_size: int,
-) -> tuple[torch.Tensor, _Carry]:
-    """Causal sums [B, H, T, D+1] of a block after the keys in `carry`, and the carry after the block."""
+) -> tuple[torch.Tensor, torch.Tensor, _Carry]:
+    """Causal sums [B, H, T, D+1] of a block after the keys in `carry`, their log scale [B, H, T], the carry after."""
     batch, heads, length, num_features = k.shape
     size = min(chunk_size, length)
     chunks = -(-length // size)
@@ -347,7 +374,7 @@ def _chunk_block(
             before = before + carry[0][:, :, None]
         sums = sums + q @ before[:, :, :-1]
         last: _Carry = (before[:, :, -1], before.new_zeros(batch, heads))
-        return sums.reshape(batch, heads, chunks * size, -1)[:, :, :length], last
+        return sums.reshape(batch, heads, chunks * size, -1)[:, :, :length], last[1][..., None], last
 
     # Running maxima: of each row, and of everything before each chunk.
     start = log_weight.new_full((batch, heads), LOG_ZERO) if carry is None else carry[1]
@@ -370,7 +397,7 @@ def _chunk_block(
     sums = sums + (q @ before) * (peak_before[..., None] - row_peak).exp()[..., None]
     decay = (peak_before[..., -1] - chunk_peak[..., -1]).exp()[..., None, None]
     last = (before[:, :, -1] * decay + states[:, :, -1], chunk_peak[..., -1])
-    return sums.reshape(batch, heads, chunks * size, -1)[:, :, :length], last
+    return sums.reshape(batch, heads, chunks * size, -1)[:, :, :length], row_peak.flatten(2)[..., :length], last
 
 
 def _divide(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -22,24 +22,26 @@ def even_segment_starts(n_real: torch.Tensor, slots: int) -> torch.Tensor:
     return -(-slot.minimum(used) * n_real[:, None] // used.clamp(min=1))
 
 
-def segment_of_rank(starts: torch.Tensor, length: int) -> torch.Tensor:
+def segment_of_rank(starts: torch.Tensor, length: int, rank: torch.Tensor | None = None) -> torch.Tensor:
     """Segment of each rank `[B, length]`; ranks past the last segment get the number of segments."""
-    ranks = torch.arange(length, device=starts.device).expand(starts.shape[0], -1).contiguous()
-    return torch.searchsorted(starts[:, 1:].contiguous(), ranks, right=True)
+    if rank is None:
+        rank = torch.arange(length, device=starts.device).expand(starts.shape[0], -1)
+    return torch.searchsorted(starts[:, 1:].contiguous(), rank.contiguous(), right=True)
 
 
-def segment_mean(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+def segment_mean(x: torch.Tensor, starts: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of each segment, 0 for an empty one.
 
     Args:
-        x: `[B, H, T, D]`, tokens in rank order (padding last).
+        x: `[B, H, T, D]`.
         starts: `[B, slots + 1]`.
+        rank: long `[B, T]`, rank of each token, T for padding; None when they stand in rank order, padding last.
 
     Returns:
         `[B, H, slots, D]`.
     """
     slot = torch.arange(starts.shape[1] - 1, device=x.device)[:, None]
-    member = segment_of_rank(starts, x.shape[2])[:, None, :] == slot  # [B, slots, T]
+    member = segment_of_rank(starts, x.shape[2], rank)[:, None, :] == slot  # [B, slots, T]
     # A matrix product, not a scatter: the sum has the same order in every run on a GPU.
     return (member.to(x.dtype) / starts.diff()[:, :, None].clamp(min=1))[:, None] @ x
 

@@ -43,6 +43,12 @@ class ModelPatcher:
     """Name of the config class, e.g. `"BertConfig"`."""
     attention_name: ClassVar[str]
     """Name of the self-attention class, e.g. `"BertSelfAttention"`."""
+    projection_names: ClassVar[tuple[str, str, str]] = ("query", "key", "value")
+    """Names of the query, key and value projections inside a self-attention module; one name if they are fused."""
+    layers_are_numbered: ClassVar[bool] = True
+    """Whether a self-attention module knows its layer, `module.layer_idx`."""
+    rotary: ClassVar[bool] = False
+    """Whether queries and keys carry rotary embeddings, in place of a position table."""
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type
@@ -68,12 +74,12 @@ class ModelPatcher:
 
     def self_attentions(self, model: nn.Module) -> list[SelfAttention]:
         """All self-attention modules of `model`, in layer order."""
-        found = [
-            SelfAttention(int(module.layer_idx), name, module)  # type: ignore[arg-type]
-            for name, module in model.named_modules()
-            if self.is_self_attention(module)
+        found = [(name, module) for name, module in model.named_modules() if self.is_self_attention(module)]
+        entries = [
+            SelfAttention(int(module.layer_idx) if self.layers_are_numbered else position, name, module)  # type: ignore[arg-type]
+            for position, (name, module) in enumerate(found)
         ]
-        return sorted(found, key=lambda entry: entry.layer_idx)
+        return sorted(entries, key=lambda entry: entry.layer_idx)
 
     def is_causal(self, config: PreTrainedConfig) -> bool:
         """Whether a model with this config builds causal masks."""
@@ -81,14 +87,19 @@ class ModelPatcher:
 
     def head_dim(self, config: PreTrainedConfig) -> int:
         """Width of one attention head."""
-        return config.hidden_size // config.num_attention_heads
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def sliding_window(self, config: PreTrainedConfig, layer_idx: int) -> int | None:
+        """So many last tokens are all that upstream's softmax sees in this layer; None when it sees every token."""
+        return None
 
     def projections(self, module: nn.Module) -> tuple[Projection, Projection, Projection]:
-        """The checkpoint's query, key and value projections of a self-attention module."""
-        return tuple(Projection(p.weight, p.bias) for p in (module.query, module.key, module.value))  # type: ignore[union-attr,return-value,arg-type]
+        """The checkpoint's query, key and value projections of a self-attention module, for all of its heads."""
+        layers: list[Any] = [getattr(module, name) for name in self.projection_names]
+        return tuple(Projection(layer.weight, layer.bias) for layer in layers)  # type: ignore[return-value]
 
-    def position_table(self, model: PreTrainedModel) -> tuple[nn.Module, str]:
-        """The module that owns the position `nn.Embedding`, and the embedding's attribute name."""
+    def position_table(self, model: PreTrainedModel) -> tuple[nn.Module, str] | None:
+        """The module that owns the position `nn.Embedding`, and the embedding's attribute name; None without one."""
         return model.base_model.embeddings, "position_embeddings"  # type: ignore[return-value]
 
     def position_offset(self, config: PreTrainedConfig) -> int:
@@ -96,18 +107,21 @@ class ModelPatcher:
         return 0
 
     def max_length(self, config: PreTrainedConfig) -> int:
-        """Longest sequence (tokens) the position table serves; also the tokenizer's limit."""
+        """Longest sequence (tokens) that the config allows; also the tokenizer's limit."""
         return config.max_position_embeddings - self.position_offset(config)
 
     def set_max_length(self, config: PreTrainedConfig, max_length: int) -> None:
-        """Write a new limit (tokens) into the config."""
+        """Write a new limit (tokens) into the config; `ValueError` if the family cannot have that limit."""
         config.max_position_embeddings = max_length + self.position_offset(config)
 
     def resize_position_buffers(self, model: PreTrainedModel, rows: int) -> None:
         """Rebuild the non-persistent buffers whose length is that of the position table (`rows`)."""
         import torch
 
-        owner, name = self.position_table(model)
+        table = self.position_table(model)
+        if table is None:
+            return
+        owner, name = table
         device = getattr(owner, name).weight.device
         if getattr(owner, "position_ids", None) is not None:
             owner.position_ids = torch.arange(rows, device=device).expand((1, -1))

@@ -22,6 +22,7 @@ class GPT2Patcher(ModelPatcher):
     config_module = "transformers.models.gpt2.configuration_gpt2"
     config_name = "GPT2Config"
     attention_name = "GPT2Attention"
+    projection_names = ("c_attn", "c_attn", "c_attn")
 
     def is_self_attention(self, module: nn.Module) -> bool:
         return super().is_self_attention(module) and not module.is_cross_attention
@@ -35,7 +36,7 @@ class GPT2Patcher(ModelPatcher):
         biases = module.c_attn.bias.chunk(3, dim=0)  # type: ignore[union-attr,operator]
         return tuple(Projection(w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[return-value]
 
-    def position_table(self, model: PreTrainedModel) -> tuple[nn.Module, str]:
+    def position_table(self, model: PreTrainedModel) -> tuple[nn.Module, str] | None:
         return model.base_model, "wpe"
 
     def set_max_length(self, config: PreTrainedConfig, max_length: int) -> None:

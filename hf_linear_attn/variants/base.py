@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.calibration import Row, error_meter
 from hf_linear_attn.registry import VariantSpec
 
 __all__ = ["AttentionInputs", "AttentionVariant", "LayerContext", "State", "VariantConfig"]
@@ -127,6 +128,22 @@ class AttentionVariant(nn.Module):
 
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose the data-dependent start from real inputs of this layer (detached, no state)."""
+
+    def error_meter(self, rows: Sequence[Row], scaling: float) -> Callable[[], torch.Tensor]:
+        """A function that measures this layer as it stands: each head's squared error against softmax on `rows`.
+
+        Args:
+            rows: calibration sequences without padding (`ops.calibration.collect_rows`).
+            scaling: factor of the logits.
+
+        Returns:
+            `() -> [H]`, relative to softmax's squared norm.
+        """
+
+        def attend(row: Row) -> torch.Tensor:
+            return self(AttentionInputs(*row, is_causal=self.context.is_causal, scaling=scaling))[0]
+
+        return error_meter(attend, rows, is_causal=self.context.is_causal, scaling=scaling)
 
     def regression_loss(self, inputs: AttentionInputs, target: torch.Tensor) -> torch.Tensor:
         """What the per-layer regression minimises over this variant's parameters: here the output's relative error.

@@ -4,8 +4,8 @@ o_i = phi(q_i) S / (phi(q_i) . z), S = sum_j phi(k_j) v_j^T, z = sum_j phi(k_j),
 Both q and k are multiplied by sqrt(scaling) first, which keeps the scale of the checkpoint's logits.
 Cost n f d; decode state f (d + 1) numbers a head.
 
-With calibration, phi(k) is weighted by exp(scaling * a . k), a the head's mean query: the part of the logits
-that all queries share. Heads that it does not bring closer to softmax keep a = 0, the published form.
+With calibration, phi(k) is weighted by exp(scaling * a . k), a the head's mean query or a part of it: what all
+queries share of the logits. Heads that it does not bring closer to softmax keep a = 0, the published form.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_linear_attn.ops.calibration import Row, choose_per_head, head_errors, real_rows
-from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, Features, accumulation_dtype, laplace_features
+from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, reducer_starts
+from hf_linear_attn.ops.feature_maps import (
+    FEATURE_MAPS,
+    Features,
+    accumulation_dtype,
+    laplace_features,
+    weighted_by_mean_logit,
+)
 from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -97,20 +103,9 @@ class LinearAttention(AttentionVariant):
         """Set the mean query in the heads where that lowers the error against softmax on these inputs."""
         if not self.config.variance_reducer:
             return
-        rows, scaling = [], batches[0].scaling
-        for batch in batches:
-            rows += real_rows(batch.query, batch.key, batch.value, batch.key_padding)
-        tokens = sum(row[0].shape[2] for row in rows)
-        mean = torch.stack([row[0].sum((0, 2)) for row in rows]).sum(0) / tokens  # [H, D]
-
-        def attend(row: Row) -> torch.Tensor:
-            return self(AttentionInputs(*row, is_causal=self.context.is_causal, scaling=scaling))[0]
-
-        errors = []
-        for candidate in (torch.zeros_like(mean), mean):
-            self.query_mean.copy_(candidate)
-            errors.append(head_errors(attend, rows, is_causal=self.context.is_causal, scaling=scaling))
-        self.query_mean.copy_(torch.where(choose_per_head(errors)[:, None] == 1, mean, 0.0))
+        rows, scaling = collect_rows(batches), batches[0].scaling
+        starts = [{"query_mean": a} for a, _, _ in reducer_starts(*head_tokens(rows), centered=False)]
+        choose_start({"query_mean": self.query_mean}, starts, self.error_meter(rows, scaling))
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         laplace = self.config.feature_map == "laplace"
@@ -124,26 +119,22 @@ class LinearAttention(AttentionVariant):
             inputs.query,
             inputs.key,
             inputs.value,
-            lambda x: self._features(_scaled(x, scale)),
-            lambda x: self._key_features(_scaled(x, scale), scale),
+            lambda x: self._features(x, scale),
+            lambda x: self._key_features(x, inputs.scaling),
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,
         )
         return output.to(inputs.query.dtype), state
 
-    def _features(self, x: torch.Tensor) -> Features:
+    def _features(self, x: torch.Tensor, scale: float) -> Features:
+        x = x.to(accumulation_dtype(x.dtype)) * scale
         if self.config.feature_map == "laplace":
             return laplace_features(x, self.omega)
         return FEATURE_MAPS[self.config.feature_map](x)
 
-    def _key_features(self, x: torch.Tensor, scale: float) -> Features:
-        features, log_weight = self._features(x)
+    def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
+        features = self._features(x, scaling**0.5)
         if self.config.variance_reducer:
-            shared = (x @ (self.query_mean.to(x.dtype) * scale)[..., None])[..., 0]  # [B, H, T]
-            log_weight = shared if log_weight is None else log_weight + shared
-        return features, log_weight
-
-
-def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
-    return x.to(accumulation_dtype(x.dtype)) * scale
+            features = weighted_by_mean_logit(features, x, self.query_mean, scaling)
+        return features

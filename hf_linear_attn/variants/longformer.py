@@ -73,7 +73,7 @@ class LongformerAttention(AttentionVariant):
     (w - 1) d keys and values, the count of tokens and, with global tokens, their keys and values.
 
     Raises:
-        ValueError: for an odd window on an encoder, or a list of the wrong length.
+        ValueError: for an odd window on an encoder, a list of the wrong length, or global tokens on a rotary layer.
     """
 
     config: LongformerConfig
@@ -90,6 +90,8 @@ class LongformerAttention(AttentionVariant):
             raise ValueError(f"window_size must be even on an encoder (half on each side), got {self.window_size}.")
         g = config.num_global_tokens
         self.num_global_tokens = g if g is not None else int(not context.is_causal)
+        if self.num_global_tokens > 0 and context.rotary:
+            raise ValueError(f"num_global_tokens={g}: global rows would lack the rotary embeddings. Allowed here: 0.")
         if self.num_global_tokens > 0:
             width = context.num_heads * context.head_dim
             self.query_global = nn.Linear(context.hidden_size, width)
@@ -151,8 +153,7 @@ class LongformerAttention(AttentionVariant):
             kept = {"global_key": take_tokens(call.k, place), "global_value": take_tokens(call.v, place)}
             kept = keep_old(kept, tokens, state)
             extra = kept["global_key"], kept["global_value"], tokens.seen_by(q_len, k_len, inputs.is_causal)
-            q, k, v = ((layer.weight, layer.bias) for layer in self._projections())
-            given = call, tokens, inputs.hidden_states, (q, k, v), inputs.scaling
+            given = call, tokens, inputs.hidden_states, self._projections(), inputs.scaling
             if inputs.is_causal and inputs.global_mask is None:
                 rows, new = rows_over_first(*given, state)
                 kept.update(new)

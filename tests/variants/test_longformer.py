@@ -307,3 +307,35 @@ def test_calls_it_cannot_honour_are_refused():
     inputs.is_causal = False
     with pytest.raises(ValueError, match="is_causal=True, called with False"):
         layer.module(inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_global_tokens": 12}], ids=["folded", "projected"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_adapters_on_the_global_projections_take_part(is_causal, options):
+    """LoRA wraps a layer and leaves its weight as it was: reading the weight would pass the adapter by."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layer = Layer(is_causal, window_size=4, **{"num_global_tokens": 1, **options})
+    hidden = draw_hidden(2, 20)
+    plain = layer(hidden)
+    targets = ["query_global", "key_global", "value_global"]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), layer.module)
+    adapted = layer(hidden)
+    adapted.square().sum().backward()
+    adapters = {name: p for name, p in layer.module.named_parameters() if "lora_" in name}
+    # The query of a single first token of a decoder has one key to see, so that its logits do not matter.
+    matter = [name for name in adapters if "value" in name or not is_causal or options]
+    assert all(adapters[name].grad.abs().max() > 1e-4 for name in matter)
+    assert (adapted - plain).abs().max() > 1e-2
+    for name in targets:
+        getattr(layer.module, name).merge()
+    for name in targets:  # the merged weights, in plain layers
+        setattr(layer.module, name, getattr(layer.module, name).get_base_layer())
+    torch.testing.assert_close(layer(hidden), adapted)
+
+
+def test_rotary_layers_have_no_global_tokens():
+    context = LayerContext(0, 2, WIDTH, HEADS, DIM, 512, True, rotary=True)
+    assert LongformerAttention(LongformerConfig(), context).num_global_tokens == 0
+    with pytest.raises(ValueError, match=r"num_global_tokens=1.*rotary"):
+        LongformerAttention(LongformerConfig(num_global_tokens=1), context)

@@ -1,0 +1,237 @@
+"""Block-sparse softmax attention over lists of key blocks, in plain PyTorch.
+
+The blocks that a list names are gathered and go through `scaled_dot_product_attention` with a mask: the logits are
+never held in memory, and what is gathered at once is bounded, so that memory stays near that of q, k and v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hf_linear_attn.ops.block_patterns import CAUSAL, FULL, TAIL, BlockLists
+from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
+
+__all__ = ["BlockGrid", "Extra", "block_grid", "block_sparse_attention", "naive_block_sparse_attention", "segment_rows"]
+
+# Extra columns: keys `[B, H, G, D]`, values `[B, H, G, D]`, which query block sees which, bool `[B or 1, R or 1, G]`,
+# and what is added to their logits. A key that the lists name for the same block must be left out, else it counts
+# twice.
+Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
+
+# Bounds on the elements gathered at once. Blocks of memory above 32 MiB are returned to the system by the usual
+# allocator and cost page faults at each use: smaller segments measured up to 100 times faster to gather.
+SEGMENT_ELEMENTS = 1 << 22
+SEGMENT_PER_INPUT = 4
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """Where the queries and keys of a compacted call stand in a grid of blocks, by their ranks.
+
+    Attributes:
+        block_size: b, tokens per block.
+        row: long `[B or 1, R]`, the block of each tile of queries.
+        place: long `[B or 1, t]`, where the t queries of a tile stand in their block.
+        start: long `[B or 1]`, place of the token of rank 0 among the keys.
+        count: long `[B or 1]`, real tokens among the keys.
+        source: long `[B or 1, R * t]`, the query at each place of the tiles; None when it is that place.
+        back: long `[B or 1, Tq]`, the place of each query; None likewise.
+    """
+
+    block_size: int
+    row: torch.Tensor
+    place: torch.Tensor
+    start: torch.Tensor
+    count: torch.Tensor
+    source: torch.Tensor | None
+    back: torch.Tensor | None
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """Number of blocks of each sequence, at least 1: long `[B or 1]`."""
+        return (-(-self.count // self.block_size)).clamp(min=1)
+
+    def tiles(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries `[B, H, Tq, D]` as `[B, R, H, t, D]`; places without a query hold anything finite."""
+        R, t = self.row.shape[1], self.place.shape[1]
+        if self.source is not None:
+            q = take_tokens(q, self.source.expand(q.shape[0], -1))
+        elif R * t != q.shape[2]:
+            q = F.pad(q, (0, 0, 0, R * t - q.shape[2]))
+        return q.unflatten(2, (R, t)).transpose(1, 2)
+
+    def untile(self, out: torch.Tensor, q_len: int) -> torch.Tensor:
+        """The inverse of `tiles`."""
+        out = out.transpose(1, 2).flatten(2, 3)
+        return out[:, :, :q_len] if self.back is None else take_tokens(out, self.back.expand(out.shape[0], -1))
+
+
+def block_grid(call: CompactedCall, block_size: int, *, aligned: bool) -> BlockGrid:
+    """The grid of blocks of `block_size` ranks.
+
+    Args:
+        call: the compacted call.
+        block_size: b, in tokens.
+        aligned: whether the call has neither padding nor earlier keys; its blocks are then slices.
+    """
+    q_len, k_len, device = call.q.shape[2], call.k.shape[2], call.q.device
+    start, count = -call.rank[:, 0], call.rank[:, -1] + 1
+    rank = call.rank[:, k_len - q_len :]
+    if q_len == 1:  # decoding: one query is a tile, not a block of which one row counts
+        rank = rank.clamp(min=0)
+        return BlockGrid(block_size, rank // block_size, rank % block_size, start, count, None, None)
+    # Queries after earlier keys may begin in the middle of a block.
+    num_tiles = -(-q_len // block_size) if q_len == k_len else (q_len + block_size - 2) // block_size + 1
+    first = rank[:, :1].clamp(min=0) // block_size
+    row = first + torch.arange(num_tiles, device=device)
+    place = torch.arange(block_size, device=device)[None]
+    if aligned:
+        return BlockGrid(block_size, row, place, start, count, None, None)
+    shift = first * block_size - rank[:, :1]  # from a place in the tiles to a query
+    source = (torch.arange(num_tiles * block_size, device=device) + shift).clamp(0, q_len - 1)
+    back = (torch.arange(q_len, device=device) - shift).clamp(min=0)
+    return BlockGrid(block_size, row, place, start, count, source, back)
+
+
+def segment_rows(row_elements: int, input_elements: int) -> int:
+    """How many rows of a grid to go through at once, at `row_elements` elements of working memory each."""
+    return max(1, min(SEGMENT_ELEMENTS, SEGMENT_PER_INPUT * input_elements) // row_elements)
+
+
+def block_sparse_attention(
+    call: CompactedCall, grid: BlockGrid, lists: BlockLists, *, scaling: float, extra: Extra | None = None
+) -> torch.Tensor:
+    """Softmax attention of every query over the real keys of the blocks listed for its own block.
+
+    Args:
+        call: queries, keys and values with their padding in front.
+        grid: of that call.
+        lists: for the R query blocks of the grid.
+        scaling: factor of the logits.
+        extra: columns seen in addition to the listed blocks; not by `full_rows`.
+
+    Returns:
+        `[B, H, Tq, D]` in the compacted order. Rows of padding are finite.
+    """
+    q, k, v = grid.tiles(call.q), call.k, call.v
+    (B, R, H, _, D), L = q.shape, lists.columns.shape[-1]
+    width = L * grid.block_size + (0 if extra is None else extra[0].shape[2])
+    step = segment_rows(B * H * D * width, call.q.numel())
+    shift = None
+    if extra is not None and extra[3] != 0:
+        shift = F.pad(q.new_full((extra[0].shape[2],), extra[3]), (0, L * grid.block_size))
+    outputs = []
+    for begin in range(0, R, step):
+        part = slice(begin, min(begin + step, R))
+        columns = lists.columns[:, :, part]
+        keys, values = _gather_blocks(k, columns, grid), _gather_blocks(v, columns, grid)
+        allowed = _allowed(lists.kind[:, part], grid, lists.is_causal)  # [B or 1, R, t or 1, L * b]
+        if extra is not None:
+            shared = (x[:, None].expand(-1, keys.shape[1], -1, -1, -1) for x in extra[:2])
+            keys, values = (torch.cat(pair, dim=3) for pair in zip(shared, (keys, values), strict=True))
+            seen = extra[2] if extra[2].shape[1] == 1 else extra[2][:, part]
+            batch = max(seen.shape[0], allowed.shape[0])
+            seen = seen[:, :, None].expand(batch, allowed.shape[1], allowed.shape[2], -1)
+            allowed = torch.cat([seen, allowed.expand(batch, -1, -1, -1)], dim=-1)
+        outputs.append(_attend(q[:, part], keys, values, allowed, scaling, shift))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    if lists.full_rows is not None:
+        out = _place_full_rows(out, q, call, grid, lists.full_rows, scaling)
+    return grid.untile(out, call.q.shape[2])
+
+
+def _gather_blocks(x: torch.Tensor, columns: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
+    """Tokens of the blocks `columns` `[B or 1, H or 1, R, L]` of x `[B, H, T, D]`: `[B, R, H, L * b, D]`."""
+    B, H, T, D = x.shape
+    _, heads, R, L = columns.shape
+    inside = torch.arange(grid.block_size, device=x.device)
+    first = grid.start[:, None, None, None] + columns * grid.block_size
+    index = (first[..., None] + inside).flatten(3).clamp(0, T - 1).expand(B, -1, -1, -1)
+    if heads == 1:  # all heads of a token lie together
+        taken = take_tokens(x, index.flatten(1)).unflatten(2, (R, -1))
+        return taken.transpose(1, 2)
+    rows = torch.arange(B * H, device=x.device).view(B, H, 1, 1) * T + index
+    taken = x.reshape(B * H * T, D).index_select(0, rows.transpose(1, 2).flatten())
+    return taken.view(B, R, H, L * grid.block_size, D)
+
+
+def _allowed(kind: torch.Tensor, grid: BlockGrid, is_causal: bool) -> torch.Tensor:
+    """Which keys of the listed blocks are seen: bool `[B or 1, R, t or 1, L * b]`."""
+    inside = torch.arange(grid.block_size, device=kind.device)
+    tail = grid.count - (grid.blocks - 1) * grid.block_size
+    real = inside < tail[:, None, None, None]
+    kind = kind[..., None]
+    allowed = ((kind == FULL) | ((kind == TAIL) & real)).flatten(2)[:, :, None]
+    if not is_causal:
+        return allowed
+    past = inside <= grid.place[:, None, :, None, None]  # [B or 1, 1, t, 1, b]
+    return allowed | ((kind == CAUSAL)[:, :, None] & past).flatten(3)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    allowed: torch.Tensor,
+    scaling: float,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q `[B, R, H, t, D]`, k and v `[B, R, H, K, D]`, allowed `[B or 1, R, t or 1, K]`; returns q's shape.
+
+    `shift` `[K]` is added to the logits.
+    """
+    mask = allowed | ~allowed.any(-1, keepdim=True)  # a row without any key would be nan; nobody reads it
+    mask = mask.expand(q.shape[0], -1, -1, -1).flatten(0, 1)[:, None]
+    if shift is not None:
+        mask = torch.where(mask, shift, float("-inf"))
+    tiles = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).unflatten(0, tiles)
+
+
+def _place_full_rows(
+    out: torch.Tensor, q: torch.Tensor, call: CompactedCall, grid: BlockGrid, full_rows: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """`out` `[B, R, H, t, D]` with the rows that see every key computed over all of them."""
+    (B, R), t = q.shape[:2], q.shape[3]
+    tile = (full_rows - grid.row[:, :1]).expand(B, -1)  # [B, F]; outside 0 .. R - 1 when not in this call
+    picked = q[torch.arange(B, device=q.device)[:, None], tile.clamp(0, R - 1)]  # [B, F, H, t, D]
+    query = picked.transpose(1, 2).flatten(2, 3)[:, None]  # [B, 1, H, F * t, D]
+    allowed = call.rank[:, None, None, :] >= 0
+    rows = _attend(query, call.k[:, None], call.v[:, None], allowed, scaling)[:, 0].unflatten(2, (-1, t))
+    for f in range(tile.shape[1]):
+        hit = torch.arange(R, device=q.device) == tile[:, f : f + 1]
+        out = torch.where(hit[:, :, None, None, None], rows[:, :, f][:, None], out)
+    return out
+
+
+def naive_block_sparse_attention(
+    call: CompactedCall, grid: BlockGrid, lists: BlockLists, *, scaling: float, extra: Extra | None = None
+) -> torch.Tensor:
+    """Dense O(n^2) evaluation of `block_sparse_attention`, for tests and inspection; same arguments."""
+    q, rank, b = call.q, call.rank, grid.block_size
+    B, H, q_len, _ = q.shape
+    k_len = call.k.shape[2]
+    R, L = lists.columns.shape[2:]
+    columns, kind = lists.columns.expand(B, H, R, L), lists.kind[:, None].expand(B, H, R, L)
+    rows = rank[:, k_len - q_len :].expand(B, q_len)
+    tile = (rows // b - grid.row[:, :1]).clamp(0, R - 1)[:, None, :, None].expand(B, H, q_len, L)
+    columns, kind = columns.gather(2, tile)[..., None], kind.gather(2, tile)[..., None]  # [B, H, Tq, L, 1]
+    key = rank[:, None, None, None, :]
+    past = (kind == CAUSAL) & (key <= rows[:, None, :, None, None])
+    seen = ((key // b == columns) & ((kind == FULL) | (kind == TAIL) | past)).any(3)
+    full = seen.new_zeros(1, 1, 1, 1)
+    if lists.full_rows is not None:
+        full = (rows[..., None] // b == lists.full_rows[:, None, :]).any(-1)[:, None, :, None]
+    seen = (seen | full) & (rank >= 0)[:, None, None, :]
+    logits = (q @ call.k.transpose(-1, -2) * scaling).masked_fill(~seen, float("-inf"))
+    v = call.v
+    if extra is not None:
+        G = extra[0].shape[2]
+        shown = extra[2].expand(B, R, G).gather(1, tile[:, 0, :, :1].expand(-1, -1, G))[:, None] & ~full
+        more = (q @ extra[0].transpose(-1, -2) * scaling + extra[3]).masked_fill(~shown, float("-inf"))
+        logits, v = torch.cat([more, logits], dim=-1), torch.cat([extra[1], v], dim=2)
+    return logits.softmax(-1).nan_to_num(0.0) @ v

@@ -1,0 +1,52 @@
+"""Attention whose weights need all logits of a row: in chunks of queries, one chunk's logits in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hf_linear_attn.ops.compaction import CompactedCall
+
+__all__ = ["attend_in_chunks", "masked_softmax"]
+
+# Upper bound on the weights of one chunk of queries (64 MiB in fp32). While training, autograd keeps all of them.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def masked_softmax(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension, in float32 at least; 0 where not allowed, rows without any key included.
+
+    Args:
+        logits: `[..., Tk]`.
+        allowed: bool, broadcastable to `logits`.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # A finite fill and a second mask, not -inf: rows without any key have finite gradients.
+    return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(~allowed, 0)
+
+
+def attend_in_chunks(
+    call: CompactedCall, weights: Callable[[slice, torch.Tensor], torch.Tensor], *, is_causal: bool
+) -> torch.Tensor:
+    """Weighted sums of the values of a call.
+
+    Args:
+        call: the call, padding in front.
+        weights: `(rows, allowed) -> [B, H, rows, Tk]`, the attention weights of a slice of the query rows, of
+            which `allowed` (bool, broadcastable to that shape) says what each may see.
+        is_causal: whether a row sees no later key.
+
+    Returns:
+        `[B, H, Tq, D]`, in the order of `call`.
+    """
+    (B, H, q_len, _), k_len, device = call.q.shape, call.k.shape[2], call.q.device
+    step = max(1, CHUNK_ELEMENTS // (B * H * max(1, k_len)))
+    real = (call.rank >= 0)[:, None, None, :]
+    places = torch.arange(k_len, device=device)
+    outputs = []
+    for start in range(0, q_len, step):
+        rows = slice(start, min(start + step, q_len))
+        allowed = real & (places <= places[k_len - q_len :][rows, None]) if is_causal else real
+        outputs.append(weights(rows, allowed).to(call.v.dtype) @ call.v)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

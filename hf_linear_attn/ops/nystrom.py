@@ -1,0 +1,144 @@
+"""Nystrom approximation of softmax attention through landmarks, Nystromformer (arXiv:2102.03902).
+
+y = F pinv(A) B V, F = softmax(s Q K~^T), A = softmax(s Q~ K~^T), B = softmax(s Q~ K^T). B V is exact attention of
+the landmark queries Q~; F pinv(A) carries it over to all queries.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hf_linear_attn.ops.compaction import take_tokens
+from hf_linear_attn.ops.masking import invert_permutation, pads_first_permutation, safe_masked_fill
+from hf_linear_attn.ops.pooling import even_segment_starts, segment_mean
+
+__all__ = ["CENTROIDS", "OWN_QUERIES", "SEGMENT_MEANS", "iterative_pinv", "nystrom_attention", "rank_convolution"]
+
+# What the landmarks of a head are. As published: means of segments of queries (Q~) and of keys (K~). Or queries
+# alone, Q~ = K~ with the kernel softmax_j(s q.c_j - s |c_j|^2 / 2): segment means of queries, or given centroids.
+SEGMENT_MEANS, OWN_QUERIES, CENTROIDS = 0, 1, 2
+
+
+def iterative_pinv(matrix: torch.Tensor, num_iterations: int) -> torch.Tensor:
+    """Moore-Penrose inverse by a third-order iteration, each matrix started from a scale of its own.
+
+    Z <- Z/4 (13 I - AZ (15 I - AZ (7 I - AZ))) from Z = A^T / (norm1(A) norminf(A)), in float32 at least. Few
+    iterations leave the smallest singular values behind, which regularises the inverse.
+
+    Args:
+        matrix: `[..., m, m]`, non-negative and not 0.
+        num_iterations: 6 in the paper.
+
+    Returns:
+        `[..., m, m]`, float32 at least.
+    """
+    with torch.autocast(matrix.device.type, enabled=False):
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        inverse = matrix.mT / (matrix.sum(-2).amax(-1) * matrix.sum(-1).amax(-1))[..., None, None]
+        for _ in range(num_iterations):
+            product = matrix @ inverse
+            inner = 15 * identity - product @ (7 * identity - product)
+            inverse = inverse @ (13 * identity - product @ inner) / 4
+    return inverse
+
+
+def nystrom_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    num_landmarks: int,
+    num_iterations: int,
+    scaling: float,
+    key_padding: torch.Tensor | None = None,
+    form: torch.Tensor | None = None,
+    centroids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Bidirectional attention through m landmarks; exact in batch rows of at most m real tokens.
+
+    A segment is a run of real tokens: the one of rank r is in segment r m // n_real.
+
+    Args:
+        q: `[B, H, Tq, D]`, the last Tq tokens.
+        k: `[B, H, Tk, D]`.
+        v: `[B, H, Tk, D]`.
+        num_landmarks: m.
+        num_iterations: of `iterative_pinv`.
+        scaling: factor of the logits.
+        key_padding: bool `[B, Tk]`, True for a real token, or None.
+        form: long `[H]`, the landmarks of each head; None for `SEGMENT_MEANS` in all.
+        centroids: `[H, m, D]`, the landmarks of heads with `CENTROIDS`; needed when `form` is given.
+
+    Returns:
+        `[B, H, Tq, D]` in the query's dtype; finite at padded tokens, 0 where no token is real.
+
+    Raises:
+        ValueError: for more queries than keys.
+    """
+    q_len, k_len, m = q.shape[2], k.shape[2], num_landmarks
+    if q_len > k_len:
+        raise ValueError(f"Nystrom attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
+    n_keys = torch.full((1,), k_len, device=k.device)
+    n_queries = torch.full((1,), q_len, device=k.device)
+    key_rank = query_rank = visible = None
+    if key_padding is not None:
+        n_keys = key_padding.sum(-1)
+        q = safe_masked_fill(q, key_padding[:, k_len - q_len :])
+        k, v = safe_masked_fill(k, key_padding), safe_masked_fill(v, key_padding)
+        key_rank, query_rank = (_rank(x) for x in (key_padding, key_padding[:, k_len - q_len :]))
+        n_queries = key_padding[:, k_len - q_len :].sum(-1)
+        visible = (key_padding | (n_keys == 0)[:, None])[:, None, None]  # without any key: values are 0, so is the mean
+    if min(q_len, k_len) <= m:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
+
+    q_marks = segment_mean(q, even_segment_starts(n_queries, m), query_rank)  # [B, H, m, D]
+    k_marks = segment_mean(k, even_segment_starts(n_keys, m), key_rank)
+    bias = torch.zeros((), dtype=q.dtype, device=q.device)
+    if form is not None and centroids is not None:
+        form = form[:, None, None]
+        q_marks = torch.where(form == CENTROIDS, centroids.to(q.dtype), q_marks)
+        k_marks = torch.where(form == SEGMENT_MEANS, k_marks, q_marks)
+        bias = (-scaling / 2 * k_marks.square().sum(-1)).masked_fill(form[:, 0] == SEGMENT_MEANS, 0)[:, :, None]
+    mixed = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=visible, scale=scaling)  # B V
+    with torch.autocast(q.device.type, enabled=False):
+        full = torch.promote_types(q.dtype, torch.float32)
+        logits = scaling * q_marks.to(full) @ k_marks.to(full).mT + bias
+        mixed = (iterative_pinv(logits.softmax(-1), num_iterations) @ mixed.to(full)).to(q.dtype)
+    if key_padding is not None:
+        # Rows of at most m tokens: their keys and values themselves.
+        first = pads_first_permutation(~key_padding)[:, :m]
+        short = (n_keys <= m)[:, None, None, None]
+        k_marks = torch.where(short, take_tokens(k, first), k_marks)
+        mixed = torch.where(short, take_tokens(v, first), mixed)
+        token = torch.arange(m, device=k.device) < n_keys.clamp(min=1)[:, None]
+        bias = bias.masked_fill(short, 0).masked_fill(~token[:, None, None], float("-inf"))
+    mask = None if key_padding is None and form is None else bias.expand(q.shape[0], q.shape[1], 1, m)
+    return F.scaled_dot_product_attention(q, k_marks, mixed, attn_mask=mask, scale=scaling)
+
+
+def _rank(real: torch.Tensor) -> torch.Tensor:
+    """Rank of each real token, and T for padding, which is in no segment: long `[B, T]`."""
+    return (real.long().cumsum(-1) - 1).masked_fill(~real, real.shape[1])
+
+
+def rank_convolution(x: torch.Tensor, weight: torch.Tensor, key_padding: torch.Tensor | None = None) -> torch.Tensor:
+    """Convolution along the ranks of real tokens, one kernel a head for all its channels.
+
+    Args:
+        x: `[B, H, T, D]`.
+        weight: `[H, K]`, K odd; its middle belongs to the token itself.
+        key_padding: bool `[B, T]`, True for a real token, or None.
+
+    Returns:
+        `[B, H, T, D]`, 0 at padding.
+    """
+    order = None if key_padding is None else pads_first_permutation(key_padding)
+    if order is not None:
+        x = take_tokens(safe_masked_fill(x, key_padding), order)
+    kernel = weight.to(x.dtype)[:, None, :, None]
+    x = F.conv2d(x, kernel, padding=(weight.shape[1] // 2, 0), groups=x.shape[1])
+    if order is not None:
+        x = safe_masked_fill(take_tokens(x, invert_permutation(order)), key_padding)
+    return x

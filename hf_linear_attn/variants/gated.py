@@ -1,0 +1,186 @@
+"""Gated linear attention (GLA), arXiv:2312.06635: linear attention whose features are forgotten at gated rates.
+
+S_i = diag(alpha_i) S_{i-1} + phi(k_i) v_i^T, z_i = alpha_i z_{i-1} + phi(k_i), o_i = phi(q_i) S_i / (phi(q_i) . z_i),
+alpha_i = sigmoid(x_i W_1 W_2 + b)^(1/16) per feature, x the layer's input. GLA's own kernel, the identity, has no
+such normaliser: o_i = scaling q_i S_i. Cost n f d; decode state f (d + 1) numbers a head, d^2 with the identity.
+Only the attention of GLA: its output gate and norm would change what the checkpoint's next layer receives.
+
+With calibration each head takes the decay (in b), and a mean query a that weights phi(k) by exp(scaling * a . k),
+that bring it closest to softmax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_linear_attn.ops.calibration import Row, choose_start, collect_rows, error_meter, head_tokens, reducer_starts
+from hf_linear_attn.ops.decay import feature_map_decay_attention, init_decay_state
+from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, Features, accumulation_dtype, weighted_by_mean_logit
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["GatedConfig", "GatedLinearAttention"]
+
+REFUSAL = (
+    "gated forgets as it goes from token to token, which bidirectional attention has no direction for; "
+    "use 'linear', the same method without gates, on encoders."
+)
+INITS = ("undecayed", "published")
+RATES = (2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)  # log-decays that calibration tries: memories of 16 to 1024 tokens
+TEMPERATURE = 16.0  # the root that keeps gates near 1, as published
+
+
+@dataclass(frozen=True)
+class GatedConfig(VariantConfig):
+    """Options of `gated`.
+
+    Attributes:
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, all with a normaliser, or
+            `"identity"`, GLA's kernel without one: its outputs are on a scale of their own.
+        gate_rank: width of the gate's low-rank map.
+        init: start of the gates, `"undecayed"` (W_2 = 0 and a bias that keeps all but 1/160 over the position
+            table's length) or `"published"` (W_2 random as linear layers are, b = 0: memories of about 23 tokens).
+        variance_reducer: weight keys by a calibrated exp(scaling * a . k); without calibration, and with
+            `"identity"`, a is 0.
+    """
+
+    feature_map: str = "elu"
+    gate_rank: int = 16
+    init: str = "undecayed"
+    variance_reducer: bool = True
+
+    def validate(self) -> None:
+        maps = [*sorted(FEATURE_MAPS), "identity"]
+        if self.feature_map not in maps:
+            raise ValueError(f"feature_map={self.feature_map!r}; allowed: {', '.join(maps)}.")
+        if isinstance(self.gate_rank, bool) or not isinstance(self.gate_rank, int) or self.gate_rank < 1:
+            raise ValueError(f"gate_rank={self.gate_rank!r}; allowed: an integer of at least 1.")
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r}; allowed: {', '.join(INITS)}.")
+        if not isinstance(self.variance_reducer, bool):
+            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+
+
+@register_variant(
+    "gated",
+    config=GatedConfig,
+    title="Gated linear attention (GLA)",
+    paper="Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635",
+    cost="n f d",
+    state="constant",
+    encoder=False,
+    refusal=REFUSAL,
+    test_options=(
+        {"init": "published", "gate_rank": 4},
+        {"init": "published", "feature_map": "identity"},
+    ),
+)
+class GatedLinearAttention(AttentionVariant):
+    """Linear attention with data-dependent forgetting, of one layer.
+
+    Parameters: `gate_down [r, hidden_size]` (W_1), `gate_up [H D, r]` (W_2), `gate_bias [H, D]` (b). Buffer with the
+    variance reducer: `query_mean [H, D]`.
+    """
+
+    query_mean: torch.Tensor
+
+    def __init__(self, config: GatedConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        if not context.is_causal:
+            raise ValueError(REFUSAL)
+        heads, dim = context.num_heads, context.head_dim
+        self.normalised = config.feature_map != "identity"
+        self.reduces = config.variance_reducer and self.normalised
+        self.gate_down = nn.Parameter(torch.empty(config.gate_rank, context.hidden_size))
+        self.gate_up = nn.Parameter(torch.empty(heads * dim, config.gate_rank))
+        self.gate_bias = nn.Parameter(torch.empty(heads, dim))
+        if self.reduces:
+            self.register_buffer("query_mean", torch.empty(heads, dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gates as `init` says, drawn from the layer's index; mean query 0."""
+        generator = torch.Generator("cpu").manual_seed(self.context.layer_idx)
+        for weight in (self.gate_down, self.gate_up):
+            uniform = torch.rand(weight.shape, generator=generator, device="cpu") * 2 - 1
+            weight.copy_(uniform * weight.shape[1] ** -0.5)
+        self.gate_bias.zero_()
+        if self.config.init == "undecayed":
+            self.gate_up.zero_()
+            self.gate_bias.fill_(math.log(10 * self.context.max_length))
+        if self.reduces:
+            self.query_mean.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose bias and mean query in each head by its error against softmax on these inputs."""
+        rows, scaling = collect_rows(batches), batches[0].scaling
+        hidden = [dataclasses.replace(x, query=h, key=h, value=h) for x in batches for h in [_hidden(x)[:, None]]]
+        hidden_of = {id(row): h[:, 0] for row, (h, _, _) in zip(rows, collect_rows(hidden), strict=True)}
+
+        def attend(row: Row) -> torch.Tensor:
+            return self(AttentionInputs(*row, is_causal=True, scaling=scaling, hidden_states=hidden_of[id(row)]))[0]
+
+        bias = self.gate_bias.clone()
+        # sigmoid(b) = exp(-TEMPERATURE * rate)
+        tried = [-math.log(math.expm1(TEMPERATURE * rate)) for rate in RATES]
+        starts = [{"gate_bias": x} for x in (bias, *(torch.full_like(bias, b) for b in tried))]
+        present: dict[str, torch.Tensor] = {"gate_bias": self.gate_bias}
+        if self.reduces:
+            present["query_mean"] = self.query_mean
+            means = [a for a, _, _ in reducer_starts(*head_tokens(rows), centered=False)]
+            starts = [{**start, "query_mean": mean} for mean in means for start in starts]
+        choose_start(present, starts, error_meter(attend, rows, is_causal=True, scaling=scaling))
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        heads, dim = self.context.num_heads, self.context.head_dim
+        return init_decay_state(batch_size, heads, dim, dim, dtype, device, normalised=self.normalised)
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        output, state = feature_map_decay_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            self._log_decay(inputs),
+            lambda x: self._features(x, inputs.scaling),
+            lambda x: self._key_features(x, inputs.scaling),
+            key_padding=inputs.key_padding,
+            is_causal=inputs.is_causal,
+            normalised=self.normalised,
+            state=state,
+        )
+        return output.to(inputs.query.dtype), state
+
+    def _log_decay(self, inputs: AttentionInputs) -> torch.Tensor:
+        """log alpha, `[B, H, T, D]`."""
+        hidden = _hidden(inputs)
+        if inputs.key_padding is not None:
+            hidden = hidden.masked_fill(~inputs.key_padding[..., None], 0)
+        gate = F.linear(F.linear(hidden, self.gate_down.to(hidden.dtype)), self.gate_up.to(hidden.dtype))
+        gate = gate.unflatten(-1, self.gate_bias.shape).transpose(1, 2)
+        dtype = accumulation_dtype(inputs.value.dtype)
+        return F.logsigmoid(gate.to(dtype) + self.gate_bias.to(dtype)[:, None]) / TEMPERATURE
+
+    def _features(self, x: torch.Tensor, scaling: float) -> Features:
+        x = x.to(accumulation_dtype(x.dtype)) * scaling**0.5
+        return FEATURE_MAPS[self.config.feature_map](x) if self.normalised else (x, None)
+
+    def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
+        features = self._features(x, scaling)
+        return weighted_by_mean_logit(features, x, self.query_mean, scaling) if self.reduces else features
+
+
+def _hidden(inputs: AttentionInputs) -> torch.Tensor:
+    hidden, length = inputs.hidden_states, inputs.key.shape[2]
+    if hidden is None or hidden.shape[1] != length:
+        given = "None" if hidden is None else f"those of {hidden.shape[1]}"
+        raise ValueError(f"The gates of gated need the hidden states of all {length} keys, got {given}.")
+    return hidden

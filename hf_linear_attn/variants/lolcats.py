@@ -1,0 +1,201 @@
+"""LoLCATs, softmax over a window and linear attention over every other key in one normaliser, arXiv:2410.10254.
+
+y_i = (sum_window g e^{l_ij} v_j + phi(q_i) S_i) / (sum_window g e^{l_ij} + phi(q_i) . z_i) with the softmax logits l, S_i
+and z_i the sums of phi(k) v^T and phi(k) over the keys outside the window: the earlier ones, on encoders the later
+ones too. Cost n (w + f) d; decode state w keys and values and f (d + 1) sums a head.
+
+The window's scale does not cancel, it sets the balance with the tail. As published phi is Hedgehog's, relative to the
+largest term of the window, and g = 0.1. `taylor`, and `centroids` once calibrated, estimate the logits themselves, with
+g = 1: e^{s q.k} = e^{s (q-a).(k-c)} e^{s a.k} e^{s (q-a).c}, phi for the first factor, a the mean query and c the mean
+attended key. Calibration keeps in each head what lowers its output error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_linear_attn.ops import calibration as measure
+from hf_linear_attn.ops import softmax_map as maps
+from hf_linear_attn.ops.attention_rows import attended_share
+from hf_linear_attn.ops.compaction import compact
+from hf_linear_attn.ops.feature_maps import Features, taylor_features
+from hf_linear_attn.ops.linear_attention import init_linear_state
+from hf_linear_attn.ops.window_tail import centered_features, window_tail_attention
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["LolcatsAttention", "LolcatsConfig"]
+
+_TAILS = ("taylor", "centroids", "hedgehog")
+_FACTOR_STEPS = (-0.5, -0.25, 0.25, 0.5)  # of log g, tried by calibration
+
+
+@dataclass(frozen=True)
+class LolcatsConfig(VariantConfig):
+    """Options of `lolcats`.
+
+    Attributes:
+        window_size: w in tokens (even on encoders, half on each side); None means 64, or an eighth of the longest
+            input where that is less.
+        tail: features of the keys outside the window: `"taylor"` (order 2 on a projection of q and k), `"hedgehog"`
+            (as published), or `"centroids"` (as published until calibration chooses centroids).
+        num_features: features of `centroids` and `hedgehog`, even; None means 2 head_dim.
+        projection_size: channels that `taylor` projects q and k to, at most head_dim.
+    """
+
+    window_size: int | None = None
+    tail: str = "taylor"
+    num_features: int | None = None
+    projection_size: int = 16
+
+    def validate(self) -> None:
+        if self.tail not in _TAILS:
+            raise ValueError(f"tail={self.tail!r}; allowed: {', '.join(_TAILS)}.")
+        for name, unset in (("window_size", True), ("num_features", True), ("projection_size", False)):
+            x: Any = getattr(self, name)
+            if not (unset and x is None) and (isinstance(x, bool) or not isinstance(x, int) or x < 1):
+                raise ValueError(f"{name}={x!r}; allowed: {'None or ' if unset else ''}an integer of at least 1.")
+        if self.num_features is not None and self.num_features % 2:
+            raise ValueError(f"num_features={self.num_features}; allowed: None or an even integer.")
+
+
+@register_variant(
+    "lolcats",
+    config=LolcatsConfig,
+    title="LoLCATs (window softmax with a linear tail)",
+    paper="LoLCATs: On Low-Rank Linearizing of Large Language Models, arXiv:2410.10254",
+    cost="n (w+f) d",
+    state="window",
+    exact_limit=lambda length, is_causal: {"window_size": length if is_causal else max(2, 2 * (length - 1))},
+    test_options=(
+        {"window_size": 8, "tail": "centroids", "num_features": 12},
+        {"window_size": 4, "tail": "hedgehog"},
+    ),
+)
+class LolcatsAttention(AttentionVariant):
+    """Window and tail of one layer.
+
+    Parameters: `window_log_factor [H]` (log g); `query_center`, `key_center [H, D]` (a and c); `query_weight`,
+    `key_weight [H, rows, D]`, and for `centroids` and `hedgehog` `query_bias`, `key_bias [H, rows]`. Buffer
+    (persistent) of these two: `form [H]` (see `ops.softmax_map`).
+
+    Raises:
+        ValueError: for an odd window on an encoder.
+    """
+
+    query_weight: torch.Tensor
+    form: torch.Tensor
+
+    def __init__(self, config: LolcatsConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        heads, dim = context.num_heads, context.head_dim
+        self.window_size = config.window_size or min(64, max(2, context.max_length // 16 * 2))
+        if not context.is_causal and self.window_size % 2:
+            raise ValueError(f"window_size={self.window_size}; allowed on an encoder: even, half on each side.")
+        self.taylor = config.tail == "taylor"
+        rows = min(config.projection_size, dim) if self.taylor else config.num_features or 2 * dim
+        self.num_features = 1 + rows + rows * (rows + 1) // 2 if self.taylor else rows
+        self.window_log_factor = nn.Parameter(torch.empty(heads))
+        for side in ("query", "key"):
+            self.register_parameter(f"{side}_center", nn.Parameter(torch.empty(heads, dim)))
+            self.register_parameter(f"{side}_weight", nn.Parameter(torch.empty(heads, rows, dim)))
+            if not self.taylor:
+                self.register_parameter(f"{side}_bias", nn.Parameter(torch.empty(heads, rows)))
+        if not self.taylor:
+            self.register_buffer("form", torch.empty(heads, dtype=torch.long))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Centers 0; W = [I; -I] and g = 0.1 as published, or for `taylor` the first channels and g = 1."""
+        heads, rows, dim = self.query_weight.shape
+        start = {"log": torch.zeros(heads, device="cpu"), "center": torch.zeros(heads, dim, device="cpu")}
+        start["weight"], start["bias"] = maps.published_map(heads, rows, dim, self.context.layer_idx)
+        if self.taylor:
+            start["weight"] = torch.eye(rows, dim, device="cpu").expand(heads, -1, -1)
+        else:
+            start["log"] += math.log(0.1)
+            self.form.fill_(maps.PUBLISHED)
+        for name, parameter in self.named_parameters():
+            parameter.copy_(start[name.split("_")[1]])
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose each head's tail, then its g, by its output error against softmax on these inputs."""
+        causal, scaling = self.context.is_causal, batches[0].scaling
+        rows = measure.collect_rows(batches)
+
+        def attend(row: measure.Row) -> torch.Tensor:
+            return self(AttentionInputs(*row, is_causal=causal, scaling=scaling))[0]
+
+        q, k = measure.head_tokens(rows)
+        share = attended_share(rows, is_causal=causal, scaling=scaling)
+        a, c = q.mean(1), (share[..., None] * k).sum(1)
+        q, k = q - a[:, None], k - c[:, None]
+        zero = torch.zeros_like(self.window_log_factor)
+        starts: list[dict[str, torch.Tensor]] = [{}]  # reducers for true-scale tails only: a published one is not
+        if self.taylor:
+            projections = zip(("query_weight", "key_weight"), measure.principal_maps(q, k), strict=True)
+            starts = [{name: x[:, : self.query_weight.shape[1]] for name, x in projections}]
+        elif self.config.tail == "centroids":
+            starts = maps.centroid_starts(q, k, self.num_features, scaling)
+        centers = {} if self.config.tail == "hedgehog" else {"query_center": a, "key_center": c}
+        errors = measure.error_meter(attend, rows, is_causal=causal, scaling=scaling)
+        present = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        starts = [{**start, **centers, "window_log_factor": zero} for start in starts]
+        measure.choose_start(present, [{}, *starts], errors)
+        factor = self.window_log_factor.detach().clone()
+        steps = [{"window_log_factor": factor + step} for step in _FACTOR_STEPS]
+        measure.choose_start({"window_log_factor": self.window_log_factor}, [{}, *steps], errors)
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        heads, dim = self.context.num_heads, self.context.head_dim
+        shape = (batch_size, heads, self.window_size, dim)
+        return {
+            "key": torch.zeros(shape, dtype=dtype, device=device),
+            "value": torch.zeros(shape, dtype=dtype, device=device),
+            "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+            **init_linear_state(batch_size, heads, self.num_features, dim, dtype, device),
+        }
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        if inputs.is_causal != self.context.is_causal:
+            raise ValueError(f"Layer built for is_causal={self.context.is_causal}, called with {inputs.is_causal}.")
+        w, s = self.window_size, inputs.scaling
+        past = None if state is None else (state["key"], state["value"], state["count"])
+        call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
+        held = call.rank >= (call.past - w).clamp(min=0)[:, None]  # older keys have left for the sums
+        output, sums = window_tail_attention(
+            call.q,
+            call.k,
+            call.v,
+            centered_features(lambda x: self._features(x, "query", s), self.query_center, self.key_center, s),
+            centered_features(lambda x: self._features(x, "key", s), self.key_center, self.query_center, s, raw=True),
+            left=w - 1 if inputs.is_causal else w // 2,
+            right=0 if inputs.is_causal else w // 2,
+            is_causal=inputs.is_causal,
+            scaling=s,
+            window_log_factor=self.window_log_factor,
+            relative=None if self.taylor else self.form == maps.PUBLISHED,
+            key_real=None if inputs.key_padding is None and state is None else held,
+            state=None if state is None else {name: state[name] for name in ("kv", "z", "log_scale")},
+        )
+        output = call.restore(output.to(inputs.query.dtype))
+        if state is None or sums is None:
+            return output, None
+        window = {"key": call.k[:, :, -w:].to(state["key"].dtype), "value": call.v[:, :, -w:].to(state["value"].dtype)}
+        window["count"] = (call.rank[:, -1] + 1).expand(len(output))
+        return output, {**{name: x.contiguous() for name, x in window.items()}, **sums}
+
+    def _features(self, x: torch.Tensor, side: str, scaling: float) -> Features:
+        weight = getattr(self, f"{side}_weight")
+        if self.taylor:
+            return taylor_features(x @ (weight.to(x.dtype).mT * scaling**0.5), order=2)
+        exp_form = maps.KEY_CENTROIDS if side == "query" else maps.QUERY_CENTROIDS
+        return maps.softmax_map(x, weight, getattr(self, f"{side}_bias"), self.form, exp_form)

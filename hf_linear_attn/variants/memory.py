@@ -1,0 +1,184 @@
+"""Linear-memory attention: chunked (arXiv:2112.05682), infini (arXiv:2404.07143), transformer_xl (arXiv:1901.02860).
+
+`chunked`: softmax attention itself, in chunks with a running maximum and sum. n^2 d time, O(sqrt n) memory.
+`infini`: causal softmax within segments of s tokens, mixed by a gate per head with linear attention over all
+finished segments: g phi(q_i) M / (phi(q_i) . z) + (1 - g) local_i, M = sum phi(k) v^T, z = sum phi(k), phi = elu + 1,
+g = sigmoid(beta), beta = -8 at start; no gate in the first segment, whose memory is empty. Cost n (s + d) d; decode
+state 2 d (d + 1) + 2 s d.
+`transformer_xl`: causal softmax within segments and over the m tokens before them, without a gradient through these.
+Cost n (s + m) d; decode state 2 (s + m) d. Positions stay the model's: absolute ones go on to the end of its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_linear_attn.ops.calibration import choose_start, collect_rows
+from hf_linear_attn.ops.chunked_softmax import chunked_softmax_attention
+from hf_linear_attn.ops.compaction import CompactedCall, compact, init_kv_state, kv_state_after
+from hf_linear_attn.ops.feature_maps import accumulation_dtype, elu_features
+from hf_linear_attn.ops.segments import memory_attention, restore_rows, segment_attention, segment_layout
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["MemoryAttention", "MemoryConfig"]
+
+FORMS = ("chunked", "infini", "transformer_xl")
+GATE = -8.0  # beta at start: .03% memory
+GATES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0)  # what calibration tries besides
+
+
+@dataclass(frozen=True)
+class MemoryConfig(VariantConfig):
+    """Options of `memory`.
+
+    Attributes:
+        form: `"chunked"` (exact, encoders and decoders), `"infini"` or `"transformer_xl"` (decoders only).
+        segment_size: real tokens per segment of the two memories.
+        mem_length: tokens before its segment that a query of `"transformer_xl"` sees.
+        chunk_size: tokens per chunk of `"chunked"`; None takes sqrt(n), at least 256.
+    """
+
+    form: str = "chunked"
+    segment_size: int = 512
+    mem_length: int = 512
+    chunk_size: int | None = None
+
+    def validate(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r}; allowed: {', '.join(FORMS)}.")
+        for name, least in (("segment_size", 1), ("mem_length", 0), ("chunk_size", 1)):
+            value = getattr(self, name)
+            if name == "chunk_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}.")
+
+
+@register_variant(
+    "memory",
+    config=MemoryConfig,
+    title="Linear-memory attention (exact chunked, Infini, Transformer-XL)",
+    paper=(
+        "Self-attention Does Not Need O(n^2) Memory, arXiv:2112.05682; Infini-attention, arXiv:2404.07143; "
+        "Transformer-XL, arXiv:1901.02860"
+    ),
+    cost="n^2 d (chunked), n (s+d) d (infini), n (s+m) d (transformer_xl)",
+    state="kv",
+    exact_limit=lambda length, is_causal: {},
+    test_options=(
+        {"form": "infini", "segment_size": 8},
+        {"form": "transformer_xl", "segment_size": 8, "mem_length": 12},
+    ),
+    quadratic="form='chunked', the default: n^2 time, though never n x n memory",
+)
+class MemoryAttention(AttentionVariant):
+    """Attention of one layer whose memory is linear in n, or constant while decoding.
+
+    Parameter of `infini`: `beta [H]`. Decode state: all keys and values (`chunked`), or the last ones that the
+    segment in progress needs, their count and, for `infini`, the sums over the finished segments (`memory`) and
+    over the one in progress (`pending`), `[B, H, D, D + 1]` each.
+
+    Raises:
+        ValueError: for `infini` or `transformer_xl` on an encoder.
+    """
+
+    config: MemoryConfig
+
+    def __init__(self, config: MemoryConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        if config.form != "chunked" and not context.is_causal:
+            raise ValueError(
+                f"form={config.form!r} remembers what came before, so it is for decoders; "
+                "the form of memory for encoders is 'chunked'."
+            )
+        if config.form == "infini":
+            self.beta = nn.Parameter(torch.empty(context.num_heads))
+        self.mem_length = config.mem_length if config.form == "transformer_xl" else 0
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.config.form == "infini":
+            self.beta.fill_(GATE)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Open the gates of the heads that compressed memory brings closer to softmax on these inputs."""
+        if self.config.form == "infini":
+            starts = [{"beta": torch.full_like(self.beta, beta)} for beta in (GATE, *GATES)]
+            choose_start({"beta": self.beta}, starts, self.error_meter(collect_rows(batches), batches[0].scaling))
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        heads, dim = self.context.num_heads, self.context.head_dim
+        state = init_kv_state(batch_size, heads, dim, dtype, device)
+        if self.config.form == "chunked":
+            return state
+        window = (batch_size, heads, self.config.segment_size - 1 + self.mem_length, dim)
+        state.update({name: torch.zeros(window, dtype=dtype, device=device) for name in ("key", "value")})
+        if self.config.form == "infini":
+            sums, dtype = (batch_size, heads, dim, dim + 1), accumulation_dtype(dtype)
+            state.update({name: torch.zeros(sums, dtype=dtype, device=device) for name in ("memory", "pending")})
+        return state
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        self._check(inputs, state)
+        query, q_len, k_len = inputs.query, inputs.query.shape[2], inputs.key.shape[2]
+        if self.config.form != "chunked":  # a query's segment begins with keys of its own
+            query = F.pad(query, (0, 0, k_len - q_len, 0))
+        past = None if state is None else (state["key"], state["value"], state["count"])
+        call = compact(query, inputs.key, inputs.value, inputs.key_padding, past)
+        if self.config.form == "chunked":
+            out, after = self._chunked(inputs, call, state)
+        else:
+            out, after = self._segments(inputs, call, state)
+        out = call.restore(out)[:, :, -q_len:].to(inputs.query.dtype)
+        if state is None:
+            return out, None
+        return out, {name: x.to(state[name].dtype).contiguous() for name, x in after.items()}
+
+    def _check(self, inputs: AttentionInputs, state: State | None) -> None:
+        q_len, k_len, built = inputs.query.shape[2], inputs.key.shape[2], self.context.is_causal
+        if inputs.is_causal != built:
+            raise ValueError(f"Layer built for is_causal={built}, called with {inputs.is_causal}.")
+        if state is not None and (not built or q_len != k_len):
+            raise ValueError(f"A decode state needs causal attention and Tq == Tk, got {q_len} and {k_len}.")
+        if built and q_len > k_len:
+            raise ValueError(f"Causal attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
+
+    def _chunked(self, inputs: AttentionInputs, call: CompactedCall, state: State | None) -> tuple[torch.Tensor, State]:
+        out = chunked_softmax_attention(
+            call.q,
+            call.k,
+            call.v,
+            scaling=inputs.scaling,
+            key_padding=None if inputs.key_padding is None and state is None else call.rank >= 0,
+            is_causal=inputs.is_causal,
+            chunk_size=self.config.chunk_size,
+        )
+        return out, kv_state_after(call)
+
+    def _segments(
+        self, inputs: AttentionInputs, call: CompactedCall, state: State | None
+    ) -> tuple[torch.Tensor, State]:
+        layout = segment_layout(call, self.config.segment_size, aligned=state is None)
+        out = segment_attention(call, layout, memory_length=self.mem_length, scaling=inputs.scaling)
+        window = self.config.segment_size - 1 + self.mem_length
+        kept = call.k.shape[2] - window
+        after = kv_state_after(call)
+        after.update(key=call.k[:, :, kept:], value=call.v[:, :, kept:])
+        if self.config.form == "infini":
+            new = slice(call.k.shape[2] - call.q.shape[2], None)
+            features = elu_features(call.q)[0], elu_features(call.k[:, :, new])[0]
+            zero = out.new_zeros(*out.shape[:2], out.shape[-1], out.shape[-1] + 1, dtype=features[0].dtype)
+            sums = (zero, zero) if state is None else (state["memory"], state["pending"])
+            read, after["memory"], after["pending"] = memory_attention(*features, call.v[:, :, new], layout, *sums)
+            gate = self.beta.to(read.dtype).sigmoid()[:, None, None, None]
+            empty = (layout.begin == 0)[:, None, :, None, None]
+            out = torch.where(empty, out.to(read.dtype), gate * read + (1 - gate) * out)
+        return restore_rows(out, layout), after

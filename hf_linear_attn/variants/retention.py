@@ -1,0 +1,156 @@
+"""Retention (RetNet), arXiv:2307.08621: linear attention whose memory decays by gamma per token and head.
+
+S_i = gamma S_{i-1} + phi(k_i) v_i^T, z_i = gamma z_{i-1} + phi(k_i), o_i = phi(q_i) S_i / (phi(q_i) . z_i).
+RetNet's own kernel, the identity, has no such normaliser: o_i = scaling q_i S_i. Cost n f d; decode state
+f (d + 1) numbers a head, d^2 with the identity. gamma = 1 is the linear transformer.
+
+With calibration each head takes the decay, and a mean query a that weights phi(k) by exp(scaling * a . k), that
+bring it closest to softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, reducer_starts
+from hf_linear_attn.ops.decay import feature_map_decay_attention, init_decay_state
+from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, Features, accumulation_dtype, weighted_by_mean_logit
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["RetentionAttention", "RetentionConfig"]
+
+REFUSAL = (
+    "retention weighs a key by how far it lies in the past, which bidirectional attention has no notion of; "
+    "use 'linear', the same method without decay, on encoders."
+)
+INITS = ("undecayed", "published")
+RATES = [2.0**-power for power in (2, 4, 6, 8, 10)]  # what calibration tries: memories of 4 to 1024 tokens
+# The start of a learned decay: gamma is 1 in float64, and |x| has a slope here that it lacks at 0.
+UNDECAYED = 1e-18
+
+
+@dataclass(frozen=True)
+class RetentionConfig(VariantConfig):
+    """Options of `retention`.
+
+    Attributes:
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, all with a normaliser, or
+            `"identity"`, RetNet's kernel without one: its outputs are on a scale of their own.
+        init: start of the decays, `"undecayed"` (gamma = 1) or `"published"` (gamma = 1 - 2^(-5-h) in head h).
+        learnable: whether decays are parameters, and calibrated; False keeps them as `init` sets them.
+        variance_reducer: weight keys by a calibrated exp(scaling * a . k); without calibration, and with
+            `"identity"`, a is 0.
+    """
+
+    feature_map: str = "elu"
+    init: str = "undecayed"
+    learnable: bool = True
+    variance_reducer: bool = True
+
+    def validate(self) -> None:
+        maps = [*sorted(FEATURE_MAPS), "identity"]
+        if self.feature_map not in maps:
+            raise ValueError(f"feature_map={self.feature_map!r}; allowed: {', '.join(maps)}.")
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r}; allowed: {', '.join(INITS)}.")
+        for name in ("learnable", "variance_reducer"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False.")
+
+
+@register_variant(
+    "retention",
+    config=RetentionConfig,
+    title="Retention (RetNet)",
+    paper="Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621",
+    cost="n f d",
+    state="constant",
+    encoder=False,
+    refusal=REFUSAL,
+    test_options=(
+        {"init": "published", "learnable": False},
+        {"init": "published", "feature_map": "identity"},
+    ),
+)
+class RetentionAttention(AttentionVariant):
+    """Decayed linear attention of one layer.
+
+    `decay_rate [H]`, -log gamma (its absolute value counts), is a parameter if learnable, else a buffer;
+    `query_mean [H, D]` a buffer with the variance reducer.
+    """
+
+    decay_rate: torch.Tensor
+    query_mean: torch.Tensor
+
+    def __init__(self, config: RetentionConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        if not context.is_causal:
+            raise ValueError(REFUSAL)
+        self.normalised = config.feature_map != "identity"
+        self.reduces = config.variance_reducer and self.normalised
+        if config.learnable:
+            self.decay_rate = nn.Parameter(torch.empty(context.num_heads))
+        else:
+            self.register_buffer("decay_rate", torch.empty(context.num_heads))
+        if self.reduces:
+            self.register_buffer("query_mean", torch.empty(context.num_heads, context.head_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Decays as `init` says; mean query 0."""
+        if self.config.init == "published":
+            head = torch.arange(self.context.num_heads, dtype=torch.float64, device="cpu")
+            self.decay_rate.copy_(-torch.log1p(-torch.exp2(-5 - head)))
+        else:
+            self.decay_rate.fill_(UNDECAYED if self.config.learnable else 0.0)
+        if self.reduces:
+            self.query_mean.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose decay and mean query in each head by its error against softmax on these inputs."""
+        rows, scaling = collect_rows(batches), batches[0].scaling
+        present = dict(self.state_dict(keep_vars=True))
+        rate = self.decay_rate.clone()
+        rates = [rate, *(torch.full_like(rate, x) for x in RATES)] if self.config.learnable else [rate]
+        starts = [{"decay_rate": x} for x in rates]
+        if self.reduces:
+            means = [a for a, _, _ in reducer_starts(*head_tokens(rows), centered=False)]
+            starts = [{**start, "query_mean": mean} for mean in means for start in starts]
+        choose_start(present, starts, self.error_meter(rows, scaling))
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        heads, dim = self.context.num_heads, self.context.head_dim
+        return init_decay_state(batch_size, heads, dim, dim, dtype, device, normalised=self.normalised)
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        batch, heads, length, _ = inputs.key.shape
+        dtype = accumulation_dtype(inputs.value.dtype)
+        log_decay = -self.decay_rate.to(dtype).abs()[:, None].expand(batch, heads, length)
+        output, state = feature_map_decay_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            log_decay,
+            lambda x: self._features(x, inputs.scaling),
+            lambda x: self._key_features(x, inputs.scaling),
+            key_padding=inputs.key_padding,
+            is_causal=inputs.is_causal,
+            normalised=self.normalised,
+            state=state,
+        )
+        return output.to(inputs.query.dtype), state
+
+    def _features(self, x: torch.Tensor, scaling: float) -> Features:
+        x = x.to(accumulation_dtype(x.dtype)) * scaling**0.5
+        return FEATURE_MAPS[self.config.feature_map](x) if self.normalised else (x, None)
+
+    def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
+        features = self._features(x, scaling)
+        return weighted_by_mean_logit(features, x, self.query_mean, scaling) if self.reduces else features

@@ -1,0 +1,236 @@
+"""The three forms of `memory` against dense float64 evaluations of their formulas, and their exact limits."""
+
+import pytest
+import torch
+
+from hf_linear_attn import get_variant
+from hf_linear_attn.testing.tools import AllocationRecorder
+from hf_linear_attn.variants.base import AttentionInputs, LayerContext
+from hf_linear_attn.variants.memory import MemoryAttention, MemoryConfig
+
+SCALING = 0.3
+HEADS, DIM = 3, 8
+LENGTHS = (1, 7, 16, 36, 65)
+
+
+def build(causal=True, **options):
+    context = LayerContext(0, 6, HEADS * DIM, HEADS, DIM, 512, causal)
+    return MemoryAttention(MemoryConfig(**options), context)
+
+
+def draw(length, *, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(3, 2, HEADS, length, DIM, generator=g, dtype=torch.float64).to(dtype).unbind(0)
+
+
+def attend(module, q, k, v, padding=None, state=None):
+    return module(AttentionInputs(q, k, v, padding, module.context.is_causal, SCALING), state)
+
+
+def softmax(q, k, v, allowed):
+    return (q @ k.mT * SCALING).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+
+
+def sees(length, segment_size, mem_length):
+    """Row i sees its own segment up to itself and `mem_length` tokens before the segment."""
+    row, column = torch.arange(length)[:, None], torch.arange(length)
+    return (column <= row) & (column >= row // segment_size * segment_size - mem_length)
+
+
+def infini(module, q, k, v):
+    """Query by query: local softmax, and a read from the sums over all segments before the query's own."""
+    size = module.config.segment_size
+    local = softmax(q, k, v, sees(q.shape[2], size, 0))
+    phi_q, phi_k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    gate = module.beta.double().sigmoid()[:, None]
+    rows = []
+    for i in range(q.shape[2]):
+        before = i // size * size
+        if before == 0:
+            rows.append(local[:, :, i])
+            continue
+        m, z = phi_k[:, :, :before].mT @ v[:, :, :before], phi_k[:, :, :before].sum(2)
+        read = (phi_q[:, :, i, None] @ m)[:, :, 0] / (phi_q[:, :, i] * z).sum(-1, keepdim=True)
+        rows.append(gate * read + (1 - gate) * local[:, :, i])
+    return torch.stack(rows, 2)
+
+
+@pytest.mark.parametrize("segment_size", [1, 5, 8])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_infini_is_its_formula(length, segment_size):
+    module = build(form="infini", segment_size=segment_size).double()
+    with torch.no_grad():
+        module.beta.copy_(torch.tensor([-1.0, 0.0, 2.0]))
+    q, k, v = draw(length)
+    torch.testing.assert_close(attend(module, q, k, v)[0], infini(module, q, k, v))
+
+
+@pytest.mark.parametrize(("segment_size", "mem_length"), [(1, 3), (8, 0), (8, 5), (8, 20), (5, 5)])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_transformer_xl_sees_its_segment_and_what_came_before(length, segment_size, mem_length):
+    module = build(form="transformer_xl", segment_size=segment_size, mem_length=mem_length)
+    q, k, v = draw(length)
+    expected = softmax(q, k, v, sees(length, segment_size, mem_length))
+    torch.testing.assert_close(attend(module, q, k, v)[0], expected)
+
+
+@pytest.mark.parametrize("chunk_size", [16, None])
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_chunked_is_softmax_attention(length, causal, chunk_size):
+    q, k, v = draw(length, dtype=torch.float32)
+    allowed = torch.ones(length, length, dtype=torch.bool)
+    output = attend(build(causal, chunk_size=chunk_size), q, k, v)[0]
+    expected = softmax(q, k, v, allowed.tril() if causal else allowed)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "infini", "segment_size": 65},
+        {"form": "transformer_xl", "segment_size": 8, "mem_length": 65},
+        {"form": "transformer_xl", "segment_size": 65, "mem_length": 0},
+    ],
+    ids=str,
+)
+def test_the_memories_exact_limits(options):
+    """Infini while memory is empty, whatever the gate; Transformer-XL when its memory reaches the whole past."""
+    module = build(**options)
+    for parameter in module.parameters():
+        parameter.data.fill_(3.0)
+    q, k, v = draw(65, dtype=torch.float32)
+    expected = softmax(q, k, v, torch.ones(65, 65, dtype=torch.bool).tril())
+    torch.testing.assert_close(attend(module, q, k, v)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+FORMS = [
+    {"chunk_size": 7},
+    {"form": "infini", "segment_size": 7},
+    {"form": "transformer_xl", "segment_size": 7, "mem_length": 4},
+]
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("split", [(1,) * 40, (6, 1, 1, 6, 26), (7, 7, 26), (20, 20), (39, 1)], ids=str)
+def test_any_split_is_the_whole_with_padding_of_any_kind(split, options):
+    """Segments are counted in real tokens: rows of a batch finish theirs at different calls."""
+    module = build(**options).double()
+    for parameter in module.parameters():
+        parameter.data.fill_(0.5)
+    q, k, v = draw(40)
+    padding = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) < 0.6
+    padding[0, :9] = False
+    state, outputs = module.init_state(2, torch.float64, q.device), []
+    for part in torch.arange(40).split(split):
+        output, state = attend(module, *(x[:, :, part] for x in (q, k, v)), padding[:, part], state)
+        outputs.append(output)
+    decoded = torch.cat(outputs, 2)
+    for row in range(2):
+        real = padding[row]
+        alone = attend(module, *(x[row : row + 1, :, real] for x in (q, k, v)))[0]
+        torch.testing.assert_close(decoded[row : row + 1, :, real], alone)
+
+
+def test_transformer_xl_stops_the_gradient_at_segments_before():
+    module = build(form="transformer_xl", segment_size=8, mem_length=8)
+    q, k, v = (x.requires_grad_() for x in draw(16))
+    attend(module, q, k, v)[0][:, :, 8:].sum().backward()
+    assert not k.grad[:, :, :8].any()
+    assert not v.grad[:, :, :8].any()
+    assert k.grad[:, :, 8:].any()
+
+
+def test_infini_learns_through_its_memory():
+    module = build(form="infini", segment_size=8).double()
+    q, k, v = (x.requires_grad_() for x in draw(16))
+    attend(module, q, k, v)[0][:, :, 8:].sum().backward()
+    assert v.grad[:, :, :8].any()
+    assert module.beta.grad.all()
+
+
+def test_gates_start_almost_closed_and_calibration_opens_those_that_help():
+    g = torch.Generator().manual_seed(0)
+    q, k = 0.1 * torch.randn(2, 2, HEADS, 64, DIM, generator=g)  # attention is almost uniform: far segments count
+    v = torch.randn(2, HEADS, 64, DIM, generator=g)
+    module = build(form="infini", segment_size=16)
+    assert (module.beta == -8).all()
+    exact = softmax(q, k, v, torch.ones(64, 64, dtype=torch.bool).tril())
+
+    def errors():
+        return (attend(module, q, k, v)[0] - exact).square().sum((0, 2, 3))
+
+    before = errors()
+    module.calibrate([AttentionInputs(q, k, v, None, True, SCALING)])
+    assert (errors() < 0.7 * before).all()
+    module.reset_parameters()
+    short = [x[:, :, :16] for x in (q, k, v)]  # memory stays empty: nothing to choose by
+    module.calibrate([AttentionInputs(*short, None, True, SCALING)])
+    assert (module.beta == -8).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ({"form": "infini", "segment_size": 6}, 2 * DIM * (DIM + 1) + 2 * 5 * DIM),
+        ({"form": "transformer_xl", "segment_size": 6, "mem_length": 10}, 2 * 15 * DIM),
+    ],
+    ids=["infini", "transformer_xl"],
+)
+def test_decode_state_stays_the_same_size(options, numbers):
+    module = build(**options)
+    state = module.init_state(2, torch.float32, torch.device("cpu"))
+    for length in (1, 30, 5):
+        assert sum(x[0, 0].numel() for name, x in state.items() if name != "count") == numbers
+        _, state = attend(module, *draw(length, dtype=torch.float32), state=state)
+
+
+def test_a_decode_step_touches_one_segment_only():
+    """However long the past: no tensor of a step is larger than the state or the segment's keys."""
+    module = build(form="infini", segment_size=16)
+    _, state = attend(module, *draw(200, dtype=torch.float32), state=module.init_state(2, torch.float32, "cpu"))
+    with AllocationRecorder() as recorder, torch.no_grad():
+        attend(module, *draw(1, dtype=torch.float32), state=state)
+    assert max(size for _, size in recorder.seen) <= 2 * HEADS * 16 * max(DIM + 1, 16)
+
+
+def test_chunked_training_holds_no_square():
+    module = build(False)
+    q, k, v = (x[:1].requires_grad_() for x in draw(1024, dtype=torch.float32))
+    with AllocationRecorder() as recorder:
+        attend(module, q, k, v)[0].sum().backward()
+    assert max(size for _, size in recorder.seen) <= HEADS * 256 * 256
+
+
+@pytest.mark.parametrize("form", ["infini", "transformer_xl"])
+def test_encoders_are_refused_with_the_form_that_serves_them(form):
+    spec = get_variant("memory")
+    assert spec.encoder
+    assert spec.decoder
+    with pytest.raises(ValueError, match=f"form='{form}'.*decoders.*'chunked'"):
+        build(False, form=form)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "xl"}, "form='xl'; allowed: chunked, infini, transformer_xl"),
+        ({"segment_size": 0}, "segment_size=0; allowed: an integer of at least 1"),
+        ({"mem_length": -1}, "mem_length=-1; allowed: an integer of at least 0"),
+        ({"chunk_size": True}, "chunk_size=True"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryConfig(**options)
+
+
+def test_bad_calls_say_so():
+    q, k, v = draw(5)
+    module = build()
+    with pytest.raises(ValueError, match="is_causal=True, called with False"):
+        module(AttentionInputs(q, k, v, None, False, SCALING))
+    with pytest.raises(ValueError, match="got 2 and 5"):
+        attend(module, q[:, :, :2], k, v, state=module.init_state(2, torch.float64, q.device))
+    with pytest.raises(ValueError, match="Tq=5 and Tk=2"):
+        attend(module, q, k[:, :, :2], v[:, :, :2])
