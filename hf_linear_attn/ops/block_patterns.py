@@ -80,7 +80,8 @@ def bigbird_lists(
         num_window_blocks: w.
         is_causal: see above.
     """
-    half, last = num_window_blocks // 2, blocks[:, None] - 1
+    half = num_window_blocks // 2
+    row, last = torch.broadcast_tensors(row, blocks[:, None] - 1)
     steps = torch.arange(0 if is_causal else half, -half - 1, -1, device=row.device)
     window = row[..., None] + steps  # [B or 1, R, W]
     inside = window >= 0
@@ -91,16 +92,15 @@ def bigbird_lists(
         kinds = [torch.where(inside, torch.where(window == last[..., None], TAIL, FULL), EMPTY)]
     ends = [(torch.zeros_like(row), row > half, FULL)]
     if not is_causal:
-        ends.append((last.expand_as(row), row + half < last, TAIL))
+        ends.append((last, row + half < last, TAIL))
     columns = [window, *(block[..., None] for block, _, _ in ends)]
     kinds += [torch.where(seen, kind, EMPTY)[..., None] for _, seen, kind in ends]
     kinds.append(torch.where(random[1], FULL, EMPTY))
-    heads = random[0].shape[1]
-    batch = max(random[0].shape[0], row.shape[0])
+    batch, heads = max(random[0].shape[0], row.shape[0]), random[0].shape[1]
     shared = torch.cat(columns, dim=-1)[:, None].expand(batch, heads, -1, -1)
-    full_rows = None if is_causal else torch.cat([torch.zeros_like(last), last], dim=1)
-    drawn = random[0].expand(batch, -1, -1, -1)
-    return BlockLists(torch.cat([shared, drawn], dim=-1), torch.cat(kinds, dim=-1), is_causal, full_rows)
+    kind = torch.cat([x.expand(batch, -1, -1) for x in kinds], dim=-1)
+    full_rows = None if is_causal else torch.stack([torch.zeros_like(blocks), blocks - 1], dim=1)
+    return BlockLists(torch.cat([shared, random[0].expand(batch, -1, -1, -1)], dim=-1), kind, is_causal, full_rows)
 
 
 def random_blocks(
@@ -149,8 +149,9 @@ def sample_distinct(code: torch.Tensor, size: torch.Tensor, number: int) -> torc
         number: r, how many.
 
     Returns:
-        long `[*code.shape, r]`, ascending; where size < r the last r - size entries mean nothing.
+        long `[.., r]`, ascending; where size < r the last r - size entries mean nothing.
     """
+    code, size = torch.broadcast_tensors(code, size)
     drawn = code.new_zeros(*code.shape, 0)
     for i in range(number):
         # One of the size - i numbers that are left: counted up past those already drawn.

@@ -14,17 +14,45 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.block_patterns import CAUSAL, FULL, TAIL, BlockLists
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
 
-__all__ = ["BlockGrid", "Extra", "block_grid", "block_sparse_attention", "naive_block_sparse_attention", "segment_rows"]
+__all__ = [
+    "ANYONE",
+    "NOBODY",
+    "BlockGrid",
+    "Extra",
+    "block_grid",
+    "block_sparse_attention",
+    "naive_block_sparse_attention",
+    "segment_rows",
+]
 
-# Extra columns: keys `[B, H, G, D]`, values `[B, H, G, D]`, which query block sees which, bool `[B or 1, R or 1, G]`,
-# and what is added to their logits. A key that the lists name for the same block must be left out, else it counts
-# twice.
-Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
+# In `Extra.block`: a column that every query sees, and one that is not there.
+ANYONE, NOBODY = -1, -2
 
 # Bounds on the elements gathered at once. Blocks of memory above 32 MiB are returned to the system by the usual
 # allocator and cost page faults at each use: smaller segments measured up to 100 times faster to gather.
 SEGMENT_ELEMENTS = 1 << 22
 SEGMENT_PER_INPUT = 4
+
+
+@dataclass(frozen=True)
+class Extra:
+    """G columns that queries of other blocks see besides their lists: later blocks when causal, else all others.
+
+    Attributes:
+        key, value: `[B, H, G, D]`.
+        block: long `[B or 1, G]`, the block that a column belongs to, whose own queries have it in their lists.
+        shift: added to the logits of these columns.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    block: torch.Tensor
+    shift: float = 0.0
+
+    def seen(self, row: torch.Tensor, is_causal: bool) -> torch.Tensor:
+        """Which of the query blocks `row` `[B or 1, R]` sees which column: bool `[B or 1, R, G]`."""
+        block = self.block[:, None]
+        return ((block < row[..., None]) if is_causal else (block != row[..., None])) & (block != NOBODY)
 
 
 @dataclass(frozen=True)
@@ -118,11 +146,11 @@ def block_sparse_attention(
     """
     q, k, v = grid.tiles(call.q), call.k, call.v
     (B, R, H, _, D), L = q.shape, lists.columns.shape[-1]
-    width = L * grid.block_size + (0 if extra is None else extra[0].shape[2])
+    width = L * grid.block_size + (0 if extra is None else extra.key.shape[2])
     step = segment_rows(B * H * D * width, call.q.numel())
     shift = None
-    if extra is not None and extra[3] != 0:
-        shift = F.pad(q.new_full((extra[0].shape[2],), extra[3]), (0, L * grid.block_size))
+    if extra is not None and extra.shift != 0:
+        shift = F.pad(q.new_full((extra.key.shape[2],), extra.shift), (0, L * grid.block_size))
     outputs = []
     for begin in range(0, R, step):
         part = slice(begin, min(begin + step, R))
@@ -130,9 +158,9 @@ def block_sparse_attention(
         keys, values = _gather_blocks(k, columns, grid), _gather_blocks(v, columns, grid)
         allowed = _allowed(lists.kind[:, part], grid, lists.is_causal)  # [B or 1, R, t or 1, L * b]
         if extra is not None:
-            shared = (x[:, None].expand(-1, keys.shape[1], -1, -1, -1) for x in extra[:2])
+            shared = (x[:, None].expand(-1, keys.shape[1], -1, -1, -1) for x in (extra.key, extra.value))
             keys, values = (torch.cat(pair, dim=3) for pair in zip(shared, (keys, values), strict=True))
-            seen = extra[2] if extra[2].shape[1] == 1 else extra[2][:, part]
+            seen = extra.seen(grid.row[:, part], lists.is_causal)
             batch = max(seen.shape[0], allowed.shape[0])
             seen = seen[:, :, None].expand(batch, allowed.shape[1], allowed.shape[2], -1)
             allowed = torch.cat([seen, allowed.expand(batch, -1, -1, -1)], dim=-1)
@@ -230,8 +258,7 @@ def naive_block_sparse_attention(
     logits = (q @ call.k.transpose(-1, -2) * scaling).masked_fill(~seen, float("-inf"))
     v = call.v
     if extra is not None:
-        G = extra[0].shape[2]
-        shown = extra[2].expand(B, R, G).gather(1, tile[:, 0, :, :1].expand(-1, -1, G))[:, None] & ~full
-        more = (q @ extra[0].transpose(-1, -2) * scaling + extra[3]).masked_fill(~shown, float("-inf"))
-        logits, v = torch.cat([more, logits], dim=-1), torch.cat([extra[1], v], dim=2)
+        shown = extra.seen(rows // b, lists.is_causal)[:, None] & ~full
+        more = (q @ extra.key.transpose(-1, -2) * scaling + extra.shift).masked_fill(~shown, float("-inf"))
+        logits, v = torch.cat([more, logits], dim=-1), torch.cat([extra.value, v], dim=2)
     return logits.softmax(-1).nan_to_num(0.0) @ v

@@ -20,6 +20,7 @@ __all__ = [
     "head_tokens",
     "kmeans",
     "mean_squared_sum",
+    "nonpositive_share",
     "principal_maps",
     "real_rows",
     "reducer_starts",
@@ -44,9 +45,10 @@ class SelfAttentionCall(Protocol):
     key_padding: torch.Tensor | None
 
 
-def collect_rows(batches: Iterable[SelfAttentionCall]) -> list[Row]:
-    """`real_rows` of every call."""
-    return [row for call in batches for row in real_rows(call.query, call.key, call.value, call.key_padding)]
+def collect_rows(batches: Iterable[SelfAttentionCall], max_tokens: int = _MAX_TOKENS) -> list[Row]:
+    """`real_rows` of every call, at most `max_tokens` of each."""
+    rows = [row for call in batches for row in real_rows(call.query, call.key, call.value, call.key_padding)]
+    return [(q[:, :, :max_tokens], k[:, :, :max_tokens], v[:, :, :max_tokens]) for q, k, v in rows]
 
 
 def head_tokens(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,6 +181,26 @@ def mean_squared_sum(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Mean of |q_i + k_j|^2 over all pairs, `[H]`, for q, k `[H, tokens, D]`."""
     cross = (q.mean(1) * k.mean(1)).sum(-1)
     return q.square().sum(-1).mean(1) + k.square().sum(-1).mean(1) + 2 * cross
+
+
+def nonpositive_share(
+    features: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], *, is_causal: bool
+) -> float:
+    """Share of the rows whose denominator phi(q) . sum phi(k) is not positive.
+
+    Args:
+        features: of each sequence, those of queries and of keys `[1, H, T, F]`, and the log weights of the keys
+            `[1, H, T]` or None.
+        is_causal: whether a row sums over the keys up to its own only.
+    """
+    wrong = total = 0
+    for q, k, log_weight in features:
+        if log_weight is not None:
+            k = k * (log_weight - log_weight.amax(-1, keepdim=True)).exp()[..., None]
+        z = k.cumsum(2) if is_causal else k.sum(2, keepdim=True)
+        denominators = (q * z).sum(-1)
+        wrong, total = wrong + int((denominators <= 0).sum()), total + denominators.numel()
+    return wrong / max(total, 1)
 
 
 def balancing_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -189,7 +189,7 @@ def _attend_round(
         keys = of_keys(torch.arange(k.shape[1], device=k.device).expand(k.shape[:2])[..., None])[..., 0]
         itself = keys[..., None, :] == slots.query.unflatten(1, (keys.shape[1], -1))[..., None] + offset
         logits = logits.masked_fill(itself, SELF_LOGIT)
-    logits = (logits - count.clamp(min=1).log()).masked_fill(~seen, torch.finfo(logits.dtype).min)
+    logits = (logits - count.clamp(min=1).to(logits.dtype).log()).masked_fill(~seen, torch.finfo(logits.dtype).min)
     top = logits.detach().amax(-1, keepdim=True)
     weights = (logits - top).exp().masked_fill(~seen, 0)
     total = weights.sum(-1, keepdim=True)
@@ -224,7 +224,7 @@ def _assign_slots(chunk: torch.Tensor, num_chunks: int, rows: int) -> _Slots:
     N, q_len = chunk.shape
     blocks = min(q_len, q_len // rows + num_chunks)
     index = torch.arange(max(q_len, num_chunks + 1, blocks), device=chunk.device)
-    ordered, order = chunk.sort(-1, stable=True)
+    ordered, order = chunk.sort(dim=-1, stable=True)
     first = torch.searchsorted(ordered, index[: num_chunks + 1].expand(N, -1).contiguous())  # first query of each
     needed = -(-first.diff() // rows)
     end = needed.cumsum(-1)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.block_sparse import segment_rows
+from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
 
-__all__ = ["naive_strided_attention", "strided_attention"]
+__all__ = ["column_attention", "naive_strided_attention", "strided_attention"]
 
 
 def strided_attention(
@@ -41,7 +42,7 @@ def strided_attention(
     Returns:
         `[B, H, Tq, D]`; a row that may see no key is finite.
     """
-    (B, H, q_len, D), k_len, device = q.shape, k.shape[2], q.device
+    (B, H, q_len, _), k_len, device = q.shape, k.shape[2], q.device
     if stride >= k_len - 1:
         right = 0 if is_causal else k_len
         return sliding_window_attention(q, k, v, left=k_len, right=right, scaling=scaling, key_allowed=key_allowed)
@@ -89,6 +90,44 @@ def strided_attention(
         near, far = weights.split([near.shape[-1], far_len], dim=-1)
         outputs.append(near @ near_v + (far.transpose(2, 3) @ far_v).transpose(2, 3))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return out.flatten(2, 3)[:, :, num_rows * stride - q_len :]
+
+
+def column_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    stride: int,
+    scaling: float,
+    is_causal: bool,
+    key_allowed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The second part alone: position i sees j with (i - j) mod l = 0; arguments as in `strided_attention`."""
+    B, q_len, k_len, device = q.shape[0], q.shape[2], k.shape[2], q.device
+    num_rows, num_columns = -(-q_len // stride), -(-k_len // stride)
+    if key_allowed is None:
+        key_allowed = torch.ones(1, k_len, dtype=torch.bool, device=device)
+
+    def columns(x: torch.Tensor, number: int) -> torch.Tensor:
+        """`[B, H, T, D]` to `[B * l, H, N, D]`, empty places in front."""
+        x = F.pad(x, (0, 0, number * stride - x.shape[2], 0)).unflatten(2, (number, stride))
+        return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+    key_allowed = columns(key_allowed[:, None, :, None].expand(B, -1, -1, -1), num_columns)[:, :, None, :, 0]
+    q, k, v = columns(q, num_rows), columns(k, num_columns), columns(v, num_columns)
+    step = segment_rows(B * stride * num_columns, q.numel())
+    outputs = []
+    for begin in range(0, num_rows, step):
+        end = min(begin + step, num_rows)
+        last = end + num_columns - num_rows if is_causal else num_columns
+        mask = key_allowed[..., :last]
+        if is_causal:
+            mask = mask & causal_mask(end - begin, last, device)
+        mask = mask | ~mask.any(-1, keepdim=True)
+        rows = q[:, :, begin:end], k[:, :, :last], v[:, :, :last]
+        outputs.append(F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scaling))
+    out = torch.cat(outputs, dim=2).unflatten(0, (B, stride)).permute(0, 2, 3, 1, 4)
     return out.flatten(2, 3)[:, :, num_rows * stride - q_len :]
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_linear_attn.ops.block_patterns import bigbird_lists, hashed, random_blocks
-from hf_linear_attn.ops.block_sparse import Extra, block_grid, block_sparse_attention
+from hf_linear_attn.ops.block_sparse import ANYONE, Extra, block_grid, block_sparse_attention
 from hf_linear_attn.ops.calibration import Row, choose_per_head, head_errors, real_rows
 from hf_linear_attn.ops.compaction import CompactedCall, compact, init_kv_state, kv_state_after
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
@@ -221,5 +221,5 @@ class BigBirdAttention(AttentionVariant):
         real = call.rank >= 0
         mask = (real | ~real.any(-1, keepdim=True)).expand(B, -1)[:, None, None, :]
         read = F.scaled_dot_product_attention(query, call.k, call.v, attn_mask=mask, scale=scaling)
-        seen = torch.ones(1, 1, self.num_global_tokens, dtype=torch.bool, device=key.device)
-        return key, read, seen, -math.log(self.num_global_tokens)
+        block = torch.full((1, self.num_global_tokens), ANYONE, device=key.device)
+        return Extra(key, read, block, -math.log(self.num_global_tokens))

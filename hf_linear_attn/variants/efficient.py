@@ -82,7 +82,8 @@ class EfficientAttention(AttentionVariant):
         weight = torch.eye(self.context.head_dim)
         if self.num_features != self.context.head_dim:
             generator = torch.Generator(device="cpu").manual_seed(self._seed())
-            weight = gaussian_orthogonal(self.num_features, self.context.head_dim, generator)
+            dim = self.context.head_dim
+            weight = gaussian_orthogonal(self.num_features, dim, generator) * dim**-0.5
         self.query_weight.copy_(weight)
         self.key_weight.copy_(weight)
         self.query_bias.zero_()

@@ -33,7 +33,7 @@ REFUSAL = (
     "use 'linear', the same method without gates, on encoders."
 )
 INITS = ("undecayed", "published")
-RATES = (2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)  # log-decays that calibration tries: memories of 16 to 1024 tokens
+RATES = (1.0, 0.5, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)
 TEMPERATURE = 16.0  # the root that keeps gates near 1, as published
 
 

@@ -1,8 +1,8 @@
 """LoLCATs, softmax over a window and linear attention over every other key in one normaliser, arXiv:2410.10254.
 
-y_i = (sum_window g e^{l_ij} v_j + phi(q_i) S_i) / (sum_window g e^{l_ij} + phi(q_i) . z_i) with the softmax logits l, S_i
-and z_i the sums of phi(k) v^T and phi(k) over the keys outside the window: the earlier ones, on encoders the later
-ones too. Cost n (w + f) d; decode state w keys and values and f (d + 1) sums a head.
+y_i = (sum_window g e^l_ij v_j + phi(q_i) S_i) / (sum_window g e^l_ij + phi(q_i) . z_i), l_ij the softmax logits, S_i
+and z_i sums of phi(k) v^T and phi(k) over the keys outside the window: earlier ones, on encoders later ones too.
+Cost n (w + f) d; decode state w keys and values and f (d + 1) sums a head.
 
 The window's scale does not cancel, it sets the balance with the tail. As published phi is Hedgehog's, relative to the
 largest term of the window, and g = 0.1. `taylor`, and `centroids` once calibrated, estimate the logits themselves, with
@@ -90,6 +90,8 @@ class LolcatsAttention(AttentionVariant):
     """
 
     query_weight: torch.Tensor
+    query_center: torch.Tensor
+    key_center: torch.Tensor
     form: torch.Tensor
 
     def __init__(self, config: LolcatsConfig, context: LayerContext) -> None:
@@ -135,11 +137,9 @@ class LolcatsAttention(AttentionVariant):
             return self(AttentionInputs(*row, is_causal=causal, scaling=scaling))[0]
 
         q, k = measure.head_tokens(rows)
-        share = attended_share(rows, is_causal=causal, scaling=scaling)
-        a, c = q.mean(1), (share[..., None] * k).sum(1)
+        a, c = q.mean(1), (attended_share(rows, is_causal=causal, scaling=scaling)[..., None] * k).sum(1)
         q, k = q - a[:, None], k - c[:, None]
-        zero = torch.zeros_like(self.window_log_factor)
-        starts: list[dict[str, torch.Tensor]] = [{}]  # reducers for true-scale tails only: a published one is not
+        starts: list[dict[str, torch.Tensor]] = [{}]
         if self.taylor:
             projections = zip(("query_weight", "key_weight"), measure.principal_maps(q, k), strict=True)
             starts = [{name: x[:, : self.query_weight.shape[1]] for name, x in projections}]
@@ -148,10 +148,9 @@ class LolcatsAttention(AttentionVariant):
         centers = {} if self.config.tail == "hedgehog" else {"query_center": a, "key_center": c}
         errors = measure.error_meter(attend, rows, is_causal=causal, scaling=scaling)
         present = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        starts = [{**start, **centers, "window_log_factor": zero} for start in starts]
+        starts = [{**start, **centers, "window_log_factor": torch.zeros_like(a[:, 0])} for start in starts]
         measure.choose_start(present, [{}, *starts], errors)
-        factor = self.window_log_factor.detach().clone()
-        steps = [{"window_log_factor": factor + step} for step in _FACTOR_STEPS]
+        steps = [{"window_log_factor": self.window_log_factor + step} for step in _FACTOR_STEPS]
         measure.choose_start({"window_log_factor": self.window_log_factor}, [{}, *steps], errors)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:

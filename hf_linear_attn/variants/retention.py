@@ -29,7 +29,7 @@ REFUSAL = (
     "use 'linear', the same method without decay, on encoders."
 )
 INITS = ("undecayed", "published")
-RATES = [2.0**-power for power in (2, 4, 6, 8, 10)]  # what calibration tries: memories of 4 to 1024 tokens
+RATES = (1.0, 0.5, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)
 # The start of a learned decay: gamma is 1 in float64, and |x| has a slope here that it lacks at 0.
 UNDECAYED = 1e-18
 

@@ -1,0 +1,208 @@
+"""Projection of keys and values along the sequence to k slots, E K and F V of Linformer (arXiv:2006.04768).
+
+Column j of E belongs to the j-th *real* token of a row, wherever the padding is; a slot that no real token falls
+into is not in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from hf_linear_attn.ops.masking import gather_tokens, pads_first_permutation, safe_masked_fill
+from hf_linear_attn.ops.pooling import even_segment_starts, segment_max, segment_mean
+
+__all__ = ["SequenceProjection", "check_projection_options"]
+
+SHARING = ("none", "headwise", "key_value", "layerwise")
+PROJECTIONS = ("linear", "mean_pool", "max_pool", "conv")
+INITS = ("mean_pool", "random")
+
+
+class ProjectionOptions(Protocol):
+    """The options of a method that projects along the sequence.
+
+    Attributes:
+        k: slots; one int, or one per layer of the model. More than the model's `max_length` acts as that.
+        sharing: `"none"` E and F per head and layer (2 h L matrices), `"headwise"` per layer (2 L),
+            `"key_value"` E = F (L), `"layerwise"` one matrix for the whole model (1).
+        projection: `"linear"` learned k x n_max; `"conv"` learned, kernel = stride = n_max / k (rounded up);
+            `"mean_pool"`, `"max_pool"` no parameters, slots spread over the real tokens of each row.
+        init: `"mean_pool"` starts learned projections as means of segments of n_max / k tokens; shorter
+            inputs fill the first slots only. `"random"` is the paper's N(0, 1/k), far from the checkpoint.
+        seed: of `init="random"`.
+    """
+
+    @property
+    def k(self) -> int | tuple[int, ...]: ...
+    @property
+    def sharing(self) -> str: ...
+    @property
+    def projection(self) -> str: ...
+    @property
+    def init(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def check_projection_options(options: ProjectionOptions) -> None:
+    """Raise `ValueError` for a bad option, naming what was given and what is allowed."""
+    sizes = options.k if isinstance(options.k, tuple) else (options.k,)
+    if not sizes or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in sizes):
+        raise ValueError(f"k={options.k!r}: must be a positive int, or a tuple with one per layer.")
+    for name, allowed in (("sharing", SHARING), ("projection", PROJECTIONS), ("init", INITS)):
+        if getattr(options, name) not in allowed:
+            raise ValueError(f"{name}={getattr(options, name)!r}: must be one of {', '.join(allowed)}.")
+    if isinstance(options.seed, bool) or not isinstance(options.seed, int) or options.seed < 0:
+        raise ValueError(f"seed={options.seed!r}: must be an int of at least 0.")
+    if options.sharing == "layerwise" and len(set(sizes)) > 1:
+        raise ValueError(f"sharing='layerwise' needs one k for all layers, got k={list(sizes)}.")
+    if options.init == "random" and options.projection.endswith("pool"):
+        raise ValueError(f"init='random' needs projection='linear' or 'conv', got {options.projection!r}.")
+
+
+@dataclass(frozen=True)
+class SequenceProjection:
+    """The projection of one layer; its weights are the caller's.
+
+    Attributes:
+        options: see `ProjectionOptions`.
+        layer_idx: index of the layer.
+        num_layers: layers in the model.
+        num_heads: heads of the layer.
+        head_dim: width of a head.
+        max_length: columns of E.
+
+    Raises:
+        ValueError: for a list of k that has not one entry per layer of the model.
+    """
+
+    options: ProjectionOptions
+    layer_idx: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    max_length: int
+
+    def __post_init__(self) -> None:
+        sizes = self.options.k
+        if isinstance(sizes, tuple) and len(sizes) != self.num_layers:
+            raise ValueError(f"k={list(sizes)} has {len(sizes)} entries for {self.num_layers} layers.")
+
+    @property
+    def k(self) -> int:
+        """Slots of this layer."""
+        sizes = self.options.k
+        return min(sizes[self.layer_idx] if isinstance(sizes, tuple) else sizes, self.max_length)
+
+    @property
+    def kernel_size(self) -> int:
+        """Tokens of a slot, rounded up."""
+        return -(-self.max_length // self.k)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """Shape of E: `[H or 1, k, n_max]`, `[H or 1, kernel, D, D]` for a convolution; None for pooling."""
+        heads = self.num_heads if self.options.sharing == "none" else 1
+        if self.options.projection == "linear":
+            return heads, self.k, self.max_length
+        if self.options.projection == "conv":
+            return heads, self.kernel_size, self.head_dim, self.head_dim
+        return None
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether values are projected by the matrix of the keys."""
+        return self.options.sharing in ("key_value", "layerwise")
+
+    def generator(self) -> torch.Generator:
+        """The source of a random start: of the seed and the layer, unless all layers share their matrix."""
+        layer = 0 if self.options.sharing == "layerwise" else self.layer_idx
+        return torch.Generator(device="cpu").manual_seed(self.options.seed * 100_003 + layer)
+
+    def start(self, generator: torch.Generator) -> torch.Tensor:
+        """What E starts as, on the CPU.
+
+        Raises:
+            ValueError: for pooling, which has no E.
+        """
+        shape = self.weight_shape
+        if shape is None:
+            raise ValueError(f"projection={self.options.projection!r} has no weights.")
+        if self.options.init == "random":
+            # Variance 1/k in the paper's E; for the convolution one over the terms of its sum.
+            terms = self.k if self.options.projection == "linear" else self.kernel_size * self.head_dim
+            return torch.randn(shape, generator=generator, device="cpu") * terms**-0.5
+        if self.options.projection == "conv":
+            return (torch.eye(shape[-1], device="cpu") / self.kernel_size).expand(shape)
+        segment = torch.arange(shape[2], device="cpu") * self.k // shape[2]
+        member = (segment == torch.arange(self.k, device="cpu")[:, None]).float()
+        return (member / member.sum(-1, keepdim=True)).expand(shape)
+
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding: torch.Tensor | None,
+        key_weight: torch.Tensor | None,
+        value_weight: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project.
+
+        Args:
+            key: `[B, H, T, D]`, and `value` likewise.
+            padding: bool `[B, T]`, True for a real token, or None.
+            key_weight: E, of `weight_shape`; None for pooling.
+            value_weight: F; None for F = E.
+
+        Returns:
+            keys and values `[B, H, slots, D]`, and the slots in use, bool `[B, slots]`.
+
+        Raises:
+            ValueError: for more tokens than `max_length`.
+        """
+        batch, _, length, _ = key.shape
+        if length > self.max_length:
+            limit = f"E has {self.max_length} columns: it was built for at most {self.max_length} tokens and got"
+            raise ValueError(f"{limit} {length}. Convert with max_length={length} or more.")
+        if padding is None:
+            n_real = torch.full((batch,), length, device=key.device)
+        else:
+            # Real tokens to the front: a token's place is then its rank, the column of E.
+            order = pads_first_permutation(~padding)
+            key = gather_tokens(safe_masked_fill(key, padding), order)
+            value = gather_tokens(safe_masked_fill(value, padding), order)
+            n_real = padding.sum(-1)
+        slots = -(-length // self.kernel_size) if self.options.projection == "conv" else self.k
+        starts = self._segment_starts(n_real, slots)  # [B, slots + 1]
+        counts = starts.minimum(n_real[:, None]).diff()  # real tokens per slot
+        if key_weight is None:
+            pool = segment_mean if self.options.projection == "mean_pool" else segment_max
+            return pool(key, starts), pool(value, starts), counts > 0
+        key = self._project(key, key_weight, slots)
+        value = self._project(value, key_weight if value_weight is None else value_weight, slots)
+        if self.options.init == "mean_pool":
+            # The last slot in use may be half full: its mean is over the tokens that are there.
+            fill = (starts.diff() / counts.clamp(min=1))[:, None, :, None].to(key.dtype)
+            key, value = key * fill, value * fill
+        elif self.options.projection == "linear":
+            counts = n_real[:, None].expand_as(counts)  # slots have no segments: all are in use
+        return key, value, counts > 0
+
+    def _segment_starts(self, n_real: torch.Tensor, slots: int) -> torch.Tensor:
+        """First rank of each slot's segment, and the end of the last: `[B, slots + 1]`."""
+        if self.options.projection.endswith("pool"):
+            return even_segment_starts(n_real, slots)
+        slot = torch.arange(slots + 1, device=n_real.device).expand(n_real.shape[0], -1)
+        conv = self.options.projection == "conv"
+        return slot * self.kernel_size if conv else -(-slot * self.max_length // self.k)
+
+    def _project(self, x: torch.Tensor, weight: torch.Tensor, slots: int) -> torch.Tensor:
+        weight = weight.to(x.dtype)
+        if self.options.projection == "linear":
+            return weight[:, :, : x.shape[2]] @ x  # [h, k, n] @ [B, H, n, D]
+        x = F.pad(x, (0, 0, 0, slots * self.kernel_size - x.shape[2]))
+        return x.unflatten(2, (slots, self.kernel_size)).flatten(3) @ weight.flatten(1, 2)

@@ -1,0 +1,139 @@
+"""cosFormer, "Rethinking Softmax in Attention", arXiv:2202.08791.
+
+The weight of key j for query i is relu(q_i) . relu(k_j) cos(pi (i - j) / 2M), in kernel form with features
+relu(x) [cos, sin](pi i / 2M): nearer tokens weigh more. i is the rank among real tokens, and M the model's longest
+sequence: with the length of each call, as the authors have it, decoding would not give what the prefill gives.
+Cost n 2d d; decode state 2d (d + 1) numbers a head and a counter.
+
+With calibration, keys are weighted by exp(scaling * a . k), a the head's mean query or a part of it, and
+queries and keys may be centred. Each head keeps what lowers its output error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_linear_attn.ops import calibration as measure
+from hf_linear_attn.ops import feature_maps as maps
+from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
+from hf_linear_attn.ops.masking import real_token_rank
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["CosformerAttention", "CosformerConfig"]
+
+
+@dataclass(frozen=True)
+class CosformerConfig(VariantConfig):
+    """Options of `cosformer`.
+
+    Attributes:
+        variance_reducer: use the calibrated key weights and centres; without calibration they change nothing.
+    """
+
+    variance_reducer: bool = True
+
+    def validate(self) -> None:
+        if not isinstance(self.variance_reducer, bool):
+            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+
+
+@register_variant(
+    "cosformer",
+    config=CosformerConfig,
+    title="cosFormer",
+    paper="cosFormer: Rethinking Softmax in Attention, arXiv:2202.08791",
+    cost="n 2d d",
+    state="constant",
+    test_options=({"variance_reducer": False},),
+)
+class CosformerAttention(AttentionVariant):
+    """ReLU attention reweighted by the cosine of the distance.
+
+    Buffers (persistent), with the variance reducer: `query_mean`, `query_center`, `key_center [H, D]`.
+    """
+
+    query_mean: torch.Tensor
+    query_center: torch.Tensor
+    key_center: torch.Tensor
+
+    def __init__(self, config: CosformerConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        if config.variance_reducer:
+            for name in ("query_mean", "query_center", "key_center"):
+                self.register_buffer(name, torch.empty(context.num_heads, context.head_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published form: means and centres 0."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose each head's means and centres by its output error against softmax on these inputs."""
+        if not self.config.variance_reducer:
+            return
+        rows, present = measure.collect_rows(batches, self.context.max_length), dict(self.named_buffers())
+        candidates = measure.reducer_starts(*measure.head_tokens(rows))
+        starts = [dict(zip(("query_mean", "query_center", "key_center"), x, strict=True)) for x in candidates]
+        measure.choose_start(present, starts, self.error_meter(rows, batches[0].scaling))
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        heads, dim = self.context.num_heads, self.context.head_dim
+        count = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return {**init_linear_state(batch_size, heads, 2 * dim, dim, dtype, device), "count": count}
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        q_len, k_len = inputs.query.shape[2], inputs.key.shape[2]
+        if q_len > k_len or k_len > self.context.max_length:
+            raise ValueError(
+                f"cosformer takes at most max_length={self.context.max_length} tokens and as many queries as keys, "
+                f"the last ones; got {q_len} queries and {k_len} keys."
+            )
+        real = inputs.key_padding
+        rank = torch.arange(k_len, device=inputs.key.device)[None] if real is None else real_token_rank(real)
+        sums = None
+        if state is not None:
+            rank = rank + state["count"][:, None]
+            sums = {name: x for name, x in state.items() if name != "count"}
+        output, sums = feature_map_attention(
+            _with_rank(inputs.query, rank[:, k_len - q_len :]),
+            _with_rank(inputs.key, rank),
+            inputs.value,
+            self._query_features,
+            lambda x: self._key_features(x, inputs.scaling),
+            key_padding=real,
+            is_causal=inputs.is_causal,
+            state=sums,
+        )
+        if state is None or sums is None:
+            return output.to(inputs.query.dtype), None
+        count = state["count"] + (k_len if real is None else real.sum(-1))
+        return output.to(inputs.query.dtype), {**sums, "count": count}
+
+    def _query_features(self, x: torch.Tensor) -> maps.Features:
+        x, rank = x[..., :-1], x[..., -1:]
+        return self._features(x - self.query_center.to(x.dtype)[:, None] if self.config.variance_reducer else x, rank)
+
+    def _key_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
+        x, rank = x[..., :-1], x[..., -1:]
+        if not self.config.variance_reducer:
+            return self._features(x, rank)
+        features = self._features(x - self.key_center.to(x.dtype)[:, None], rank)
+        return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling)
+
+    def _features(self, x: torch.Tensor, rank: torch.Tensor) -> maps.Features:
+        x, angle = x.relu(), rank * (math.pi / 2 / self.context.max_length)
+        return torch.cat([x * angle.cos(), x * angle.sin()], -1), None  # [B, H, T, 2D]
+
+
+def _with_rank(x: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """`x` with each token's rank `[B or 1, T]` as a last coordinate, in full precision: `[B, H, T, D + 1]`."""
+    x = x.to(maps.accumulation_dtype(x.dtype))
+    return torch.cat([x, rank[:, None, :, None].to(x.dtype).expand(*x.shape[:-1], 1)], -1)

@@ -1,0 +1,187 @@
+"""Kernel Linformer: kernel attention over projected keys and values, FLuRKA (arXiv:2306.15799).
+
+    y_i = phi(q_i) [phi(E K)^T (F V)] / (phi(q_i) . sum_slots phi(E K)),    E, F: k x n_max
+
+Queries and projected keys are multiplied by sqrt(scaling) before phi, which keeps the scale of the checkpoint's
+logits. Cost (n + k) f d besides the projection, encoders only. E = I is the kernel attention of phi.
+
+With calibration phi sees sharpness (q - a) and sharpness (k - c), a and c the head's mean query and key, and
+phi(k) is weighted by exp(scaling a . k), the part of the logits that all queries share. Heads that it does not
+bring closer to softmax keep the published form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_linear_attn.ops.calibration import Row, choose_per_head, head_errors, real_rows
+from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, accumulation_dtype
+from hf_linear_attn.ops.linear_attention import bidirectional_linear_attention
+from hf_linear_attn.ops.masking import query_padding, safe_masked_fill
+from hf_linear_attn.ops.sequence_projection import SequenceProjection, check_projection_options
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["KernelLinformerAttention", "KernelLinformerConfig"]
+
+REFUSAL = (
+    "The projection E of kernel_linformer mixes every position into every slot, the future included. For a "
+    "decoder use 'linear' (the same feature maps, without E)."
+)
+SHARPNESS = (1.0, 2.0, 4.0)  # what calibration tries
+
+
+@dataclass(frozen=True)
+class KernelLinformerConfig(VariantConfig):
+    """Options of `kernel_linformer`; those of the projection are the options of `linformer`.
+
+    Attributes:
+        k: slots; one int, or one per layer of the model.
+        feature_map: `"elu"` (elu + 1), `"exp"`, `"relu"`, `"softmax"` or `"squared_relu"`.
+        variance_reducer: use the calibrated means and sharpness; without calibration they change nothing.
+        sharing: `"none"`, `"headwise"`, `"key_value"` or `"layerwise"`.
+        projection: `"linear"`, `"conv"`, `"mean_pool"` or `"max_pool"`.
+        init: of learned projections, `"mean_pool"` or `"random"` (N(0, 1/k)).
+        seed: of `init="random"`.
+    """
+
+    k: int | tuple[int, ...] = 128
+    feature_map: str = "elu"
+    variance_reducer: bool = True
+    sharing: str = "headwise"
+    projection: str = "linear"
+    init: str = "mean_pool"
+    seed: int = 0
+
+    def validate(self) -> None:
+        check_projection_options(self)
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map={self.feature_map!r}; allowed: {', '.join(sorted(FEATURE_MAPS))}.")
+        if not isinstance(self.variance_reducer, bool):
+            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+
+
+@register_variant(
+    "kernel_linformer",
+    config=KernelLinformerConfig,
+    title="Kernel Linformer (FLuRKA)",
+    paper="FLuRKA: Fast and accurate unified Low-Rank & Kernel Attention, arXiv:2306.15799",
+    cost="(n + k) f d",
+    state="none",
+    decoder=False,
+    refusal=REFUSAL,
+    test_options=(
+        {"k": 16, "feature_map": "exp", "sharing": "none"},
+        {"k": [8, 36], "projection": "mean_pool", "feature_map": "squared_relu", "variance_reducer": False},
+        {"k": 14, "projection": "conv", "feature_map": "softmax", "sharing": "key_value"},
+    ),
+)
+class KernelLinformerAttention(AttentionVariant):
+    """Kernel attention over k projected keys and values; see `KernelLinformerConfig`.
+
+    Parameters: `key_projection` and `value_projection`, as the sharing says. Buffers (persistent) with the variance
+    reducer: `query_mean [H, D]`, `key_mean [H, D]`, `sharpness [H]`.
+
+    Raises:
+        ValueError: for a causal layer, or a list of k that has not one entry per layer of the model.
+    """
+
+    key_projection: nn.Parameter | None
+    value_projection: nn.Parameter | None
+    query_mean: torch.Tensor
+    key_mean: torch.Tensor
+    sharpness: torch.Tensor
+
+    def __init__(self, config: KernelLinformerConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        if context.is_causal:
+            raise ValueError(REFUSAL)
+        heads, dim = context.num_heads, context.head_dim
+        self.projection = SequenceProjection(
+            config, context.layer_idx, context.num_layers, heads, dim, context.max_length
+        )
+        shape, one = self.projection.weight_shape, self.projection.one_matrix
+        self.key_projection = None if shape is None else nn.Parameter(torch.empty(shape))
+        self.value_projection = None if shape is None or one else nn.Parameter(torch.empty(shape))
+        if config.variance_reducer:
+            self.register_buffer("query_mean", torch.empty(heads, dim))
+            self.register_buffer("key_mean", torch.empty(heads, dim))
+            self.register_buffer("sharpness", torch.empty(heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published form: projections as the options say, means 0, sharpness 1."""
+        generator = self.projection.generator()
+        for parameter in self.parameters():
+            parameter.copy_(self.projection.start(generator))
+        if self.config.variance_reducer:
+            self.query_mean.zero_()
+            self.key_mean.zero_()
+            self.sharpness.fill_(1.0)
+
+    def shared_parameters(self) -> tuple[str, ...]:
+        names = tuple(name for name, _ in self.named_parameters())
+        return names if self.config.sharing == "layerwise" else ()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose each head's means and sharpness by its output error on the first `max_length` tokens of each row."""
+        if not self.config.variance_reducer:
+            return
+        rows: list[Row] = []
+        scaling, limit = batches[0].scaling, self.context.max_length
+        for batch in batches:
+            for q, k, v in real_rows(batch.query, batch.key, batch.value, batch.key_padding):
+                rows.append((q[:, :, :limit], k[:, :, :limit], v[:, :, :limit]))
+        a, c = (torch.cat([row[i][0] for row in rows], 1).mean(1) for i in (0, 1))  # [H, D]
+        one = torch.ones_like(a[:, 0])
+        starts = [(0 * a, 0 * c, one), *((a, c, sharpness * one) for sharpness in SHARPNESS)]
+
+        def attend(row: Row) -> torch.Tensor:
+            return self(AttentionInputs(*row, scaling=scaling))[0]
+
+        errors = []
+        for start in starts:
+            self._set_start(*start)
+            errors.append(head_errors(attend, rows, is_causal=False, scaling=scaling))
+        choice, heads = choose_per_head(errors), torch.arange(a.shape[0], device=a.device)
+        self._set_start(*(torch.stack(options)[choice, heads] for options in zip(*starts, strict=True)))
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        """See `AttentionVariant.forward`.
+
+        Raises:
+            ValueError: for causal inputs, for a decode state, and for more keys than `context.max_length`.
+        """
+        if inputs.is_causal or state is not None:
+            raise ValueError(REFUSAL)
+        weights = self.key_projection, self.value_projection
+        key, value, in_use = self.projection(inputs.key, inputs.value, inputs.key_padding, *weights)
+        full = accumulation_dtype(inputs.query.dtype)
+        query = safe_masked_fill(inputs.query, query_padding(inputs.key_padding, inputs.query.shape[2], False)).to(full)
+        key, feature_map, scale = key.to(full), FEATURE_MAPS[self.config.feature_map], inputs.scaling**0.5
+        shared = None
+        if self.config.variance_reducer:
+            a, c = self.query_mean.to(full)[:, None], self.key_mean.to(full)[:, None]  # [H, 1, D]
+            shared = inputs.scaling * (key * a).sum(-1)  # [B, H, slots]
+            sharpness = self.sharpness.to(full)[:, None, None]
+            query, key = sharpness * (query - a), sharpness * (key - c)
+        key_features, log_weight = feature_map(key * scale)
+        if log_weight is None or shared is None:
+            log_weight = shared if log_weight is None else log_weight
+        else:
+            log_weight = log_weight + shared
+        output = bidirectional_linear_attention(
+            feature_map(query * scale)[0], key_features, value, key_log_weight=log_weight, key_padding=in_use
+        )
+        return output.to(inputs.query.dtype), None
+
+    def _set_start(self, query_mean: torch.Tensor, key_mean: torch.Tensor, sharpness: torch.Tensor) -> None:
+        self.query_mean.copy_(query_mean)
+        self.key_mean.copy_(key_mean)
+        self.sharpness.copy_(sharpness)

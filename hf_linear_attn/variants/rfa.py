@@ -1,0 +1,205 @@
+"""Random Feature Attention, arXiv:2103.02143.
+
+Softmax of normalised queries and keys at a temperature, exp(x.y / tau^2) for x = q / |q|, y = k / |k|, through random
+features of W x, W = omega sigma / tau with Gaussian omega and learned sigma: `arccos` relu(W x), a kernel of its own;
+`sincos` [cos W x, sin W x] / sqrt(m); `positive` exp(W x - |sigma x|^2 / 2 tau^2) / sqrt(m), which both estimate it.
+Decoders may have a gate g = sigmoid(w . x + b) of each token and head: S <- g S + (1 - g) phi(k) v^T, z likewise.
+Cost n m d; decode state f (d + 1) numbers a head, f = m, or 2m for `sincos`.
+
+With calibration tau^2 = 1 / (scaling E|q||k|), the scale of the checkpoint's logits, or a multiple of it; keys are
+weighted by exp(scaling * a . k), a the head's mean query or a part of it, and queries and keys may be centred
+before they are normalised. Each head keeps what lowers its output error.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_linear_attn.ops import calibration as measure
+from hf_linear_attn.ops import feature_maps as maps
+from hf_linear_attn.ops.decay import feature_map_decay_attention
+from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["RFAAttention", "RFAConfig"]
+
+# Multiples of the calibrated tau that are tried: features of a flatter kernel vary less, and those of both signs need
+# it. arccos features are homogeneous: their width is no choice.
+_WIDTHS = {"arccos": (1.0,), "sincos": (2.0, 3.0), "positive": (1.0, 1.5, 2.0)}
+
+
+@dataclass(frozen=True)
+class RFAConfig(VariantConfig):
+    """Options of `rfa`.
+
+    Attributes:
+        kernel: random features, `"arccos"`, `"sincos"` (of both signs: for small logits only) or `"positive"`.
+        num_features: random directions m; `sincos` makes two features of each.
+        gate: forget with a learned gate; decoders only.
+        variance_reducer: use the calibrated key weights and centres; without calibration they change nothing.
+        seed: of the directions, which are saved with the model.
+    """
+
+    kernel: str = "arccos"
+    num_features: int = 128
+    gate: bool = False
+    variance_reducer: bool = True
+    seed: int = 0
+
+    def validate(self) -> None:
+        if self.kernel not in _WIDTHS:
+            raise ValueError(f"kernel={self.kernel!r}; allowed: {', '.join(_WIDTHS)}.")
+        for name, least in (("num_features", 1), ("seed", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: an integer of at least {least}.")
+        for name in ("gate", "variance_reducer"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False.")
+
+
+@register_variant(
+    "rfa",
+    config=RFAConfig,
+    title="Random Feature Attention",
+    paper="Random Feature Attention, arXiv:2103.02143",
+    cost="n m d",
+    state="constant",
+    test_options=({"kernel": "positive", "num_features": 24, "gate": True}, {"variance_reducer": False}),
+)
+class RFAAttention(AttentionVariant):
+    """Attention through random features of normalised queries and keys.
+
+    Parameters: `sigma [H, D]`; with the gate `gate_weight [H, hidden_size]` and `gate_bias [H]`. Buffers (persistent):
+    `omega [m, D]`, `tau [H]`; with the variance reducer `query_mean`, `query_center`, `key_center [H, D]`.
+    """
+
+    omega: torch.Tensor
+    tau: torch.Tensor
+    query_mean: torch.Tensor
+    query_center: torch.Tensor
+    key_center: torch.Tensor
+
+    def __init__(self, config: RFAConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        if config.gate and not context.is_causal:
+            raise ValueError("gate=True needs a decoder: forgetting has a direction; allowed for encoders: False.")
+        heads, dim = context.num_heads, context.head_dim
+        self.sigma = nn.Parameter(torch.empty(heads, dim))
+        if config.gate:
+            self.gate_weight = nn.Parameter(torch.empty(heads, context.hidden_size))
+            self.gate_bias = nn.Parameter(torch.empty(heads))
+        self.register_buffer("omega", torch.empty(config.num_features, dim))
+        self.register_buffer("tau", torch.empty(heads))
+        if config.variance_reducer:
+            for name in ("query_mean", "query_center", "key_center"):
+                self.register_buffer(name, torch.empty(heads, dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """sigma = tau = 1, directions drawn from (seed, layer_idx); gates that keep a token for 10 x max_length."""
+        for x in [*self.parameters(), *self.buffers()]:
+            x.zero_()
+        self.sigma.fill_(1)
+        self.tau.fill_(1)
+        generator = torch.Generator(device="cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+        self.omega.copy_(maps.gaussian_orthogonal(self.config.num_features, self.context.head_dim, generator))
+        if self.config.gate:
+            self.gate_bias.fill_(math.log(10 * self.context.max_length))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose each head's start by its error, without gates, against softmax on these inputs.
+
+        Warns when denominators are not positive, which sine and cosine features cannot rule out.
+        """
+        rows, scaling = measure.collect_rows(batches), batches[0].scaling
+        q, k = measure.head_tokens(rows)
+        present = {name: x for name, x in self.named_buffers() if name != "omega"}
+        starts = [{name: x.clone() for name, x in present.items()}]
+        for means in measure.reducer_starts(q, k) if self.config.variance_reducer else [(0 * q[:, 0],) * 3]:
+            norms = [(x - center[:, None]).norm(dim=-1).mean(1) for x, center in zip((q, k), means[1:], strict=True)]
+            tau = (scaling * norms[0] * norms[1]).clamp(min=1e-6).rsqrt()
+            start = dict(zip(("query_mean", "query_center", "key_center"), means, strict=True))
+            start = start if self.config.variance_reducer else {}
+            starts += [{**start, "tau": width * tau} for width in _WIDTHS[self.config.kernel]]
+
+        def attend(row: measure.Row) -> torch.Tensor:
+            return self._attend(AttentionInputs(*row, is_causal=self.context.is_causal, scaling=scaling), None, None)[0]
+
+        errors = measure.error_meter(attend, rows, is_causal=self.context.is_causal, scaling=scaling)
+        measure.choose_start(present, starts, errors)
+        features = [(self._features(q, is_key=False)[0], *self._key_features(k, scaling)) for q, k, _ in rows]
+        share = measure.nonpositive_share(features, is_causal=self.context.is_causal)
+        if share:
+            warnings.warn(
+                f"rfa, layer {self.context.layer_idx}: {share:.1%} of the denominators are not positive with kernel="
+                f"{self.config.kernel!r}: such rows are noise or 0. Use another kernel or more features.",
+                stacklevel=2,
+            )
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        num_features = self.config.num_features * (2 if self.config.kernel == "sincos" else 1)
+        heads, dim = self.context.num_heads, self.context.head_dim
+        return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        output, state = self._attend(inputs, state, self._gate_logits(inputs) if self.config.gate else None)
+        return output.to(inputs.query.dtype), state
+
+    def _attend(
+        self, inputs: AttentionInputs, state: State | None, gate: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State | None]:
+        q, k, v, real, causal = inputs.query, inputs.key, inputs.value, inputs.key_padding, inputs.is_causal
+
+        def q_map(x: torch.Tensor) -> maps.Features:
+            return self._features(x, is_key=False)
+
+        def k_map(x: torch.Tensor) -> maps.Features:
+            features, log_weight = self._key_features(x, inputs.scaling)
+            if gate is None:
+                return features, log_weight
+            taken = F.logsigmoid(-gate)
+            return features, taken if log_weight is None else log_weight + taken
+
+        if gate is None:
+            return feature_map_attention(q, k, v, q_map, k_map, key_padding=real, is_causal=causal, state=state)
+        decay = F.logsigmoid(gate)
+        return feature_map_decay_attention(q, k, v, decay, q_map, k_map, key_padding=real, state=state)
+
+    def _key_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
+        features = self._features(x, is_key=True)
+        if self.config.variance_reducer:
+            features = maps.weighted_by_mean_logit(features, x, self.query_mean, scaling)
+        return features
+
+    def _features(self, x: torch.Tensor, *, is_key: bool) -> maps.Features:
+        x = x.to(maps.accumulation_dtype(x.dtype))
+        if self.config.variance_reducer:
+            x = x - (self.key_center if is_key else self.query_center).to(x.dtype)[:, None]
+        x = F.normalize(x, dim=-1) * (self.sigma / self.tau[:, None]).to(x.dtype)[:, None]
+        projected = x @ self.omega.to(x.dtype).mT  # [B, H, T, m]
+        if self.config.kernel == "positive" and is_key:
+            return maps.key_random_features(projected, x, 1.0, "positive")
+        if self.config.kernel == "positive":
+            return maps.query_random_features(projected, "positive"), None
+        return maps.fourier_features(projected) if self.config.kernel == "sincos" else projected.relu(), None
+
+    def _gate_logits(self, inputs: AttentionInputs) -> torch.Tensor:
+        """`[B, H, T]`."""
+        hidden, length = inputs.hidden_states, inputs.key.shape[2]
+        if hidden is None or hidden.shape[1] != length:
+            given = "None" if hidden is None else f"those of {hidden.shape[1]}"
+            raise ValueError(f"The gate of rfa needs the hidden states of all {length} keys, got {given}.")
+        if inputs.key_padding is not None:
+            hidden = hidden.masked_fill(~inputs.key_padding[..., None], 0)
+        dtype = maps.accumulation_dtype(inputs.value.dtype)
+        return (F.linear(hidden, self.gate_weight.to(hidden.dtype)).to(dtype) + self.gate_bias.to(dtype)).mT

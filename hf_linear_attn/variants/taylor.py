@@ -1,0 +1,158 @@
+"""Taylor attention: order 1 (linear attention of arXiv:2007.14902) and order 2 (Based, arXiv:2402.18668).
+
+exp(u) is replaced by its series: 1 + u with l2-normalised q and k (order 1), or 1 + u + u^2 / 2, which is always
+positive, with u = scaling * q'.k' (order 2). q' = P q + p and k' = R k + r have `num_features` coordinates.
+Cost n f d with f = 1 + r + r (r + 1) / 2 features of r coordinates (order 1: 1 + d); decode state f (d + 1) numbers a
+head.
+
+With calibration P and R are the principal maps of the head's logits, its best rank r estimate, q and k are centred,
+and keys are weighted by exp(scaling * a . k), a the mean query or a part of it, which makes up for it: only
+what differs between queries is left to the series. Last, u is stretched. Each head keeps what lowers its output error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_linear_attn.ops import calibration as measure
+from hf_linear_attn.ops import feature_maps as maps
+from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["TaylorAttention", "TaylorConfig"]
+
+_STRETCHES = (0.7, 1.5, 2.0)  # of u, tried after the other choices
+
+
+@dataclass(frozen=True)
+class TaylorConfig(VariantConfig):
+    """Options of `taylor`.
+
+    Attributes:
+        order: of the series, 1 or 2.
+        num_features: coordinates that q and k are projected to for order 2, at most head_dim; None (and order 1)
+            keeps all. Without calibration the projection is random.
+        variance_reducer: weight keys by a calibrated exp(scaling * a . k); without calibration a is 0.
+        seed: of the random projection.
+    """
+
+    order: int = 2
+    num_features: int | None = 16
+    variance_reducer: bool = True
+    seed: int = 0
+
+    def validate(self) -> None:
+        if self.order not in (1, 2):
+            raise ValueError(f"order={self.order!r}; allowed: 1, 2.")
+        if self.num_features is not None and (not isinstance(self.num_features, int) or self.num_features < 1):
+            raise ValueError(f"num_features={self.num_features!r}; allowed: an integer of at least 1, or None.")
+        if not isinstance(self.variance_reducer, bool):
+            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}; allowed: an integer of at least 0.")
+
+
+@register_variant(
+    "taylor",
+    config=TaylorConfig,
+    title="Taylor series (Based)",
+    paper="Simple linear attention language models balance the recall-throughput tradeoff, arXiv:2402.18668; "
+    "order 1: Linear Attention Mechanism, arXiv:2007.14902",
+    cost="n f d",
+    state="constant",
+    test_options=({"num_features": 6}, {"order": 1, "variance_reducer": False}),
+)
+class TaylorAttention(AttentionVariant):
+    """Attention with the Taylor series of exp.
+
+    Parameters: `query_weight`, `key_weight [H, r, D]`, `query_bias`, `key_bias [H, r]`. Buffer (persistent):
+    `query_mean [H, D]` with the variance reducer.
+    """
+
+    query_weight: nn.Parameter
+    query_bias: nn.Parameter
+    key_weight: nn.Parameter
+    key_bias: nn.Parameter
+    query_mean: torch.Tensor
+
+    def __init__(self, config: TaylorConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        heads, dim = context.num_heads, context.head_dim
+        self.rank = dim if config.order == 1 or config.num_features is None else min(config.num_features, dim)
+        for name in ("query", "key"):
+            self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(heads, self.rank, dim)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(heads, self.rank)))
+        if config.variance_reducer:
+            self.register_buffer("query_mean", torch.empty(heads, dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published form; a projection is onto random directions, drawn from (seed, layer_idx)."""
+        dim = self.context.head_dim
+        weight = torch.eye(dim, device="cpu")
+        if self.rank < dim:
+            generator = torch.Generator(device="cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+            directions = maps.gaussian_orthogonal(self.rank, dim, generator)
+            weight = F.normalize(directions, dim=-1) * (dim / self.rank) ** 0.5  # q'.k' estimates q.k without bias
+        for name, x in self.state_dict().items():
+            x.copy_(weight) if name.endswith("weight") else x.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose projection, means and stretch of each head by its output error against softmax."""
+        rows, scaling = measure.collect_rows(batches), batches[0].scaling
+        errors, present = self.error_meter(rows, scaling), self.state_dict()
+        q, k = measure.head_tokens(rows)
+        published = {name: x.clone() for name, x in present.items()}
+        starts = [published]
+        for a, q_center, k_center in measure.reducer_starts(q, k):
+            if a.any() and not self.config.variance_reducer:
+                break
+            p = r = torch.eye(self.context.head_dim, device=q.device).expand(q.shape[0], -1, -1)
+            if self.rank < self.context.head_dim:
+                p, r = measure.principal_maps(q - q_center[:, None], k - k_center[:, None])
+            start = {"query_weight": p[:, : self.rank], "key_weight": r[:, : self.rank]}
+            start["query_bias"] = -(start["query_weight"] @ q_center[..., None])[..., 0]
+            start["key_bias"] = -(start["key_weight"] @ k_center[..., None])[..., 0]
+            starts.append({**start, "query_mean": a} if self.config.variance_reducer else start)
+        measure.choose_start(present, starts, errors)
+        chosen = {name: x.clone() for name, x in present.items() if name != "query_mean"}
+        stretched = [{name: x * stretch**0.5 for name, x in chosen.items()} for stretch in _STRETCHES]
+        measure.choose_start(present, [chosen, *stretched], errors)
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        heads, dim, rank = self.context.num_heads, self.context.head_dim, self.rank
+        num_features = 1 + rank + (rank * (rank + 1) // 2 if self.config.order == 2 else 0)
+        return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        def key_features(x: torch.Tensor) -> maps.Features:
+            features = self._features(x, self.key_weight, self.key_bias, inputs.scaling)
+            if self.config.variance_reducer:
+                features = maps.weighted_by_mean_logit(features, x, self.query_mean, inputs.scaling)
+            return features
+
+        output, state = feature_map_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            lambda x: self._features(x, self.query_weight, self.query_bias, inputs.scaling),
+            key_features,
+            key_padding=inputs.key_padding,
+            is_causal=inputs.is_causal,
+            state=state,
+        )
+        return output.to(inputs.query.dtype), state
+
+    def _features(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scaling: float) -> maps.Features:
+        x = x.to(maps.accumulation_dtype(x.dtype))
+        x = x @ weight.to(x.dtype).mT + bias.to(x.dtype)[:, None]  # [B, H, T, r]
+        x = F.normalize(x, dim=-1) if self.config.order == 1 else x * scaling**0.5
+        return maps.taylor_features(x, self.config.order)
