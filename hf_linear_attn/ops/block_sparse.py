@@ -21,6 +21,7 @@ __all__ = [
     "Extra",
     "block_grid",
     "block_sparse_attention",
+    "global_columns",
     "naive_block_sparse_attention",
     "segment_rows",
 ]
@@ -41,13 +42,13 @@ class Extra:
     Attributes:
         key, value: `[B, H, G, D]`.
         block: long `[B or 1, G]`, the block that a column belongs to, whose own queries have it in their lists.
-        shift: added to the logits of these columns.
+        shift: `[H]`, added to the logits of these columns, or None.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     block: torch.Tensor
-    shift: float = 0.0
+    shift: torch.Tensor | None = None
 
     def seen(self, row: torch.Tensor, is_causal: bool) -> torch.Tensor:
         """Which of the query blocks `row` `[B or 1, R]` sees which column: bool `[B or 1, R, G]`."""
@@ -149,8 +150,9 @@ def block_sparse_attention(
     width = L * grid.block_size + (0 if extra is None else extra.key.shape[2])
     step = segment_rows(B * H * D * width, call.q.numel())
     shift = None
-    if extra is not None and extra.shift != 0:
-        shift = F.pad(q.new_full((extra.key.shape[2],), extra.shift), (0, L * grid.block_size))
+    if extra is not None and extra.shift is not None:
+        shift = extra.shift.to(q.dtype)[:, None, None].expand(-1, 1, extra.key.shape[2])
+        shift = F.pad(shift, (0, L * grid.block_size))
     outputs = []
     for begin in range(0, R, step):
         part = slice(begin, min(begin + step, R))
@@ -169,6 +171,23 @@ def block_sparse_attention(
     if lists.full_rows is not None:
         out = _place_full_rows(out, q, call, grid, lists.full_rows, scaling)
     return grid.untile(out, call.q.shape[2])
+
+
+def global_columns(call: CompactedCall, tokens: torch.Tensor, shift: torch.Tensor, scaling: float) -> Extra:
+    """G columns for all: additional tokens that read the whole sequence, with what each has read as its value.
+
+    Args:
+        call: the compacted call; not causal.
+        tokens: `[H, 2, G, D]`, their queries and keys.
+        shift: `[H]`, added to the logits of the columns.
+        scaling: factor of the logits.
+    """
+    B = call.k.shape[0]
+    query, key = tokens.to(call.k.dtype).expand(B, -1, -1, -1, -1).unbind(2)
+    real = call.rank >= 0
+    mask = (real | ~real.any(-1, keepdim=True)).expand(B, -1)[:, None, None, :]
+    read = F.scaled_dot_product_attention(query, call.k, call.v, attn_mask=mask, scale=scaling)
+    return Extra(key, read, torch.full((1, key.shape[2]), ANYONE, device=key.device), shift)
 
 
 def _gather_blocks(x: torch.Tensor, columns: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
@@ -209,7 +228,7 @@ def _attend(
 ) -> torch.Tensor:
     """q `[B, R, H, t, D]`, k and v `[B, R, H, K, D]`, allowed `[B or 1, R, t or 1, K]`; returns q's shape.
 
-    `shift` `[K]` is added to the logits.
+    `shift` `[H, 1, K]` is added to the logits.
     """
     mask = allowed | ~allowed.any(-1, keepdim=True)  # a row without any key would be nan; nobody reads it
     mask = mask.expand(q.shape[0], -1, -1, -1).flatten(0, 1)[:, None]
@@ -259,6 +278,8 @@ def naive_block_sparse_attention(
     v = call.v
     if extra is not None:
         shown = extra.seen(rows // b, lists.is_causal)[:, None] & ~full
-        more = (q @ extra.key.transpose(-1, -2) * scaling + extra.shift).masked_fill(~shown, float("-inf"))
+        more = q @ extra.key.transpose(-1, -2) * scaling
+        more = more if extra.shift is None else more + extra.shift[:, None, None]
+        more = more.masked_fill(~shown, float("-inf"))
         logits, v = torch.cat([more, logits], dim=-1), torch.cat([extra.value, v], dim=2)
     return logits.softmax(-1).nan_to_num(0.0) @ v

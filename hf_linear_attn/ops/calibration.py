@@ -195,8 +195,8 @@ def nonpositive_share(
     """
     wrong = total = 0
     for q, k, log_weight in features:
-        if log_weight is not None:
-            k = k * (log_weight - log_weight.amax(-1, keepdim=True)).exp()[..., None]
+        if log_weight is not None:  # in float64, where the smallest weights do not vanish
+            k = k * (log_weight.double() - log_weight.amax(-1, keepdim=True)).exp()[..., None]
         z = k.cumsum(2) if is_causal else k.sum(2, keepdim=True)
         denominators = (q * z).sum(-1)
         wrong, total = wrong + int((denominators <= 0).sum()), total + denominators.numel()

@@ -12,18 +12,27 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from hf_linear_attn.ops.compaction import take_tokens
+from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
+from hf_linear_attn.ops.pooling import even_segment_starts, segment_of_rank
 
 __all__ = [
+    "GatedNorm",
     "attend_window_and_segments",
-    "merge_segments",
     "pool_landmarks",
     "pool_segments",
+    "pool_sequence",
+    "window_state",
     "with_channel",
 ]
 
-BLOCK = 256  # queries that share one attention call
+BLOCK = 128  # queries that share one attention call
+_NOTHING = -1e30  # logit of a forbidden token: finite, so that gradients are where nothing is allowed
+
+
+# Keys and values `[B, H, landmarks, D]`, and what the logits lack to stand for all pooled tokens `[B, H, landmarks]`.
+Pooled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def with_channel(x: torch.Tensor, channel: torch.Tensor | float) -> torch.Tensor:
@@ -31,6 +40,31 @@ def with_channel(x: torch.Tensor, channel: torch.Tensor | float) -> torch.Tensor
     if isinstance(channel, torch.Tensor):
         return torch.cat([x, channel[..., None].to(x.dtype)], -1)
     return F.pad(x, (0, 1), value=channel)
+
+
+class GatedNorm(nn.Module):
+    """x + gate (LN(x) - x) on `[B, H, T, D]`, one gate and one LayerNorm a head.
+
+    Its owner calls `reset_parameters`: only that one knows where the gate starts.
+    """
+
+    def __init__(self, num_heads: int, dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(num_heads))
+        self.weight = nn.Parameter(torch.empty(num_heads, dim))
+        self.bias = nn.Parameter(torch.empty(num_heads, dim))
+
+    @torch.no_grad()
+    def reset_parameters(self, gate: float) -> None:
+        """A plain LayerNorm behind a gate at `gate`."""
+        self.gate.fill_(gate)
+        self.weight.fill_(1.0)
+        self.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, weight, bias = (y.to(x.dtype) for y in (self.gate, self.weight, self.bias))
+        normed = F.layer_norm(x, x.shape[-1:]).to(x.dtype) * weight[:, None] + bias[:, None]
+        return torch.lerp(x, normed, gate[:, None, None])
 
 
 def pool_landmarks(
@@ -50,63 +84,94 @@ def pool_landmarks(
     logits = k @ weight.to(k.dtype)  # [..., T, r]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if allowed is not None:
-        # The finite fill keeps gradients finite where nothing is allowed.
-        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+        logits = logits.masked_fill(~allowed, _NOTHING)
     p = logits.softmax(-2)
-    cross = (p * (logits if allowed is None else logits.masked_fill(~allowed, 0))).sum(-2)
-    entropy = (logits.logsumexp(-2) - cross).clamp(min=0, max=math.log(max(k.shape[-2], 1)))
+    entropy = (logits.logsumexp(-2) - (p * logits).sum(-2)).clamp(min=0, max=math.log(max(k.shape[-2], 1)))
     p = p.to(k.dtype).transpose(-1, -2)
     return p @ k, p @ v, entropy
 
 
-def pool_segments(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rank: torch.Tensor,
-    weight: torch.Tensor,
-    first: torch.Tensor,
-    count: int,
-    segment_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The landmarks of `count` segments of c tokens; those that are not complete come out as something finite.
+def pool_sequence(
+    k: torch.Tensor, v: torch.Tensor, rank: torch.Tensor, weight: torch.Tensor, segmented: torch.Tensor
+) -> tuple[Pooled, torch.Tensor]:
+    """Landmarks of a whole sequence, pooled from all of its tokens or from an even segment each.
 
     Args:
-        k: `[B, H, Tk, D]` with padding in front, and `v` likewise.
-        rank: long `[B or 1, Tk]`, rank of each key.
+        k: `[B, H, T, D]`, 0 at padding, and `v` likewise.
+        rank: long `[B or 1, T]`, rank of each key, negative for padding; the last place has the highest.
         weight: `[H, D, r]`.
-        first: long `[B or 1]`, the first of the segments; segment s holds ranks s c .. s c + c - 1.
-        count: segments.
-        segment_size: c.
+        segmented: bool `[H]`, the heads whose landmarks pool a segment each.
 
     Returns:
-        as `pool_landmarks`, `[B, H, count * r, D]` twice and `[B, H, count * r]`.
+        keys and values `[B, H, r, D]` with what their logits lack, `[B, H, r]`: the entropy, less log r where r
+        landmarks share the same tokens; and the landmarks in use, bool `[B or 1, r]`: at most one a token.
     """
-    place = torch.arange(count * segment_size, device=k.device) + first[:, None] * segment_size - rank[:, :1]
-    place = place.clamp(0, k.shape[2] - 1).expand(k.shape[0], -1)
-    k, v = (take_tokens(x, place).unflatten(2, (count, segment_size)) for x in (k, v))  # [B, H, count, c, D]
-    keys, values, entropy = pool_landmarks(k, v, weight[:, None])
-    return keys.flatten(2, 3), values.flatten(2, 3), entropy.flatten(2)
+    n_real, landmarks = rank[:, -1] + 1, torch.arange(weight.shape[-1], device=k.device)
+    used = n_real.clamp(1, len(landmarks))[:, None]
+    places = rank.masked_fill(rank < 0, k.shape[2])
+    segment = segment_of_rank(even_segment_starts(n_real, len(landmarks)), k.shape[2], places)
+    own, real = segment[:, None, :, None] == landmarks, (rank >= 0)[:, None, :, None]
+    allowed = torch.where(segmented[:, None, None], own, real)  # [B or 1, H, T, r]
+    keys, values, entropy = pool_landmarks(k, v, weight, allowed)
+    shared = used.to(entropy.dtype).log().masked_fill(segmented, 0)  # [B or 1, H]
+    return (keys, values, entropy - shared[..., None]), landmarks < used
 
 
-def merge_segments(
-    old: torch.Tensor, new: torch.Tensor, complete: torch.Tensor, num_slots: int, per_segment: int
-) -> torch.Tensor:
-    """Landmarks of all segments so far, each batch row's new ones behind its own complete ones.
+def pool_segments(
+    call: CompactedCall,
+    weight: torch.Tensor,
+    *,
+    segment_size: int,
+    window_size: int,
+    state: dict[str, torch.Tensor] | None,
+) -> tuple[Pooled, dict[str, torch.Tensor]]:
+    """Landmarks of all complete segments so far; segment s holds ranks s c .. s c + c - 1.
 
     Args:
-        old: `[B, H, S * r, D]`, what earlier calls left.
-        new: `[B, H, count * r, D]`.
-        complete: long `[B]`, complete segments in `old`.
-        num_slots: segments to return.
-        per_segment: r.
+        call: the call, behind the window that `state` holds.
+        weight: `[H, D, r]`.
+        segment_size: c, at most window_size.
+        window_size: w.
+        state: what the last call returned, or None when no cache is in use.
 
     Returns:
-        `[B, H, num_slots * r, D]`.
+        keys and values `[B, H, S * r, D]` with what their logits lack, `[B, H, S * r]`, the entropies less log r; and
+        the state, as of `window_state` with `landmark_key` (the lack in its last channel) and `landmark_value`.
+        Segments that a row has not completed are something finite.
     """
-    slots = torch.arange(num_slots * per_segment, device=old.device)
-    kept = complete[:, None] * per_segment
-    index = torch.where(slots < kept, slots, slots - kept + old.shape[2])
-    return take_tokens(torch.cat([old, new], 2), index.clamp(max=old.shape[2] + new.shape[2] - 1))
+    B, _, k_len, _ = call.k.shape
+    c, r = segment_size, weight.shape[-1]
+    # Those that this call may complete, one more than all tokens new to it can fill when some were held before.
+    count = k_len // c if state is None else (call.q.shape[2] + c - 1) // c
+    complete = call.past.div(c, rounding_mode="floor")
+    place = torch.arange(count * c, device=call.k.device) + complete[:, None] * c - call.rank[:, :1]
+    place = place.clamp(0, k_len - 1).expand(B, -1)
+    k, v = (take_tokens(x, place).unflatten(2, (count, c)) for x in (call.k, call.v))  # [B, H, count, c, D]
+    k, v, lack = (x.flatten(2, 3) for x in pool_landmarks(k, v, weight[:, None]))
+    lack = lack - math.log(r)
+    if state is None:
+        return (k, v, lack), {}
+    # The state keeps a window of w - 1 tokens and as many more as came since the last multiple of c, padding
+    # included: with that every row agrees on the number of segments, and none is read from the device.
+    since = state["key"].shape[2] - (window_size - 1) + call.q.shape[2]
+    slots = torch.arange(state["landmark_key"].shape[2] + since // c * r, device=k.device)
+    kept = complete[:, None] * r
+    index = torch.where(slots < kept, slots, slots - kept + state["landmark_key"].shape[2])
+    new = {"landmark_key": with_channel(k, lack), "landmark_value": v}
+    merged = {name: torch.cat([state[name].to(x.dtype), x], 2) for name, x in new.items()}
+    merged = {name: take_tokens(x, index.clamp(max=x.shape[2] - 1)) for name, x in merged.items()}
+    k, lack = merged["landmark_key"][..., :-1], merged["landmark_key"][..., -1]
+    return (k, merged["landmark_value"], lack), {**window_state(call, window_size - 1 + since % c), **merged}
+
+
+def window_state(call: CompactedCall, size: int) -> dict[str, torch.Tensor]:
+    """The last `size` keys and values `[B, H, size, D]` after a call, and the count of real tokens `[B]`."""
+    start, batch = call.k.shape[2] - size, call.k.shape[0]
+    return {
+        "key": call.k[:, :, start:],
+        "value": call.v[:, :, start:],
+        "count": (call.rank[:, -1] + 1).expand(batch),
+    }
 
 
 def attend_window_and_segments(
@@ -148,7 +213,9 @@ def attend_window_and_segments(
         start = max(begin - window_size + 1, 0)
         # Landmarks after the last that this block may see are left out where that is known without reading ranks.
         seen = min((end - 1) // segment_size * per_segment, landmarks[0].shape[2]) if from_start else None
-        keys, values = (torch.cat([x[:, :, start:end], y[:, :, :seen]], 2) for x, y in zip((k, v), landmarks))
+        keys, values = (
+            torch.cat([x[:, :, start:end], y[:, :, :seen]], 2) for x, y in zip((k, v), landmarks, strict=True)
+        )
         query_rank, key_rank = rank[:, begin:end, None], rank[:, None, start:end]
         distance = query_rank - key_rank
         window = (distance >= 0) & (distance < window_size) & (key_rank >= 0)

@@ -88,7 +88,7 @@ def taylor_features(x: torch.Tensor, order: int) -> Features:
     parts = [torch.ones_like(x[..., :1]), x]
     if order == 2:
         row, column = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-        weight = torch.where(row == column, 0.5**0.5, 1.0).to(x.dtype)
+        weight = torch.ones(row.shape, dtype=x.dtype, device=x.device).masked_fill(row == column, 0.5**0.5)
         parts.append(x[..., row] * x[..., column] * weight)
     return torch.cat(parts, -1), None
 

@@ -64,7 +64,8 @@ def visible(
 
     A query is placed in the order of the keys by its own (bucket, position). Bidirectional: it sees the chunk of
     keys it falls in and the one before, without wrapping. Causal: the last `2 * chunk_size` keys before it in its
-    own bucket, which no later token can change, as it would the chunks; not itself.
+    own bucket, which no later token can change, as it would the chunks. One more round then has a single bucket:
+    the last `2 * chunk_size` keys of all, itself included.
 
     Args:
         q_bucket: long `[B, H, Tq, rounds]`.
@@ -74,6 +75,10 @@ def visible(
     """
     q_len, k_len = q_bucket.shape[2], k_bucket.shape[2]
     chunk, place = min(chunk_size, k_len), torch.arange(k_len, device=real.device)
+    if is_causal:
+        q_bucket, k_bucket = (torch.nn.functional.pad(x, (0, 1)) for x in (q_bucket, k_bucket))
+    if k_len <= chunk_size * (2 if is_causal else 1):  # the last round shows everything
+        q_bucket, k_bucket = q_bucket[..., -1:], k_bucket[..., -1:]
     q_bucket, k_bucket = (x.transpose(2, 3).contiguous() for x in (q_bucket, k_bucket))  # [B, H, rounds, T]
     last = torch.iinfo(torch.long).max - k_len
     code = torch.where(real[:, None, None], k_bucket * k_len, last) + place
@@ -81,8 +86,8 @@ def visible(
     first = (q_bucket * k_len).flatten(0, 1)  # no key of this bucket has a smaller code
     at = torch.searchsorted(code, first + place[k_len - q_len :])
     if is_causal:
-        low = torch.searchsorted(code, first).maximum(at - 2 * chunk)
-        return Intervals(order, low, at, chunk, 3)
+        high = torch.cat([at[:, :-1], at[:, -1:] + 1], 1)
+        return Intervals(order, torch.searchsorted(code, first).maximum(high - 2 * chunk), high, chunk, 3)
     n_real = real.sum(-1).expand(q_bucket.shape[0]).repeat_interleave(q_bucket.shape[1])[:, None, None]
     own = at.minimum(n_real - 1).clamp(min=0) // chunk
     return Intervals(order, (own - 1).clamp(min=0) * chunk, ((own + 1) * chunk).minimum(n_real), chunk, 2)
@@ -95,7 +100,6 @@ def naive_interval_attention(
     intervals: Intervals,
     *,
     scaling: float,
-    is_causal: bool,
     self_penalty: bool = False,
 ) -> torch.Tensor:
     """Dense O(n^2) evaluation of `interval_attention`, for tests and inspection; same arguments."""
@@ -103,7 +107,7 @@ def naive_interval_attention(
     place = intervals.order.argsort(-1)[:, :, None, :]  # [N, rounds, 1, Tk]
     seen = (place >= intervals.low[..., None]) & (place < intervals.high[..., None])
     itself = torch.arange(k_len, device=q.device) == torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
-    allowed = seen.any(1).unflatten(0, q.shape[:2]) | (itself & is_causal)
+    allowed = seen.any(1).unflatten(0, q.shape[:2])
     logits = q @ k.mT * scaling
     if self_penalty:
         logits = logits.masked_fill(itself, SELF_LOGIT)
@@ -117,10 +121,9 @@ def interval_attention(
     intervals: Intervals,
     *,
     scaling: float,
-    is_causal: bool,
     self_penalty: bool = False,
 ) -> torch.Tensor:
-    """Softmax attention over the keys that a query sees in any round; causal: and over itself.
+    """Softmax attention over the keys that a query sees in any round.
 
     Args:
         q: `[B, H, Tq, D]`, row r at position Tk - Tq + r.
@@ -128,13 +131,12 @@ def interval_attention(
         v: `[B, H, Tk, D]`. All finite, padding too.
         intervals: of `visible`.
         scaling: factor of the logits.
-        is_causal: whether a query sees itself besides its intervals, which then must not hold it.
         self_penalty: logit `SELF_LOGIT` from a token to itself.
 
     Returns:
         `[B, H, Tq, D]`; rows that see no key are 0.
     """
-    shape, offset = q.shape, k.shape[2] - q.shape[2]
+    shape = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     place = torch.empty_like(intervals.order)
     place.scatter_(-1, intervals.order, torch.arange(k.shape[1], device=q.device).expand_as(place))
@@ -142,10 +144,6 @@ def interval_attention(
         _attend_round(q, k, v, intervals, place, number, scaling, self_penalty)
         for number in range(intervals.order.shape[1])
     ]
-    if is_causal:
-        logit = (q * k[:, offset:]).sum(-1) * scaling
-        logit = logit.to(rounds[0][1].dtype)
-        rounds.append((v[:, offset:], torch.full_like(logit, SELF_LOGIT) if self_penalty else logit))
     share = torch.stack([lse for _, lse in rounds]).softmax(0).to(v.dtype)  # [rounds, N, Tq]
     merged = torch.stack([part * weight[..., None] for (part, _), weight in zip(rounds, share, strict=True)]).sum(0)
     return merged.view(*shape[:3], v.shape[-1])

@@ -23,7 +23,7 @@ __all__ = ["State", "init_prefix_softmax_state", "naive_prefix_softmax", "prefix
 State = dict[str, torch.Tensor]
 
 _CHUNK = 8  # tokens: all pairs of a chunk are held for every feature, and a state of F x D per chunk
-_BLOCK_ROWS = 1 << 13  # tokens x heads x batch held at once
+_BLOCK = 128  # tokens held at once; all pairs of its chunks are held for every feature
 _TINY = 1e-30
 
 _Carry = tuple[torch.Tensor, torch.Tensor]  # sums [B, H, F, D+1] with z as last column, log scale [B, H, F]
@@ -87,9 +87,8 @@ def prefix_softmax_attention(
         if not is_causal:
             return (a @ (carry[0][..., :-1] / carry[0][..., -1:].clamp(min=_TINY))).to(v.dtype), None
         outputs = []
-        block = max(_CHUNK, _BLOCK_ROWS // (v.shape[0] * v.shape[1]) // _CHUNK * _CHUNK)
-        for start in range(0, q_len, block):
-            rows, keys = slice(start, start + block), slice(past + start, past + start + block)
+        for start in range(0, q_len, _BLOCK):
+            rows, keys = slice(start, start + _BLOCK), slice(past + start, past + start + _BLOCK)
             output, carry = _causal_block(a[:, :, rows], logits[:, :, keys], v1[:, :, keys], carry)
             outputs.append(output)
         return torch.cat(outputs, 2).to(v.dtype), None if state is None else _unpack(carry)
@@ -142,14 +141,12 @@ def _causal_block(
     a, logits, v1, peak = (x.reshape(batch, heads, chunks, size, -1) for x in (a, logits, v1, peak))  # [B, H, N, C, *]
     last = peak[:, :, :, -1]  # [B, H, N, F]
 
-    # Sums up to the end of each chunk, relative to the maximum there: doubling steps over chunks, first the carry.
+    # Sums up to the end of each chunk, relative to the maximum there, the carry first.
     sums = (logits - last[:, :, :, None]).exp().mT @ v1  # [B, H, N, F, D+1]
     sums, scale = torch.cat([carry[0][:, :, None], sums], 2), torch.cat([carry[1][:, :, None], last], 2)
-    step = 1
-    while step <= chunks:
-        earlier = sums[:, :, :-step] * (scale[:, :, :-step] - scale[:, :, step:]).exp()[..., None]
-        sums = torch.cat([sums[:, :, :step], sums[:, :, step:] + earlier], 2)
-        step *= 2
+    later = torch.ones(chunks + 1, chunks + 1, dtype=torch.bool, device=a.device).triu(1)[..., None]
+    mixing = (scale[:, :, None] - scale[:, :, :, None]).masked_fill(later, LOG_ZERO).exp()  # [B, H, N+1, N+1, F]
+    sums = torch.einsum("bhncf,bhcfd->bhnfd", mixing, sums)
     after = sums[:, :, -1], scale[:, :, -1]
 
     # Each row: its own chunk pair by pair, everything before through the sums.

@@ -15,7 +15,16 @@ from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
 from hf_linear_attn.ops.feature_maps import accumulation_dtype
 from hf_linear_attn.ops.linear_attention import _divide
 
-__all__ = ["SegmentLayout", "memory_attention", "segment_attention", "segment_layout"]
+__all__ = [
+    "SegmentLayout",
+    "bounded_key_weight",
+    "memory_attention",
+    "segment_attention",
+    "segment_layout",
+]
+
+# Bounds on the log of a key's weight in memory, relative to the largest one in calibration: sums stay numbers.
+_LEAST_WEIGHT, _MOST_WEIGHT = -60.0, 30.0
 
 
 @dataclass
@@ -37,6 +46,10 @@ class SegmentLayout:
     total: torch.Tensor
     slot: torch.Tensor
     size: int
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """An output by slot `[B, H, N, W, D]` as rows of the compacted call `[B, H, Tq, D]`."""
+        return take_tokens(x.flatten(2, 3), self.slot.expand(x.shape[0], -1))
 
 
 def segment_layout(call: CompactedCall, size: int, *, aligned: bool) -> SegmentLayout:
@@ -65,11 +78,6 @@ def _take(x: torch.Tensor, rank: torch.Tensor, total: torch.Tensor) -> torch.Ten
     """Tokens of `x` `[B, H, T, D]`, whose last one has rank total - 1, by rank `[B or 1, N, W]`: `[B, H, N, W, D]`."""
     place = (rank - total[:, None, None] + x.shape[2]).clamp(0, x.shape[2] - 1)
     return take_tokens(x, place.flatten(1).expand(x.shape[0], -1)).unflatten(2, rank.shape[1:])
-
-
-def restore_rows(x: torch.Tensor, layout: SegmentLayout) -> torch.Tensor:
-    """An output by slot `[B, H, N, W, D]` as rows of the compacted call `[B, H, Tq, D]`."""
-    return take_tokens(x.flatten(2, 3), layout.slot.expand(x.shape[0], -1))
 
 
 def segment_attention(
@@ -106,8 +114,7 @@ def memory_attention(
     k_features: torch.Tensor,
     v: torch.Tensor,
     layout: SegmentLayout,
-    memory: torch.Tensor,
-    pending: torch.Tensor,
+    sums_before: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Linear attention over all *finished* segments before a query's own: Infini-attention, arXiv:2404.07143.
 
@@ -115,14 +122,16 @@ def memory_attention(
         q_features, k_features: `[B, H, Tq, F]` of the new tokens, 0 or more.
         v: `[B, H, Tq, D]`, their values.
         layout: their segments.
-        memory: `[B, H, F, D + 1]`, sums phi(k) [v, 1]^T over the finished segments before the call.
-        pending: the same over the tokens before the call of the segment in progress.
+        sums_before: before the call, sums phi(k) [v, 1]^T over the finished segments and over the one in progress,
+            `[B, H, F, D + 1]` each; None for a call that begins the sequence.
 
     Returns:
         the output by slot `[B, H, N, W, D]`, 0 while no segment is finished, and both sums after the call.
     """
     dtype = accumulation_dtype(v.dtype)
     q, k, values = (_take(x.to(dtype), layout.rank, layout.total) for x in (q_features, k_features, v))
+    zero = q.new_zeros(*q.shape[:2], q.shape[-1], values.shape[-1] + 1)
+    memory, pending = sums_before or (zero, zero)
     values = F.pad(values, (0, 1), value=1.0).masked_fill(~layout.real[:, None, ..., None], 0)
     with torch.autocast(v.device.type, enabled=False):
         sums = k.mT @ values  # [B, H, N, F, D + 1]
@@ -132,3 +141,23 @@ def memory_attention(
         finished = (layout.begin + layout.size <= layout.total[:, None])[:, None, :, None, None]
         memory = memory + sums.masked_fill(~finished, 0).sum(2)
         return output, memory, sums.masked_fill(finished, 0).sum(2)
+
+
+def bounded_key_weight(
+    k: torch.Tensor, query_mean: torch.Tensor, key_peak: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """exp(scaling * a . k - peak), the variance reducer as a factor: a constant scale, so that sums need none.
+
+    Args:
+        k: `[B, H, T, D]`.
+        query_mean: a, `[H, D]`.
+        key_peak: largest scaling * a . k to expect, `[H]`; it cancels in the quotient of a read.
+        scaling: factor of the logits.
+
+    Returns:
+        `[B, H, T, 1]`, kept between e^-60 and e^30.
+    """
+    dtype = accumulation_dtype(k.dtype)
+    with torch.autocast(k.device.type, enabled=False):
+        shared = k.to(dtype) @ (query_mean.to(dtype) * scaling)[..., None]
+    return (shared - key_peak.to(dtype)[:, None, None]).clamp(_LEAST_WEIGHT, _MOST_WEIGHT).exp()

@@ -23,6 +23,7 @@ PUBLISHED, KEY_CENTROIDS, QUERY_CENTROIDS = range(3)
 Affine = tuple[torch.Tensor, torch.Tensor]  # weight [H, F, D], bias [H, F]
 Start = dict[str, torch.Tensor]
 
+_SMALLEST_SPREAD = 1e-3  # of the mean square of the tokens
 _SHARPNESS = 8.0  # beta times twice the mean squared distance to the nearest centroid; 4 to 64 are within 4 %
 
 
@@ -91,7 +92,9 @@ def centroid_starts(q: torch.Tensor, k: torch.Tensor, num_features: int, scaling
 def _centroid_maps(x: torch.Tensor, num_features: int, scaling: float) -> tuple[Affine, Affine]:
     """With centroids C of `x` `[H, tokens, D]`: p(c | x), and the logits of C with what `x` is multiplied by."""
     centroids = kmeans(x, num_features, seed=0)
-    spread = torch.cdist(x, centroids).amin(-1).square().mean(-1).clamp(min=1e-6)
+    spread = torch.cdist(x, centroids).amin(-1).square().mean(-1)
+    # Tokens that are centroids would make logits that float32 cannot tell apart.
+    spread = spread.maximum(_SMALLEST_SPREAD * x.square().sum(-1).mean(-1)).clamp(min=1e-6)
     beta = (0.5 * _SHARPNESS / spread)[:, None]
     share = 2 * beta[..., None] * centroids, -beta * centroids.square().sum(-1)
     return share, (scaling * centroids, torch.zeros_like(share[1]))

@@ -401,14 +401,15 @@ def gradient_checkpointing(subject: Subject) -> None:
     results = []
     for mode in (None, False, True):
         module.zero_grad()
-        query = inputs.query.detach().clone().requires_grad_()
+        leaves = [x.detach().clone().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
 
-        def run(q: torch.Tensor) -> torch.Tensor:
-            return module(dataclasses.replace(inputs, query=q))[0]
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return module(dataclasses.replace(inputs, query=q, key=k, value=v))[0]
 
-        output = run(query) if mode is None else checkpoint(run, query, use_reentrant=mode)
+        output = run(*leaves) if mode is None else checkpoint(run, *leaves, use_reentrant=mode)
         output.square().sum().backward()
-        results.append([output, query.grad, *(p.grad for p in module.parameters() if p.requires_grad)])
+        parameters = [p.grad for p in module.parameters() if p.requires_grad]
+        results.append([output, *(x.grad for x in leaves), *parameters])
     for found in results[1:]:
         for actual, expected in zip(found, results[0], strict=True):
             assert_close(actual, expected, "checkpointed")
@@ -423,10 +424,10 @@ def compile_full_graph(subject: Subject) -> None:
     inputs = draw(module.context, 36, padding=padding_masks(2, 36)["left"], dtype=torch.float32)
     results = []
     for forward in (module, compiled):
-        query = inputs.query.detach().clone().requires_grad_()
-        output = forward(dataclasses.replace(inputs, query=query))[0]
+        q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.query, inputs.key, inputs.value))
+        output = forward(dataclasses.replace(inputs, query=q, key=k, value=v))[0]
         output.square().sum().backward()
-        results.append((output, query.grad))
+        results.append((output, q.grad, k.grad, v.grad))
     for actual, expected in zip(results[1], results[0], strict=True):
         assert_close(actual, expected, "compiled", tolerance=1e-4)
 

@@ -33,6 +33,7 @@ REFUSAL = (
     "use 'linear', the same method without gates, on encoders."
 )
 INITS = ("undecayed", "published")
+# What calibration tries as -log alpha: memories of 1 to 1024 tokens.
 RATES = (1.0, 0.5, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)
 TEMPERATURE = 16.0  # the root that keeps gates near 1, as published
 
@@ -129,16 +130,17 @@ class GatedLinearAttention(AttentionVariant):
         def attend(row: Row) -> torch.Tensor:
             return self(AttentionInputs(*row, is_causal=True, scaling=scaling, hidden_states=hidden_of[id(row)]))[0]
 
+        errors = error_meter(attend, rows, is_causal=True, scaling=scaling)
+        if self.reduces:
+            means = reducer_starts(*head_tokens(rows), centered=False)
+            choose_start({"query_mean": self.query_mean}, [{"query_mean": a} for a, _, _ in means], errors)
         bias = self.gate_bias.clone()
         # sigmoid(b) = exp(-TEMPERATURE * rate)
-        tried = [-math.log(math.expm1(TEMPERATURE * rate)) for rate in RATES]
-        starts = [{"gate_bias": x} for x in (bias, *(torch.full_like(bias, b) for b in tried))]
-        present: dict[str, torch.Tensor] = {"gate_bias": self.gate_bias}
-        if self.reduces:
-            present["query_mean"] = self.query_mean
-            means = [a for a, _, _ in reducer_starts(*head_tokens(rows), centered=False)]
-            starts = [{**start, "query_mean": mean} for mean in means for start in starts]
-        choose_start(present, starts, error_meter(attend, rows, is_causal=True, scaling=scaling))
+        decayed = [torch.full_like(bias, -math.log(math.expm1(TEMPERATURE * rate))) for rate in RATES]
+        # Or every other feature only: what all queries attend to, a first token say, then stays in the rest.
+        every_other = torch.arange(bias.shape[1], device=bias.device) % 2 == 0
+        starts = [bias, *decayed, *(torch.where(every_other, x, bias) for x in decayed)]
+        choose_start({"gate_bias": self.gate_bias}, [{"gate_bias": x} for x in starts], errors)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim

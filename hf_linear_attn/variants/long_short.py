@@ -4,29 +4,25 @@
     P = softmax over positions of K W_p
 
 Encoders pool all tokens into r landmarks; decoders each segment of c tokens into r, and a query sees the segments
-that ended before its own. Cost n (w + r) d; on decoders n (w + n r / c) d, and the state grows by r / c landmarks a
-token. b = H(P) - log r, which is log(n / r) for equal weights: the landmarks stand for as many tokens as they pool.
+that ended before its own: cost n (w + r) d, on decoders n (w + n r / c) d, state r / c landmarks a token besides
+the window. b = H(P) - log r, log(n / r) for equal weights: landmarks stand for as many tokens as they pool.
 
-With calibration W_p is s times the head's mean query, so that P estimates how its queries weigh the keys; encoder
-heads may pool segments of n / r tokens with it, or have W_p = s times r centroids of queries. Each head keeps what
-lowers its error.
+With calibration W_p is s times r centroids of the head's queries, so that P estimates how they weigh the keys, or
+on encoders s times their mean, each landmark pooling a segment of n / r tokens: what lowers the head's error.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_linear_attn.ops import dynamic_projection as landmark
 from hf_linear_attn.ops.calibration import Row, choose_per_head, head_errors, kmeans, real_rows
-from hf_linear_attn.ops.compaction import CompactedCall, compact, init_kv_state
-from hf_linear_attn.ops.pooling import even_segment_starts, segment_of_rank
+from hf_linear_attn.ops.compaction import compact
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -62,10 +58,10 @@ class LongShortConfig(VariantConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}.")
-        for name in ("landmark_bias", "norm_gate"):
+        for name, also in (("landmark_bias", ""), ("norm_gate", ", or None")):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) and (name, value) != ("norm_gate", None):
-                raise ValueError(f"{name}={value!r}; allowed: a number{', or None' * (name == 'norm_gate')}.")
+            if isinstance(value, bool) or not isinstance(value, int | float | (None if also else int)):
+                raise ValueError(f"{name}={value!r}; allowed: a number{also}.")
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
@@ -88,14 +84,13 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     ),
 )
 class LongShortAttention(AttentionVariant):
-    """Window and landmarks of one layer; see `LongShortConfig`.
+    """Window and landmarks of one layer; see `LongShortConfig`. Position means rank among the real tokens.
 
-    Parameters: `projection [H, D, r]` (W_p), `landmark_bias [H]`, and for each of `window` and `landmark` the
-    `_gate [H]`, `_norm_weight` and `_norm_bias` `[H, D]`. Buffer (persistent): `segmented [H]`, whether a
-    head's landmarks pool a segment each (encoders). Position means rank among the real tokens.
+    Parameters: `projection [H, D, r]` (W_p), `landmark_bias [H]`, and the gate, weight and bias of `window_norm` and
+    `landmark_norm`. Buffer (persistent): `segmented [H]`, whether a head's landmarks pool a segment each.
 
     Raises:
-        ValueError: for an odd window or a segment_size on an encoder, a segment longer than the window.
+        ValueError: for an odd window or a segment_size on an encoder, or a segment longer than the window.
     """
 
     segmented: torch.Tensor
@@ -106,33 +101,29 @@ class LongShortAttention(AttentionVariant):
         self.r = r if r is not None else 1 if context.is_causal else 32
         self.c = 16 if c is None else c
         if not context.is_causal and (w % 2 or c is not None):
-            allowed = "an even window_size (half on each side) and segment_size=None on an encoder"
-            raise ValueError(f"window_size={w} and segment_size={c}; allowed: {allowed}.")
+            given = f"window_size={w} and segment_size={c} on an encoder"
+            raise ValueError(f"{given}; allowed: an even window (half on each side) and segment_size=None.")
         if context.is_causal and self.r and self.c > w:
             raise ValueError(f"segment_size={self.c} leaves tokens unseen; allowed: at most window_size={w}.")
-        heads, dim = context.num_heads, context.head_dim
+        heads, dim, norms = context.num_heads, context.head_dim, config.norm_gate is not None
+        self.window_norm = landmark.GatedNorm(heads, dim) if norms else nn.Identity()
+        self.landmark_norm = landmark.GatedNorm(heads, dim) if norms and self.r else nn.Identity()
         if self.r:
             self.projection = nn.Parameter(torch.empty(heads, dim, self.r))
             self.landmark_bias = nn.Parameter(torch.empty(heads))
             self.register_buffer("segmented", torch.empty(heads, dtype=torch.bool))
-        for part in ("window", "landmark")[: 1 + bool(self.r)] if config.norm_gate is not None else ():
-            self.register_parameter(f"{part}_gate", nn.Parameter(torch.empty(heads)))
-            self.register_parameter(f"{part}_norm_weight", nn.Parameter(torch.empty(heads, dim)))
-            self.register_parameter(f"{part}_norm_bias", nn.Parameter(torch.empty(heads, dim)))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Noise in W_p (equal landmarks would stay equal), gates and biases as the options say."""
-        for name, parameter in self.named_parameters():
-            if name == "projection":
-                generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator, device="cpu"))
-            elif name == "landmark_bias":
-                parameter.fill_(self.config.landmark_bias)
-            else:
-                parameter.fill_(self.config.norm_gate if name.endswith("_gate") else float(name.endswith("_weight")))
+        for norm in (self.window_norm, self.landmark_norm):
+            if isinstance(norm, landmark.GatedNorm):
+                norm.reset_parameters(self.config.norm_gate)
         if self.r:
+            generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+            self.projection.copy_(0.02 * torch.randn(self.projection.shape, generator=generator, device="cpu"))
+            self.landmark_bias.fill_(self.config.landmark_bias)
             self.segmented.fill_(False)
 
     @torch.no_grad()
@@ -140,15 +131,13 @@ class LongShortAttention(AttentionVariant):
         """Choose each head's W_p, and whether its landmarks pool segments, by its output error on these inputs."""
         if not self.r:
             return
-        rows, scaling, causal = [], batches[0].scaling, self.context.is_causal
-        for batch in batches:
-            rows += real_rows(batch.query, batch.key, batch.value, batch.key_padding)
+        scaling, causal = batches[0].scaling, self.context.is_causal
+        rows = [row for x in batches for row in real_rows(x.query, x.key, x.value, x.key_padding)]
         queries = torch.cat([row[0][0] for row in rows], 1)  # [H, tokens, D]
         centroids = scaling * kmeans(queries, self.r, self.config.seed).mT
-        mean = scaling * queries.mean(1)[..., None].expand_as(centroids)
         starts = [(self.projection.float().clone(), False), (centroids, False)]
-        if not causal:
-            starts.append((mean, True))
+        if not causal and queries.shape[1] >= 2 * self.r * len(rows):  # segments of one token say nothing
+            starts.append((scaling * queries.mean(1)[..., None].expand_as(centroids), True))
 
         def attend(row: Row) -> torch.Tensor:
             return self(AttentionInputs(*row, is_causal=causal, scaling=scaling))[0]
@@ -164,12 +153,14 @@ class LongShortAttention(AttentionVariant):
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
-        state = init_kv_state(batch_size, heads, dim, dtype, device)
-        for name in ("key", "value"):
-            state[name] = state[name].new_zeros(batch_size, heads, self.config.window_size - 1, dim)
-            if self.r:
-                state[f"landmark_{name}"] = state[name].new_zeros(batch_size, heads, 0, dim + 1)
-        return state
+
+        def empty(length: int, width: int) -> torch.Tensor:
+            return torch.zeros(batch_size, heads, length, width, dtype=dtype, device=device)
+
+        state = {name: empty(self.config.window_size - 1, dim) for name in ("key", "value")}
+        if self.r:
+            state |= {"landmark_key": empty(0, dim + 1), "landmark_value": empty(0, dim)}
+        return {**state, "count": torch.zeros(batch_size, dtype=torch.long, device=device)}
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         if inputs.is_causal != self.context.is_causal:
@@ -178,88 +169,32 @@ class LongShortAttention(AttentionVariant):
             shapes = f"is_causal={inputs.is_causal}, Tq={inputs.query.shape[2]}, Tk={inputs.key.shape[2]}"
             raise ValueError(f"A decode state needs causal attention and Tq == Tk (new tokens), got {shapes}.")
         past = None if state is None else (state["key"], state["value"], state["count"])
-        call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
-        attend = self._attend_causal if inputs.is_causal else self._attend_bidirectional
-        output, after = attend(call, inputs.scaling, state)
-        return call.restore(output).to(inputs.query.dtype), after
-
-    def _attend_bidirectional(
-        self, call: CompactedCall, scaling: float, state: None
-    ) -> tuple[torch.Tensor, State | None]:
-        half = self.config.window_size // 2
-        window: dict[str, Any] = {"left": half, "right": half, "scaling": scaling}
-        if call.perm is not None:
-            window["key_allowed"] = call.rank >= 0
-        k, v = self._normed(call.k, "window"), self._normed(call.v, "window")
-        if not self.r:
-            return sliding_window_attention(call.q, k, v, **window), None
-        n_real, landmarks = call.rank[:, -1] + 1, torch.arange(self.r, device=k.device)
-        rank = call.rank.masked_fill(call.rank < 0, k.shape[2])
-        segment = segment_of_rank(even_segment_starts(n_real, self.r), k.shape[2], rank)
-        allowed = (segment[:, None, :, None] == landmarks) | ~self.segmented[:, None, None]
-        pooled = landmark.pool_landmarks(call.k, call.v, self.projection, allowed & (call.rank >= 0)[:, None, :, None])
-        used = n_real.clamp(1, self.r)[:, None]  # [B, 1]
-        shared = torch.where(self.segmented, 0.0, used.log())  # [B, H]
-        extra = (*self._landmarks(*pooled, shared, scaling), (landmarks < used)[:, None])
-        q, k, v = (landmark.with_channel(x, float(i == 0)) for i, x in enumerate((call.q, k, v)))
-        return sliding_window_attention(q, k, v, extra=extra, **window)[..., :-1], None
-
-    def _attend_causal(
-        self, call: CompactedCall, scaling: float, state: State | None
-    ) -> tuple[torch.Tensor, State | None]:
-        w, c, new = self.config.window_size, self.c, call.q.shape[2]
-        k, v = self._normed(call.k, "window"), self._normed(call.v, "window")
-        if not self.r:
-            in_window = None if call.perm is None and state is None else call.rank >= 0
-            left: dict[str, Any] = {"left": w - 1, "right": 0, "scaling": scaling, "key_allowed": in_window}
-            after = None if state is None else _window_state(call, w - 1)
-            return sliding_window_attention(call.q, k, v, **left), after
-        # Calls before left a window of w - 1 tokens and as many more as there were since the last multiple of c.
-        # Their padding counts: a number that every row agrees on without being read from the device.
-        count = call.k.shape[2] // c if state is None else (c - 1 + new) // c
-        slots = count
-        first = call.past.div(c, rounding_mode="floor")
-        pooled = landmark.pool_segments(call.k, call.v, call.rank, self.projection, first, count, c)
-        marks = self._landmarks(*pooled, torch.tensor(math.log(self.r), device=k.device), scaling)
-        after = None
-        if state is not None:
-            since = state["key"].shape[2] - (w - 1) + new
-            slots = state["landmark_key"].shape[2] // self.r + since // c
-            marks = tuple(
-                landmark.merge_segments(state[f"landmark_{name}"].to(x.dtype), x, first, slots, self.r)
-                for name, x in zip(("key", "value"), marks, strict=True)
-            )
-            after = _window_state(call, w - 1 + since % c)
-            after.update(landmark_key=marks[0].to(state["key"].dtype), landmark_value=marks[1].to(state["key"].dtype))
-        q, k, v = (landmark.with_channel(x, float(i == 0)) for i, x in enumerate((call.q, k, v)))
-        where: dict[str, Any] = {"window_size": w, "segment_size": c, "per_segment": self.r, "scaling": scaling}
-        output = landmark.attend_window_and_segments(q, k, v, call.rank, marks, from_start=state is None, **where)
-        return output[..., :-1], after
+        call, w = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past), self.config.window_size
+        left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
+        allowed = None if inputs.key_padding is None and state is None else call.rank >= 0
+        window: dict[str, Any] = {"left": left, "right": right, "key_allowed": allowed, "scaling": inputs.scaling}
+        q, k, v = call.q, self.window_norm(call.k), self.window_norm(call.v)
+        after: State = {} if state is None else landmark.window_state(call, w - 1)
+        if self.r:
+            q, k, v = landmark.with_channel(q, 1.0), landmark.with_channel(k, 0.0), landmark.with_channel(v, 0.0)
+        if self.r and inputs.is_causal:
+            sizes = {"segment_size": self.c, "window_size": w}
+            pooled, after = landmark.pool_segments(call, self.projection, state=state, **sizes)
+            marks = self._landmarks(*pooled, inputs.scaling)
+            sizes |= {"per_segment": self.r, "from_start": state is None}
+            output = landmark.attend_window_and_segments(q, k, v, call.rank, marks, scaling=inputs.scaling, **sizes)
+        elif self.r:
+            pooled, seen = landmark.pool_sequence(call.k, call.v, call.rank, self.projection, self.segmented)
+            extra = (*self._landmarks(*pooled, inputs.scaling), seen[:, None])
+            output = sliding_window_attention(q, k, v, extra=extra, **window)
+        else:
+            output = sliding_window_attention(q, k, v, **window)
+        output = call.restore(output[..., : self.context.head_dim])
+        return output, None if state is None else {n: x.to(state[n].dtype).contiguous() for n, x in after.items()}
 
     def _landmarks(
-        self, k: torch.Tensor, v: torch.Tensor, entropy: torch.Tensor, shared: torch.Tensor, scaling: float
+        self, k: torch.Tensor, v: torch.Tensor, lack: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys with the bias as their last channel, and values: `[B, H, landmarks, D + 1]`."""
-        bias = (entropy - shared[..., None] + self.landmark_bias[:, None]) / scaling
-        k, v = self._normed(k, "landmark"), self._normed(v, "landmark")
-        return landmark.with_channel(k, bias), landmark.with_channel(v, 0.0)
-
-    def _normed(self, x: torch.Tensor, part: str) -> torch.Tensor:
-        """DualLN of `x` `[B, H, T, D]`, mixed in by its gate."""
-        if self.config.norm_gate is None:
-            return x
-        gate, weight, bias = (
-            getattr(self, f"{part}_{name}").to(x.dtype) for name in ("gate", "norm_weight", "norm_bias")
-        )
-        normed = F.layer_norm(x, x.shape[-1:]) * weight[:, None] + bias[:, None]
-        return torch.lerp(x, normed.to(x.dtype), gate[:, None, None])
-
-
-def _window_state(call: CompactedCall, size: int) -> State:
-    """The last `size` keys and values as they came, and the count of tokens."""
-    start, batch = call.k.shape[2] - size, call.k.shape[0]
-    return {
-        "key": call.k[:, :, start:].contiguous(),
-        "value": call.v[:, :, start:].contiguous(),
-        "count": (call.rank[:, -1] + 1).expand(batch).contiguous(),
-    }
+        """Normed keys with their bias as one more channel, and values: `[B, H, landmarks, D + 1]`."""
+        bias = (lack + self.landmark_bias[:, None]) / scaling
+        return landmark.with_channel(self.landmark_norm(k), bias), landmark.with_channel(self.landmark_norm(v), 0.0)

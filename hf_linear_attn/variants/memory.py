@@ -4,7 +4,8 @@
 `infini`: causal softmax within segments of s tokens, mixed by a gate per head with linear attention over all
 finished segments: g phi(q_i) M / (phi(q_i) . z) + (1 - g) local_i, M = sum phi(k) v^T, z = sum phi(k), phi = elu + 1,
 g = sigmoid(beta), beta = -8 at start; no gate in the first segment, whose memory is empty. Cost n (s + d) d; decode
-state 2 d (d + 1) + 2 s d.
+state 2 d (d + 1) + 2 s d. With calibration phi(k) is weighted by exp(scaling * a . k), a the head's mean query or a
+part of it: memory then keeps what all queries attend to, and gates open where that helps.
 `transformer_xl`: causal softmax within segments and over the m tokens before them, without a gradient through these.
 Cost n (s + m) d; decode state 2 (s + m) d. Positions stay the model's: absolute ones go on to the end of its table.
 """
@@ -13,16 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_linear_attn.ops.calibration import choose_start, collect_rows
+from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.ops.chunked_softmax import chunked_softmax_attention
 from hf_linear_attn.ops.compaction import CompactedCall, compact, init_kv_state, kv_state_after
 from hf_linear_attn.ops.feature_maps import accumulation_dtype, elu_features
-from hf_linear_attn.ops.segments import memory_attention, restore_rows, segment_attention, segment_layout
+from hf_linear_attn.ops.segments import bounded_key_weight, memory_attention, segment_attention, segment_layout
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -30,7 +32,7 @@ __all__ = ["MemoryAttention", "MemoryConfig"]
 
 FORMS = ("chunked", "infini", "transformer_xl")
 GATE = -8.0  # beta at start: .03% memory
-GATES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0)  # what calibration tries besides
+GATES = (-3.0, -1.5, 0.0, 1.5)  # what calibration tries besides
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,15 @@ class MemoryConfig(VariantConfig):
         segment_size: real tokens per segment of the two memories.
         mem_length: tokens before its segment that a query of `"transformer_xl"` sees.
         chunk_size: tokens per chunk of `"chunked"`; None takes sqrt(n), at least 256.
+        variance_reducer: weight the keys in memory of `"infini"` by a calibrated exp(scaling a . k); without
+            calibration a is 0.
     """
 
     form: str = "chunked"
     segment_size: int = 512
     mem_length: int = 512
     chunk_size: int | None = None
+    variance_reducer: bool = True
 
     def validate(self) -> None:
         if self.form not in FORMS:
@@ -58,6 +63,8 @@ class MemoryConfig(VariantConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}.")
+        if not isinstance(self.variance_reducer, bool):
+            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
 
 
 @register_variant(
@@ -80,15 +87,18 @@ class MemoryConfig(VariantConfig):
 class MemoryAttention(AttentionVariant):
     """Attention of one layer whose memory is linear in n, or constant while decoding.
 
-    Parameter of `infini`: `beta [H]`. Decode state: all keys and values (`chunked`), or the last ones that the
-    segment in progress needs, their count and, for `infini`, the sums over the finished segments (`memory`) and
-    over the one in progress (`pending`), `[B, H, D, D + 1]` each.
+    Of `infini`: parameter `beta [H]`; with the reducer buffers `query_mean [H, D]` and `key_peak [H]`, the log of the
+    largest key weight in calibration. Decode state: all keys and values (`chunked`), or the last ones that the
+    segment in progress needs, their count and, for `infini`, the sums over the finished segments (`memory`) and over
+    the one in progress (`pending`), `[B, H, D, D + 1]` each.
 
     Raises:
         ValueError: for `infini` or `transformer_xl` on an encoder.
     """
 
     config: MemoryConfig
+    query_mean: torch.Tensor
+    key_peak: torch.Tensor
 
     def __init__(self, config: MemoryConfig, context: LayerContext) -> None:
         super().__init__(config, context)
@@ -99,6 +109,10 @@ class MemoryAttention(AttentionVariant):
             )
         if config.form == "infini":
             self.beta = nn.Parameter(torch.empty(context.num_heads))
+        self.reduces = config.form == "infini" and config.variance_reducer
+        if self.reduces:
+            self.register_buffer("query_mean", torch.empty(context.num_heads, context.head_dim))
+            self.register_buffer("key_peak", torch.empty(context.num_heads))
         self.mem_length = config.mem_length if config.form == "transformer_xl" else 0
         self.reset_parameters()
 
@@ -106,13 +120,23 @@ class MemoryAttention(AttentionVariant):
     def reset_parameters(self) -> None:
         if self.config.form == "infini":
             self.beta.fill_(GATE)
+        if self.reduces:
+            self.query_mean.zero_()
+            self.key_peak.zero_()
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
-        """Open the gates of the heads that compressed memory brings closer to softmax on these inputs."""
-        if self.config.form == "infini":
-            starts = [{"beta": torch.full_like(self.beta, beta)} for beta in (GATE, *GATES)]
-            choose_start({"beta": self.beta}, starts, self.error_meter(collect_rows(batches), batches[0].scaling))
+        """Choose gate and mean query in the heads that memory brings closer to softmax on these inputs."""
+        if self.config.form != "infini":
+            return
+        rows, scaling = collect_rows(batches), batches[0].scaling
+        starts = [{"beta": torch.full_like(self.beta, beta)} for beta in (GATE, *GATES)]
+        if self.reduces:
+            q, k = head_tokens(rows)
+            means = [a for a, _, _ in reducer_starts(q, k, centered=False)]
+            reducers = [{"query_mean": a, "key_peak": scaling * (k @ a[..., None]).amax((1, 2))} for a in means]
+            starts = [{**gate, **reducer} for reducer in reducers for gate in starts]
+        choose_start(dict(self.state_dict(keep_vars=True)), starts, self.error_meter(rows, scaling))
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
@@ -128,15 +152,18 @@ class MemoryAttention(AttentionVariant):
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         self._check(inputs, state)
-        query, q_len, k_len = inputs.query, inputs.query.shape[2], inputs.key.shape[2]
-        if self.config.form != "chunked":  # a query's segment begins with keys of its own
-            query = F.pad(query, (0, 0, k_len - q_len, 0))
+        query, q_len = inputs.query, inputs.query.shape[2]
+        if self.config.form != "chunked":  # the layout of segments is one of queries with their keys
+            query = F.pad(query, (0, 0, inputs.key.shape[2] - q_len, 0))
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(query, inputs.key, inputs.value, inputs.key_padding, past)
         if self.config.form == "chunked":
-            out, after = self._chunked(inputs, call, state)
+            real = None if inputs.key_padding is None and state is None else call.rank >= 0
+            given: dict[str, Any] = {"is_causal": inputs.is_causal, "chunk_size": self.config.chunk_size}
+            out = chunked_softmax_attention(call.q, call.k, call.v, scaling=inputs.scaling, key_padding=real, **given)
+            after = kv_state_after(call)
         else:
-            out, after = self._segments(inputs, call, state)
+            out, after = self._memory(inputs, call, state)
         out = call.restore(out)[:, :, -q_len:].to(inputs.query.dtype)
         if state is None:
             return out, None
@@ -151,34 +178,20 @@ class MemoryAttention(AttentionVariant):
         if built and q_len > k_len:
             raise ValueError(f"Causal attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
 
-    def _chunked(self, inputs: AttentionInputs, call: CompactedCall, state: State | None) -> tuple[torch.Tensor, State]:
-        out = chunked_softmax_attention(
-            call.q,
-            call.k,
-            call.v,
-            scaling=inputs.scaling,
-            key_padding=None if inputs.key_padding is None and state is None else call.rank >= 0,
-            is_causal=inputs.is_causal,
-            chunk_size=self.config.chunk_size,
-        )
-        return out, kv_state_after(call)
-
-    def _segments(
-        self, inputs: AttentionInputs, call: CompactedCall, state: State | None
-    ) -> tuple[torch.Tensor, State]:
+    def _memory(self, inputs: AttentionInputs, call: CompactedCall, state: State | None) -> tuple[torch.Tensor, State]:
+        """The output `[B, H, Tq, D]` of a memory, and its state after the call."""
         layout = segment_layout(call, self.config.segment_size, aligned=state is None)
         out = segment_attention(call, layout, memory_length=self.mem_length, scaling=inputs.scaling)
-        window = self.config.segment_size - 1 + self.mem_length
-        kept = call.k.shape[2] - window
-        after = kv_state_after(call)
-        after.update(key=call.k[:, :, kept:], value=call.v[:, :, kept:])
+        kept = call.k.shape[2] - self.config.segment_size + 1 - self.mem_length
+        after = {**kv_state_after(call), "key": call.k[:, :, kept:], "value": call.v[:, :, kept:]}
         if self.config.form == "infini":
-            new = slice(call.k.shape[2] - call.q.shape[2], None)
-            features = elu_features(call.q)[0], elu_features(call.k[:, :, new])[0]
-            zero = out.new_zeros(*out.shape[:2], out.shape[-1], out.shape[-1] + 1, dtype=features[0].dtype)
-            sums = (zero, zero) if state is None else (state["memory"], state["pending"])
-            read, after["memory"], after["pending"] = memory_attention(*features, call.v[:, :, new], layout, *sums)
+            k, v = (x[:, :, -call.q.shape[2] :] for x in (call.k, call.v))  # of the new tokens
+            q_features, k_features = elu_features(call.q)[0], elu_features(k)[0]
+            if self.reduces:
+                k_features = k_features * bounded_key_weight(k, self.query_mean, self.key_peak, inputs.scaling)
+            sums = None if state is None else (state["memory"], state["pending"])
+            read, after["memory"], after["pending"] = memory_attention(q_features, k_features, v, layout, sums)
             gate = self.beta.to(read.dtype).sigmoid()[:, None, None, None]
             empty = (layout.begin == 0)[:, None, :, None, None]
             out = torch.where(empty, out.to(read.dtype), gate * read + (1 - gate) * out)
-        return restore_rows(out, layout), after
+        return layout.restore(out), after

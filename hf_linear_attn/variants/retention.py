@@ -29,6 +29,7 @@ REFUSAL = (
     "use 'linear', the same method without decay, on encoders."
 )
 INITS = ("undecayed", "published")
+# What calibration tries as -log gamma: memories of 1 to 1024 tokens.
 RATES = (1.0, 0.5, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)
 # The start of a learned decay: gamma is 1 in float64, and |x| has a slope here that it lacks at 0.
 UNDECAYED = 1e-18
@@ -116,14 +117,13 @@ class RetentionAttention(AttentionVariant):
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose decay and mean query in each head by its error against softmax on these inputs."""
         rows, scaling = collect_rows(batches), batches[0].scaling
-        present = dict(self.state_dict(keep_vars=True))
-        rate = self.decay_rate.clone()
-        rates = [rate, *(torch.full_like(rate, x) for x in RATES)] if self.config.learnable else [rate]
-        starts = [{"decay_rate": x} for x in rates]
+        present, errors = dict(self.state_dict(keep_vars=True)), self.error_meter(rows, scaling)
         if self.reduces:
-            means = [a for a, _, _ in reducer_starts(*head_tokens(rows), centered=False)]
-            starts = [{**start, "query_mean": mean} for mean in means for start in starts]
-        choose_start(present, starts, self.error_meter(rows, scaling))
+            means = reducer_starts(*head_tokens(rows), centered=False)
+            choose_start(present, [{"query_mean": a} for a, _, _ in means], errors)
+        if self.config.learnable:
+            rates = [self.decay_rate.clone(), *(torch.full_like(self.decay_rate, rate) for rate in RATES)]
+            choose_start(present, [{"decay_rate": x} for x in rates], errors)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim

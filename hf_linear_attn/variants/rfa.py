@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +59,11 @@ class RFAConfig(VariantConfig):
         if self.kernel not in _WIDTHS:
             raise ValueError(f"kernel={self.kernel!r}; allowed: {', '.join(_WIDTHS)}.")
         for name, least in (("num_features", 1), ("seed", 0)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: an integer of at least {least}.")
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}.")
         for name in ("gate", "variance_reducer"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False.")
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r}; allowed: True or False.")
 
 
 @register_variant(
@@ -90,7 +91,7 @@ class RFAAttention(AttentionVariant):
     def __init__(self, config: RFAConfig, context: LayerContext) -> None:
         super().__init__(config, context)
         if config.gate and not context.is_causal:
-            raise ValueError("gate=True needs a decoder: forgetting has a direction; allowed for encoders: False.")
+            raise ValueError("gate=True; allowed for encoders: False (forgetting has a direction).")
         heads, dim = context.num_heads, context.head_dim
         self.sigma = nn.Parameter(torch.empty(heads, dim))
         if config.gate:
@@ -117,10 +118,7 @@ class RFAAttention(AttentionVariant):
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
-        """Choose each head's start by its error, without gates, against softmax on these inputs.
-
-        Warns when denominators are not positive, which sine and cosine features cannot rule out.
-        """
+        """Choose each head's start by its error, without gates; warn when denominators are not positive."""
         rows, scaling = measure.collect_rows(batches), batches[0].scaling
         q, k = measure.head_tokens(rows)
         present = {name: x for name, x in self.named_buffers() if name != "omega"}
@@ -128,8 +126,8 @@ class RFAAttention(AttentionVariant):
         for means in measure.reducer_starts(q, k) if self.config.variance_reducer else [(0 * q[:, 0],) * 3]:
             norms = [(x - center[:, None]).norm(dim=-1).mean(1) for x, center in zip((q, k), means[1:], strict=True)]
             tau = (scaling * norms[0] * norms[1]).clamp(min=1e-6).rsqrt()
-            start = dict(zip(("query_mean", "query_center", "key_center"), means, strict=True))
-            start = start if self.config.variance_reducer else {}
+            named = dict(zip(("query_mean", "query_center", "key_center"), means, strict=True))
+            start = {name: x for name, x in named.items() if name in present}
             starts += [{**start, "tau": width * tau} for width in _WIDTHS[self.config.kernel]]
 
         def attend(row: measure.Row) -> torch.Tensor:
@@ -141,8 +139,8 @@ class RFAAttention(AttentionVariant):
         share = measure.nonpositive_share(features, is_causal=self.context.is_causal)
         if share:
             warnings.warn(
-                f"rfa, layer {self.context.layer_idx}: {share:.1%} of the denominators are not positive with kernel="
-                f"{self.config.kernel!r}: such rows are noise or 0. Use another kernel or more features.",
+                f"rfa, layer {self.context.layer_idx}: {share:.1%} of the denominators of kernel={self.config.kernel!r}"
+                " are not positive: such rows are noise or 0. Use another kernel or more features.",
                 stacklevel=2,
             )
 
@@ -159,9 +157,7 @@ class RFAAttention(AttentionVariant):
         self, inputs: AttentionInputs, state: State | None, gate: torch.Tensor | None
     ) -> tuple[torch.Tensor, State | None]:
         q, k, v, real, causal = inputs.query, inputs.key, inputs.value, inputs.key_padding, inputs.is_causal
-
-        def q_map(x: torch.Tensor) -> maps.Features:
-            return self._features(x, is_key=False)
+        q_map = partial(self._features, is_key=False)
 
         def k_map(x: torch.Tensor) -> maps.Features:
             features, log_weight = self._key_features(x, inputs.scaling)
@@ -197,8 +193,7 @@ class RFAAttention(AttentionVariant):
         """`[B, H, T]`."""
         hidden, length = inputs.hidden_states, inputs.key.shape[2]
         if hidden is None or hidden.shape[1] != length:
-            given = "None" if hidden is None else f"those of {hidden.shape[1]}"
-            raise ValueError(f"The gate of rfa needs the hidden states of all {length} keys, got {given}.")
+            raise ValueError(f"The gate of rfa needs the hidden states of all {length} keys of the call.")
         if inputs.key_padding is not None:
             hidden = hidden.masked_fill(~inputs.key_padding[..., None], 0)
         dtype = maps.accumulation_dtype(inputs.value.dtype)

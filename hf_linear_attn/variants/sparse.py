@@ -2,7 +2,8 @@
 
 `strided`: A1 = {j: i - l <= j <= i}, A2 = {j: (i - j) mod l = 0}. `fixed`, in blocks of l tokens: A1 = the own block,
 A2 = the last c tokens of each block. `block_local`: A1 of `fixed`. Causal: j <= i; encoders take the patterns
-symmetric (|i - j| <= l; the whole own block; c tokens of all blocks). One softmax over A1 and A2, or heads of each.
+symmetric (|i - j| <= l; the whole own block; c tokens of all blocks, also of a short last one). One softmax over A1
+and A2, or heads of each.
 """
 
 from __future__ import annotations
@@ -139,11 +140,11 @@ class SparseAttention(AttentionVariant):
         return block_sparse_attention(call, grid, lists, scaling=inputs.scaling, extra=extra)
 
     def _summaries(self, call: CompactedCall, grid: BlockGrid) -> Extra:
-        """The last c tokens of each block, as columns for the others."""
+        """The last c tokens of each block, as columns for the others; of the last block its last real ones."""
         (B, _, k_len, _), stride = call.k.shape, self.stride
-        first = torch.arange(-(-k_len // stride), device=call.k.device) * stride
-        summary = torch.arange(max(0, stride - self.config.num_summary_tokens), stride, device=first.device)
-        rank = (first[:, None] + summary).flatten()
-        place = (grid.start[:, None] + rank).clamp(max=k_len - 1).expand(B, -1)
-        block = torch.where(rank < grid.count[:, None], rank // stride, NOBODY)
+        first = torch.arange(-(-k_len // stride), device=call.k.device)[:, None] * stride
+        end = (first + stride).minimum(grid.count[:, None, None])  # [B or 1, blocks, 1]
+        rank = end - torch.arange(min(self.config.num_summary_tokens, stride), 0, -1, device=first.device)
+        block = torch.where(rank >= first, first // stride, NOBODY).flatten(1)
+        place = (grid.start[:, None] + rank.flatten(1)).clamp(0, k_len - 1).expand(B, -1)
         return Extra(take_tokens(call.k, place), take_tokens(call.v, place), block)

@@ -87,7 +87,7 @@ def test_columns_full_rows_and_segments(is_causal, segment, kind, monkeypatch):
     full = None if is_causal else torch.stack([grid.blocks - 1, torch.ones_like(grid.blocks)], dim=1)
     lists = BlockLists(lists.columns, lists.kind, is_causal, full)
     block = torch.tensor([[0, 2, 3, ANYONE, NOBODY]])
-    extra = Extra(draw(2, HEADS, 5, DIM, seed=7), draw(2, HEADS, 5, DIM, seed=8), block, -1.5)
+    extra = Extra(draw(2, HEADS, 5, DIM, seed=7), draw(2, HEADS, 5, DIM, seed=8), block, torch.tensor([-1.5, 0.5, 2.0]))
     actual, expected = (
         f(call, grid, lists, scaling=0.7, extra=extra) for f in (block_sparse_attention, naive_block_sparse_attention)
     )

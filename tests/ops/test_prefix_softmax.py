@@ -42,7 +42,7 @@ def test_is_the_dense_formula(length, causal):
 def test_blocks_do_not_show(monkeypatch):
     a, logits, v = draw(100)
     expected = prefix_softmax_attention(a, logits, v, is_causal=True)[0]
-    monkeypatch.setattr(prefix_softmax, "_BLOCK_ROWS", 6 * 24)
+    monkeypatch.setattr(prefix_softmax, "_BLOCK", 24)
     torch.testing.assert_close(prefix_softmax_attention(a, logits, v, is_causal=True)[0], expected)
 
 

@@ -42,6 +42,8 @@ def infini(module, q, k, v):
     size = module.config.segment_size
     local = softmax(q, k, v, sees(q.shape[2], size, 0))
     phi_q, phi_k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    if module.config.variance_reducer:
+        phi_k = phi_k * (SCALING * torch.einsum("hd,bhtd->bht", module.query_mean.double(), k)).exp()[..., None]
     gate = module.beta.double().sigmoid()[:, None]
     rows = []
     for i in range(q.shape[2]):
@@ -55,10 +57,15 @@ def infini(module, q, k, v):
     return torch.stack(rows, 2)
 
 
+@pytest.mark.parametrize("reduced", [False, True], ids=["published", "reducer"])
 @pytest.mark.parametrize("segment_size", [1, 5, 8])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_infini_is_its_formula(length, segment_size):
-    module = build(form="infini", segment_size=segment_size).double()
+def test_infini_is_its_formula(length, segment_size, reduced):
+    """With the reducer, keys in memory weigh exp(scaling * a . k), up to a constant that cancels."""
+    module = build(form="infini", segment_size=segment_size, variance_reducer=reduced).double()
+    if reduced:
+        module.query_mean.normal_(generator=torch.Generator().manual_seed(2))
+        module.key_peak.fill_(3.0)
     with torch.no_grad():
         module.beta.copy_(torch.tensor([-1.0, 0.0, 2.0]))
     q, k, v = draw(length)
@@ -169,6 +176,32 @@ def test_gates_start_almost_closed_and_calibration_opens_those_that_help():
     assert (module.beta == -8).all()
 
 
+def test_calibrated_memory_keeps_a_token_that_all_queries_attend_to():
+    """A first token that later segments no longer see: the reducer puts it into memory at its true weight."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, HEADS, 96, DIM, generator=g)
+    q = q + 2
+    k[:, :, 0] = 3.0
+    exact = softmax(q, k, v, torch.ones(96, 96, dtype=torch.bool).tril())
+    errors = {}
+    for reduced in (False, True):
+        module = build(form="infini", segment_size=16, variance_reducer=reduced)
+        module.calibrate([AttentionInputs(q, k, v, None, True, SCALING)])
+        errors[reduced] = (attend(module, q, k, v)[0] - exact).square().sum((0, 2, 3))
+    assert (errors[True] < 0.3 * errors[False]).all()
+
+
+def test_key_weights_in_memory_are_bounded():
+    """Keys far above or below those of calibration overflow nothing and leave no empty denominator."""
+    module = build(form="infini", segment_size=8)
+    q, k, v = draw(32, dtype=torch.float32)
+    for sign in (1.0, -1.0):
+        module.query_mean.fill_(sign)
+        output, state = attend(module, q, 1e4 * k.abs(), v, state=module.init_state(2, torch.float32, q.device))
+        assert output.isfinite().all()
+        assert state["memory"][..., -1].sum(-1).all()
+
+
 @pytest.mark.parametrize(
     ("options", "numbers"),
     [
@@ -218,6 +251,7 @@ def test_encoders_are_refused_with_the_form_that_serves_them(form):
         ({"segment_size": 0}, "segment_size=0; allowed: an integer of at least 1"),
         ({"mem_length": -1}, "mem_length=-1; allowed: an integer of at least 0"),
         ({"chunk_size": True}, "chunk_size=True"),
+        ({"variance_reducer": 0}, "variance_reducer=0"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -1,0 +1,174 @@
+"""Reformer, attention inside buckets of locality-sensitive hashes, arXiv:2001.04451.
+
+bucket(x) = argmax [x R; -x R], R random. Per round the keys are sorted by (bucket, position); a query is placed among
+them by its own bucket and position and sees its chunk of keys and the one before. Rounds are merged exactly: softmax
+over the union of what they show. Cost n log n for the sort, 4 n c d a round for chunks of c keys.
+
+A pretrained checkpoint has queries that are not its keys. They are hashed apart with the same R, keys stay as they
+are, and a token may attend to itself; `share_qk=True` is the paper's form. In a decoder, chunks of sorted keys depend
+on later tokens and leak even when masked: a query sees the last 2 c keys of its own bucket before it, and the last
+2 c of all, itself included.
+
+With calibration a head may centre its keys, or queries and keys, balance their second moments, and take normalized
+keys of its own for the directions R: what lowers its output error on the calibration data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hf_linear_attn.ops.calibration import balancing_maps, choose_start, collect_rows, head_tokens
+from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
+from hf_linear_attn.ops.lsh import hash_buckets, interval_attention, visible
+from hf_linear_attn.registry import register_variant
+from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+
+__all__ = ["ReformerAttention", "ReformerConfig"]
+
+
+@dataclass(frozen=True)
+class ReformerConfig(VariantConfig):
+    """Options of `reformer`.
+
+    Attributes:
+        num_hashes: rounds of hashing.
+        num_buckets: buckets of a round, an even number, or 1 for sorting by position alone. None chooses by the
+            model's `max_length`: as many as fill two chunks each, from 4 to 16.
+        chunk_size: keys per chunk, c.
+        share_qk: the keys, normalized, serve as keys and as they are as queries, and a token attends to itself only
+            where it sees nothing else. The checkpoint's queries are not used: far from it at the start.
+        seed: of the random directions, which are saved with the model.
+    """
+
+    num_hashes: int = 4
+    num_buckets: int | None = None
+    chunk_size: int = 64
+    share_qk: bool = False
+    seed: int = 0
+
+    def validate(self) -> None:
+        for name, lowest in (("num_hashes", 1), ("chunk_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {lowest}.")
+        buckets = self.num_buckets
+        if isinstance(buckets, bool) or not (
+            buckets is None or (isinstance(buckets, int) and buckets > 0 and (buckets == 1 or buckets % 2 == 0))
+        ):
+            raise ValueError(f"num_buckets={buckets!r}; allowed: None, 1 or an even integer of at least 2.")
+        if not isinstance(self.share_qk, bool):
+            raise ValueError(f"share_qk={self.share_qk!r}; allowed: True or False.")
+
+
+def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
+    return {"chunk_size": length}
+
+
+@register_variant(
+    "reformer",
+    config=ReformerConfig,
+    title="Reformer (LSH attention)",
+    paper="Reformer: The Efficient Transformer, arXiv:2001.04451",
+    cost="n log n",
+    state="kv",
+    exact_limit=_exact_limit,
+    test_options=({"chunk_size": 4, "num_hashes": 2, "num_buckets": 6},),
+)
+class ReformerAttention(AttentionVariant):
+    """LSH attention of one layer. Position means rank among the real tokens.
+
+    Buffers (persistent): `rotations [H, D, num_hashes, num_buckets / 2]`; unless queries are keys `query_mean`,
+    `key_mean [H, D]` and `query_map`, `key_map [H, D, D]`, applied as `(q - query_mean) @ query_map` before hashing.
+    The decode state holds all keys and values, and the buckets of the keys.
+    """
+
+    config: ReformerConfig
+    rotations: torch.Tensor
+    query_mean: torch.Tensor
+    key_mean: torch.Tensor
+    query_map: torch.Tensor
+    key_map: torch.Tensor
+
+    def __init__(self, config: ReformerConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        buckets, heads, dim = config.num_buckets, context.num_heads, context.head_dim
+        if buckets is None:
+            buckets = min(max(4, context.max_length // (4 * config.chunk_size) * 2), 16)
+        self.register_buffer("rotations", torch.empty(heads, dim, config.num_hashes, buckets // 2))
+        if not config.share_qk:
+            for name, shape in (("mean", (heads, dim)), ("map", (heads, dim, dim))):
+                self.register_buffer(f"query_{name}", torch.empty(shape))
+                self.register_buffer(f"key_{name}", torch.empty(shape))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Directions drawn from (seed, layer_idx), means 0, maps the identity."""
+        generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+        self.rotations.copy_(torch.randn(self.rotations.shape, generator=generator, device="cpu"))
+        if not self.config.share_qk:
+            for name in ("query", "key"):
+                getattr(self, f"{name}_mean").zero_()
+                x = getattr(self, f"{name}_map")
+                x.copy_(torch.eye(x.shape[-1], device=x.device).expand_as(x))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose each head's hashing by its output error against softmax on these inputs, the published first."""
+        if self.config.share_qk or not self.rotations.numel():
+            return
+        rows, scaling = collect_rows(batches), batches[0].scaling
+        q, k = head_tokens(rows)
+        a, c = q.mean(1), k.mean(1)
+        zero, identity = torch.zeros_like(a), torch.eye(q.shape[-1], device=q.device).expand_as(self.query_map)
+        centred = k - c[:, None]
+        generator = torch.Generator("cpu").manual_seed(self.config.seed)
+        drawn = torch.randint(k.shape[1], self.rotations[0, 0].shape, generator=generator).to(k.device)
+        starts = []
+        for query_mean, key_mean, query_map, key_map in (
+            (zero, zero, identity, identity),
+            (a, c, *balancing_maps(q - a[:, None], centred)),
+            # Without their mean, queries would look for other keys: it changes the logits by more than a constant.
+            (zero, c, *balancing_maps(q, centred)),
+        ):
+            start = {"query_mean": query_mean, "key_mean": key_mean, "query_map": query_map, "key_map": key_map}
+            directions = F.normalize((k - key_mean[:, None]) @ key_map, dim=-1)[:, drawn].movedim(-1, 1)
+            starts += [start, {**start, "rotations": directions}]
+        choose_start(dict(self.named_buffers()), starts, self.error_meter(rows, scaling))
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        heads, dim = self.context.num_heads, self.context.head_dim
+        bucket = torch.zeros(batch_size, heads, 0, self.config.num_hashes, dtype=torch.long, device=device)
+        return {**init_kv_state(batch_size, heads, dim, dtype, device), "bucket": bucket}
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        query, key, share = inputs.query, inputs.key, self.config.share_qk
+        if share:
+            query = key[:, :, key.shape[2] - query.shape[2] :]
+            q_bucket, k_bucket = hash_buckets(query, self.rotations), hash_buckets(key, self.rotations)
+        else:
+            q_bucket = self._hash(query, self.query_mean, self.query_map)
+            k_bucket = self._hash(key, self.key_mean, self.key_map)
+        past = past_bucket = None
+        if state is not None:
+            past = state["key"], state["value"], state["count"]
+            past_bucket = state["bucket"], state["bucket"], state["count"]
+        call = compact(query, key, inputs.value, inputs.key_padding, past)
+        bucket = compact(q_bucket, k_bucket, k_bucket, inputs.key_padding, past_bucket)
+        intervals = visible(bucket.q, bucket.k, call.rank >= 0, self.config.chunk_size, is_causal=inputs.is_causal)
+        keys = F.normalize(call.k, dim=-1) / inputs.scaling if share else call.k
+        output = interval_attention(call.q, keys, call.v, intervals, scaling=inputs.scaling, self_penalty=share)
+        after = None if state is None else {**kv_state_after(call), "bucket": bucket.k}
+        return call.restore(output).to(inputs.query.dtype), after
+
+    def _hash(self, x: torch.Tensor, mean: torch.Tensor, linear_map: torch.Tensor) -> torch.Tensor:
+        """Buckets of `(x - mean) @ linear_map`, which only the directions need to go through."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x = (x.to(dtype) - mean.to(dtype)[:, None]) @ linear_map.to(dtype)
+        return hash_buckets(x, self.rotations)

@@ -1,0 +1,187 @@
+"""Reformer against a dense float64 evaluation written from its definition; starts, options, decode state."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_linear_attn.testing import LAWS, check_variant
+from hf_linear_attn.variants.base import AttentionInputs, LayerContext
+from hf_linear_attn.variants.reformer import ReformerAttention, ReformerConfig
+
+HEADS, DIM = 2, 6
+
+
+def build(is_causal=False, dtype=torch.float64, max_length=512, dim=DIM, **options):
+    return ReformerAttention(ReformerConfig(**options), LayerContext(0, 2, 12, HEADS, dim, max_length, is_causal)).to(
+        dtype
+    )
+
+
+def draw(length, is_causal=False, padding=None, dtype=torch.float64, seed=0, dim=DIM):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, HEADS, length, dim, generator=generator, dtype=dtype) for _ in range(3))
+    return AttentionInputs(q * 2, k, v, padding, is_causal, dim**-0.5)
+
+
+def bucket(x, rotations):
+    scores = torch.cat([x @ rotations, -(x @ rotations)])
+    return int(scores.argmax()) if len(scores) else 0
+
+
+def keys_seen(module, q, k, h, chunk, is_causal):
+    """Ranks of the keys that each query of head h sees; q and k `[T, D]` are one sequence without padding."""
+    n = len(k)
+    seen = [set() for _ in range(n)]
+    for r in range(module.rotations.shape[2]):
+        rotations = module.rotations[h, :, r]
+        if module.config.share_qk:
+            q_bucket = k_bucket = [bucket(x, rotations) for x in k]
+        else:
+            q_bucket = [bucket((x - module.query_mean[h]) @ module.query_map[h], rotations) for x in q]
+            k_bucket = [bucket((x - module.key_mean[h]) @ module.key_map[h], rotations) for x in k]
+        ordered = sorted(range(n), key=lambda j: (k_bucket[j], j))
+        for i in range(n):
+            if is_causal:
+                seen[i] |= set([j for j in range(i) if k_bucket[j] == q_bucket[i]][-2 * chunk :])
+            else:
+                before = sum((k_bucket[j], j) < (q_bucket[i], i) for j in range(n))
+                own = min(before, n - 1) // chunk
+                seen[i] |= set(ordered[max(0, own - 1) * chunk : (own + 1) * chunk])
+    if is_causal:
+        for i in range(n):
+            seen[i] |= set(range(max(0, i + 1 - 2 * chunk), i + 1))
+    return [sorted(x) for x in seen]
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("share_qk", [False, True])
+@pytest.mark.parametrize(("chunk", "rounds", "buckets"), [(4, 3, 6), (8, 1, 2), (3, 2, 1)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_equals_the_dense_formula(is_causal, share_qk, chunk, rounds, buckets, padded):
+    module = build(is_causal, chunk_size=chunk, num_hashes=rounds, num_buckets=buckets, share_qk=share_qk)
+    if not share_qk:  # as after calibration
+        generator = torch.Generator().manual_seed(3)
+        for x in (module.query_mean, module.key_mean, module.query_map, module.key_map):
+            x += torch.randn(x.shape, generator=generator) * 0.3
+    real = torch.rand(2, 29, generator=torch.Generator().manual_seed(1)) < (0.7 if padded else 2)
+    inputs = draw(29, is_causal, real if padded else None)
+    output = module(inputs)[0]
+    for b in range(2):
+        for h in range(HEADS):
+            q, k, v = (x[b, h][real[b]] for x in (inputs.query, inputs.key, inputs.value))
+            for i, keys in enumerate(keys_seen(module, q, k, h, chunk, is_causal)):
+                if share_qk:
+                    others = [j for j in keys if j != i] or [i]
+                    logits, keys = F.normalize(k[others], dim=-1) @ k[i], others
+                else:
+                    logits = k[keys] @ q[i] * DIM**-0.5
+                torch.testing.assert_close(output[b, h][real[b]][i], logits.softmax(0) @ v[keys])
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+def test_one_chunk_is_softmax(is_causal):
+    inputs = draw(40, is_causal, dtype=torch.float32)
+    exact = F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, is_causal=is_causal)
+    module = build(is_causal, torch.float32, chunk_size=40)
+    torch.testing.assert_close(module(inputs)[0], exact, rtol=1e-5, atol=1e-5)
+    # Also where several chunks and rounds together show everything.
+    many = build(is_causal, torch.float32, chunk_size=19, num_hashes=32, num_buckets=2)
+    torch.testing.assert_close(many(inputs)[0], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_keys_of_a_bucket_do_not_depend_on_what_follows():
+    """Chunks of the sorted whole would: one token more moves every boundary after it."""
+    module = build(True, chunk_size=2, num_hashes=3, num_buckets=4)
+    inputs = draw(60, True)
+    whole = module(inputs)[0]
+    for length in (1, 9, 30, 59):
+        start = AttentionInputs(
+            *(x[:, :, :length] for x in (inputs.query, inputs.key, inputs.value)), None, True, DIM**-0.5
+        )
+        torch.testing.assert_close(module(start)[0], whole[:, :, :length])
+
+
+SLOW = {"causality", "compile_full_graph", "linear_memory", "exact_limit"}
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+def test_shared_queries_and_keys_keep_the_contract(is_causal):
+    """All laws but that a row changes with its own token: the second one sees the first alone. Causality is above."""
+    laws = [name for name in LAWS if name not in SLOW]
+    assert check_variant("reformer", is_causal, laws=laws, share_qk=True, chunk_size=8, num_hashes=2) == []
+
+
+def test_shared_queries_and_keys_are_causal():
+    module = build(True, chunk_size=2, num_hashes=2, num_buckets=4, share_qk=True)
+    inputs = draw(40, True)
+    before = module(inputs)[0]
+    for token in (1, 17, 39):
+        changed = draw(40, True)
+        changed.key[:, :, token:] += 3
+        changed.value[:, :, token:] += 3
+        torch.testing.assert_close(module(changed)[0][:, :, :token], before[:, :, :token])
+
+
+def test_shared_queries_and_keys_attend_to_themselves_only_when_alone():
+    inputs = draw(1, True)
+    torch.testing.assert_close(build(True, share_qk=True)(inputs)[0], inputs.value)
+    inputs = draw(2, True)
+    torch.testing.assert_close(build(True, share_qk=True)(inputs)[0], inputs.value[:, :, :1].expand(-1, -1, 2, -1))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+def test_calibration_makes_no_head_worse_and_helps_off_centre_keys(is_causal):
+    """Keys far from 0 fall into one bucket: the hash tells them apart once they are centred."""
+    inputs = draw(256, is_causal, dtype=torch.float32, dim=16)
+    inputs.query, inputs.key = inputs.query * 2, inputs.key + 6
+    exact = F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, is_causal=is_causal)
+    module = build(is_causal, torch.float32, dim=16, chunk_size=8, num_hashes=4, num_buckets=16)
+
+    def errors():
+        return (module(inputs)[0] - exact).square().sum((0, 2, 3)) / exact.square().sum((0, 2, 3))
+
+    published = errors()
+    module.calibrate([inputs])
+    assert (errors() <= published + 1e-5).all()
+    assert errors().mean() < 0.85 * published.mean()
+
+
+def test_directions_are_saved_and_follow_seed_and_layer():
+    first, again, other = build(), build(), build(seed=1)
+    assert torch.equal(first.rotations, again.rotations)
+    assert not torch.equal(first.rotations, other.rotations)
+    assert "rotations" in first.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("max_length", "chunk", "buckets"), [(512, 64, 4), (2048, 64, 16), (512, 16, 16), (100, 128, 4)]
+)
+def test_buckets_by_the_length_of_the_model(max_length, chunk, buckets):
+    assert build(max_length=max_length, chunk_size=chunk).rotations.shape[-1] == buckets // 2
+
+
+def test_the_decode_state_holds_keys_values_and_buckets():
+    module = build(True, num_hashes=3)
+    state = module(draw(9, True), module.init_state(2, torch.float64, torch.device("cpu")))[1]
+    assert {name: tuple(x.shape) for name, x in state.items()} == {
+        "key": (2, HEADS, 9, DIM),
+        "value": (2, HEADS, 9, DIM),
+        "count": (2,),
+        "bucket": (2, HEADS, 9, 3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_hashes": 0}, "num_hashes=0; allowed: an integer of at least 1"),
+        ({"chunk_size": 2.5}, "chunk_size=2.5; allowed"),
+        ({"seed": -1}, "seed=-1; allowed: an integer of at least 0"),
+        ({"num_buckets": 7}, "num_buckets=7; allowed: None, 1 or an even integer of at least 2"),
+        ({"num_buckets": True}, "num_buckets=True; allowed"),
+        ({"share_qk": 1}, "share_qk=1; allowed: True or False"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReformerConfig.from_dict(options)
