@@ -175,12 +175,17 @@ def _attend_round(
         return _take(x, chunks.flatten(1)).unflatten(1, (chunks.shape[1], -1)).unflatten(-1, (chunk, -1)).flatten(2, 3)
 
     with torch.no_grad():
-        bounds = of_queries(torch.cat([low, high], 1).mT.contiguous())[..., None, :]  # [N, blocks, rows, 1, 2 rounds]
+        bounds = of_queries(torch.cat([low, high], 1).int().mT)
         # Places that only fill the last chunk have no key: -1 is in no interval.
-        places = of_keys(place.mT + 1)[..., None, :, :] - 1  # [N, blocks, 1, keys, rounds]
-        rounds = places.shape[-1]
-        inside = (places >= bounds[..., :rounds]) & (places < bounds[..., rounds:])
-        count, seen = inside.sum(-1), inside[..., number]
+        places = of_keys(place.int().mT + 1) - 1
+        # A round at a time: with the rounds in the last dimension of one tensor this takes several times as long.
+        columns = zip(places.unbind(-1), *(x.unbind(-1) for x in bounds.chunk(2, -1)), strict=True)
+        inside = [
+            (at[:, :, None] >= start[..., None]) & (at[:, :, None] < end[..., None]) for at, start, end in columns
+        ]
+        seen, count = inside[number], inside[0].to(torch.uint8)
+        for shown in inside[1:]:
+            count = count + shown
     logits = of_queries(q) @ of_keys(k * scaling).mT
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if self_penalty:
