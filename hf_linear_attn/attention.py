@@ -33,8 +33,9 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
-AttentionRecorder = Callable[[nn.Module, AttentionInputs, torch.Tensor], None]
-"""Called with (module, its inputs, its softmax output `[B, H, Tq, D]`) for each converted layer."""
+AttentionRecorder = Callable[[nn.Module, AttentionInputs, torch.Tensor], torch.Tensor | None]
+"""Called with (module, its inputs, its softmax output `[B, H, Tq, D]`) for each converted layer, which then returns
+the softmax output, or what the recorder returns in its place."""
 
 
 @dataclass
@@ -278,8 +279,8 @@ def linear_attention_forward(
     )
     if linear_attn_recorder is not None:
         output = softmax_attention(query, key, value, inputs.key_padding, causal, scaling, 0.0)
-        linear_attn_recorder(module, inputs, output)
-        return output.transpose(1, 2), None
+        replacement = linear_attn_recorder(module, inputs, output)
+        return (output if replacement is None else replacement).transpose(1, 2), None
 
     if dropout > 0.0:
         logger.warning_once(

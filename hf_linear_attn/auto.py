@@ -9,6 +9,7 @@ what pickling needs.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -25,7 +26,7 @@ from hf_linear_attn.auto_config import IMPLEMENTATION, config_class_for, convert
 from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
-from hf_linear_attn.report import ConversionReport, LayerReport
+from hf_linear_attn.report import ConversionReport, LayerReport, OutputErrors
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
 
 __all__ = [
@@ -189,6 +190,8 @@ def __getattr__(name: str) -> Any:
         upstream_name = name[len(prefix) :]
         for model_type in list_patchers():
             patcher = get_patcher(model_type)
+            if not upstream_name.startswith(patcher.config_name.removesuffix("Config")):
+                continue  # before its modeling module is imported
             if upstream_name == patcher.config_name:
                 return config_class_for(model_type)
             upstream: Any = getattr(patcher.modeling, upstream_name, None)
@@ -215,7 +218,7 @@ def build_variants(
     """Build the variants `spec` asks for, on the devices and in the dtype of their layers; changes nothing.
 
     Args:
-        model: an upstream model that was not converted.
+        model: an upstream model that was not converted; what is converted inside it stays as it is.
         config: the config the model will have (its limit on positions is what variants are built for).
         spec: which layer runs what.
 
@@ -226,7 +229,7 @@ def build_variants(
     built = []
     for attention in patcher.self_attentions(model):
         layer = spec.layers[attention.layer_idx]
-        if layer is None:
+        if layer is None or hasattr(attention.module, "linear_attn"):  # the latter: a head's base model, from AutoModel
             continue
         _refuse_sliding_window(config, attention.layer_idx, patcher.sliding_window(config, attention.layer_idx))
         context = LayerContext(
@@ -243,7 +246,6 @@ def build_variants(
         with torch.device(weight.device):
             variant = get_variant(layer.variant).module_class(layer.variant_config(), context)
         built.append((attention, variant.to(weight.dtype)))
-    _tie_shared([variant for _, variant in built])
     return built
 
 
@@ -267,6 +269,7 @@ def attach(
     if not patcher.layers_are_numbered:
         for attention in patcher.self_attentions(model):
             attention.module.layer_idx = attention.layer_idx
+    _tie_shared([variant for _, variant in built])
     for attention, variant in built:
         attention.module.linear_attn = variant
         attention.module.__class__ = converted_attention_class(type(attention.module))
@@ -309,6 +312,7 @@ def _tie_shared(variants: list[AttentionVariant]) -> None:
     """Make layers of one variant hold the same tensor for the parameters it shares."""
     first: dict[tuple[str, str], AttentionVariant] = {}
     for variant in variants:
+        variant.__dict__.pop("_tied_weights_keys", None)  # of an earlier attachment among other layers
         for name in variant.shared_parameters():
             source = first.setdefault((variant.spec.key, name), variant)
             if source is variant:
@@ -332,8 +336,16 @@ def _shared_keys(model: nn.Module) -> dict[str, str]:
     return keys
 
 
-def describe(model: PreTrainedModel, errors: dict[int, tuple[float, float]] | None = None) -> ConversionReport:
-    """Report of a converted model; `errors` maps a layer to its (relative error, cosine) against softmax."""
+def describe(
+    model: PreTrainedModel, errors: dict[int, OutputErrors] | None = None, kept_softmax: Sequence[int] = ()
+) -> ConversionReport:
+    """Report of a converted model.
+
+    Args:
+        model: the converted model.
+        errors: how far a layer is from softmax, by index.
+        kept_softmax: layers that were left on softmax by measurement.
+    """
     patcher: Any = get_patcher(model.config.base_model_type)
     rows: list[LayerReport] = []
     counted: set[int] = set()
@@ -344,15 +356,17 @@ def describe(model: PreTrainedModel, errors: dict[int, tuple[float, float]] | No
             continue
         fresh = [p for p in variant.parameters() if id(p) not in counted]
         counted.update(id(p) for p in fresh)
-        error, cosine = (errors or {}).get(attention.layer_idx, (None, None))
+        found = (errors or {}).get(attention.layer_idx)
         rows.append(
             LayerReport(
                 layer=attention.layer_idx,
                 variant=variant.spec.key,
                 new_parameters=sum(p.numel() for p in fresh),
                 state=variant.spec.state,
-                output_error=error,
-                output_cosine=cosine,
+                output_error=None if found is None else found.error,
+                output_cosine=None if found is None else found.cosine,
+                head_errors=None if found is None else found.head_errors,
+                head_cosines=None if found is None else found.head_cosines,
             )
         )
-    return ConversionReport(rows=rows, max_length=patcher.max_length(model.config))
+    return ConversionReport(rows, patcher.max_length(model.config), list(kept_softmax))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_linear_attn.auto import REPORT_ATTRIBUTE, LinearAttnPreTrainedModel, attach, build_variants, describe, detach
 from hf_linear_attn.auto_config import config_class_for
+from hf_linear_attn.calibration import DEFAULT_LEARNING_RATE, calibrate, check_batches, layers_to_keep
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig, PositionsConfig
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
-from hf_linear_attn.variants.base import AttentionInputs
 
 __all__ = ["convert_model", "extend_positions", "revert_model"]
 
@@ -30,10 +30,13 @@ def convert_model(
     model: PreTrainedModel,
     variant: str | Mapping[int, VariantChoice],
     *,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[int] | Literal["auto"] | None = None,
+    keep_softmax: int | None = None,
     max_length: int | None = None,
     extend: ExtendMode = "tile",
     calibration: Iterable[Mapping[str, Any]] | None = None,
+    calibration_steps: int = 0,
+    calibration_lr: float = DEFAULT_LEARNING_RATE,
     **options: Any,
 ) -> PreTrainedModel:
     """Rewrite the self-attention of a pretrained model, in place; its weights are kept.
@@ -42,13 +45,20 @@ def convert_model(
         model: a Transformers model of a supported family (`list_patchers()`), with any head.
         variant: a variant's key (`list_variants()`) for all of `layers`, or a mapping from layer index to None
             (keep softmax), a key, or `(key, options)`; layers that the mapping does not name keep softmax.
-        layers: indices to convert, all by default. Only with a single variant.
+        layers: indices to convert, all by default. Only with a single variant. `"auto"` converts all but
+            `keep_softmax` layers: those that, converted alone, move the final hidden states of the calibration
+            batches most.
+        keep_softmax: how many layers `layers="auto"` leaves on softmax.
         max_length: new limit in tokens; extends the position table, its buffers and the config. Rotary families
             (Llama, Qwen, Mistral) have no table: only the config changes, and the embeddings extrapolate.
         extend: how to fill new positions: `"tile"` repeats the table, `"interpolate"` stretches it linearly (refused
             where there is no table).
         calibration: a few batches (keyword arguments of `model`) on which variants choose their data-dependent
-            start; the report then has each layer's error against softmax.
+            start; the report then has the error of each layer and head against softmax.
+        calibration_steps: steps of regression that train each layer's new parameters alone, from its start, on what
+            the layer receives in these batches; the model's own weights stay. The best point on the way is kept, as
+            judged on the same batches: give it a few thousand tokens, or it fits those alone.
+        calibration_lr: learning rate (Adam) of that regression, times the root mean square of each parameter.
         **options: options of the variant; with a mapping, of every variant it names by key alone.
 
     Returns:
@@ -57,24 +67,32 @@ def convert_model(
     Raises:
         TypeError: if `model` is not a Transformers model.
         ValueError: for an unknown family, variant or option, a variant that does not serve the model's side
-            (encoder or decoder), a bad layer or length, a layer with a sliding window, or a model that is converted,
-            compiled, sharded, on the meta device or wrapped by PEFT. The model is unchanged in every case.
+            (encoder or decoder), a bad layer or length, calibration options without calibration, a layer with a
+            sliding window, or a model that is converted, compiled, sharded, packed, on the meta device or wrapped by
+            PEFT. The model is unchanged in every case.
     """
     _check_convertible(model)
     patcher = get_patcher(model.config.model_type)
-    spec = _resolve(model, variant, layers, options)
+    _check_calibration(calibration, calibration_steps, calibration_lr)
+    _check_selection(model, variant, layers, keep_softmax, calibration)
+    spec = _resolve(model, variant, None if layers == "auto" else layers, options)
     positions = _check_extension(model, max_length, extend)
-    batches = None if calibration is None else _check_batches(calibration)
+    batches = None if calibration is None else check_batches(calibration)
 
-    config = _converted_config(model.config, replace(spec, positions=positions))
-    if max_length is not None:
-        patcher.set_max_length(config, max_length)
+    upstream_config = model.config
+
+    def converted_config(spec: LinearAttentionConfig) -> PreTrainedConfig:
+        config = _converted_config(upstream_config, replace(spec, positions=positions))
+        if max_length is not None:
+            patcher.set_max_length(config, max_length)
+        return config
+
+    config = converted_config(spec)
     with torch.no_grad():
         built = build_variants(model, config, spec)
         for attention, module in built:
             module.load_projections(*patcher.projections(attention.module))
 
-    upstream_config = model.config
     upstream_table = _position_weight(model)
     if max_length is not None:
         _extend_table(model, max_length, extend)
@@ -82,14 +100,23 @@ def convert_model(
             setattr(model, _ORIGINAL_POSITIONS, upstream_table)
     setattr(model, _ORIGINAL_IMPLEMENTATION, upstream_config._attn_implementation)
     attach(model, config, built)
+    errors, kept = None, []
     try:
-        errors = _calibrate(model, batches) if batches is not None else None
+        if batches is not None:
+            errors = calibrate(model, batches, calibration_steps, calibration_lr)
+        if batches is not None and keep_softmax is not None:
+            kept = layers_to_keep(model, batches, keep_softmax)
+            left = replace(spec, layers=tuple(None if i in kept else layer for i, layer in enumerate(spec.layers)))
+            config, built = converted_config(left), [pair for pair in built if pair[0].layer_idx not in kept]
+            detach(model, upstream_config)
+            attach(model, config, built)
     except BaseException:  # an interrupt as well: nothing is left half converted
         detach(model, upstream_config)
         _restore_table(model, upstream_table)
         _forget(model)
         raise
-    setattr(model, REPORT_ATTRIBUTE, describe(model, errors))
+    _unmark_unpacked(model)
+    setattr(model, REPORT_ATTRIBUTE, describe(model, errors, kept))
     return model
 
 
@@ -165,6 +192,11 @@ def _check_convertible(model: Any) -> None:
                 f"{cls.__name__} is not one of Transformers' {model.config.model_type} classes, so its "
                 "checkpoints could not be reloaded. Convert the Transformers model inside it instead."
             )
+    if getattr(getattr(model, "hf_quantizer", None), "packed_modules", None):
+        raise ValueError(
+            "The model's weights are packed (GGUF). Load them unpacked: "
+            "from_pretrained(..., quantization_config=GgufConfig(dequantize=True))."
+        )
     if any(getattr(module, "base_layer", None) is not None for module in model.modules()):
         raise ValueError("The model carries PEFT adapters. Convert the base model first, then add adapters.")
 
@@ -199,6 +231,31 @@ def _resolve(
     return LinearAttentionConfig(layers=tuple(resolved))
 
 
+def _check_calibration(calibration: Any, steps: Any, lr: Any) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"calibration_steps={steps!r}; allowed: an integer of at least 0.")
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0:
+        raise ValueError(f"calibration_lr={lr!r}; allowed: a number above 0.")
+    if steps and calibration is None:
+        raise ValueError(f"calibration_steps={steps} needs calibration, a list of batches to train on.")
+
+
+def _check_selection(model: PreTrainedModel, variant: Any, layers: Any, keep_softmax: Any, calibration: Any) -> None:
+    if isinstance(layers, str) and layers != "auto":
+        raise ValueError(f"layers={layers!r}; allowed: None, layer indices or 'auto'.")
+    if layers != "auto":
+        if keep_softmax is not None:
+            raise ValueError(f"keep_softmax={keep_softmax!r} goes with layers='auto'.")
+        return
+    most = model.config.num_hidden_layers - 1
+    if not isinstance(variant, str):
+        raise ValueError("layers='auto' takes a single variant by name, not a mapping of layers.")
+    if isinstance(keep_softmax, bool) or not isinstance(keep_softmax, int) or not 1 <= keep_softmax <= most:
+        raise ValueError(f"layers='auto' needs keep_softmax from 1 to {most}, got {keep_softmax!r}.")
+    if calibration is None:
+        raise ValueError("layers='auto' needs calibration, a list of batches on which layers are compared.")
+
+
 def _check_side(model: PreTrainedModel, key: str) -> None:
     spec = get_variant(key)
     causal = get_patcher(model.config.model_type).is_causal(model.config)
@@ -225,22 +282,6 @@ def _check_extension(model: PreTrainedModel, max_length: int | None, mode: str) 
     return PositionsConfig(original_max_length=present, mode=mode if has_table else "rotary")
 
 
-def _check_batches(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    if isinstance(calibration, Mapping):
-        raise ValueError("calibration takes a list of batches; got one batch. Pass [batch].")
-    batches = []
-    for batch in calibration:
-        if not isinstance(batch, Mapping):
-            raise ValueError(f"A calibration batch must map argument names to tensors, got {type(batch).__name__}.")
-        mask = batch.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and not bool(mask.any()):
-            raise ValueError("A calibration batch holds nothing but padding (its attention_mask is all 0).")
-        batches.append({name: value for name, value in batch.items() if name != "labels"})
-    if not batches:
-        raise ValueError("calibration holds no batch.")
-    return batches
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Configs and positions
 # ---------------------------------------------------------------------------------------------------------------
@@ -261,6 +302,13 @@ def _upstream_config(config: Any, implementation: str | None) -> PreTrainedConfi
     new = get_patcher(config.base_model_type).config_class(**fields, attn_implementation=implementation or "sdpa")
     new.name_or_path = config.name_or_path
     return new
+
+
+def _unmark_unpacked(model: PreTrainedModel) -> None:
+    """Let a model be saved whose weights were unpacked from a GGUF file: Transformers may still call it quantized."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
+        quantizer.remove_quantization_config(model)
 
 
 def _forget(model: PreTrainedModel) -> None:
@@ -319,60 +367,3 @@ def _original_table(model: Any, positions: PositionsConfig) -> torch.Tensor | No
             "Pass keep_positions=True to revert the attention only."
         )
     return stored
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Calibration
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Recording:
-    """Inputs and softmax outputs of one layer over the calibration batches."""
-
-    inputs: list[AttentionInputs] = field(default_factory=list)
-    outputs: list[torch.Tensor] = field(default_factory=list)
-
-
-@torch.no_grad()
-def _calibrate(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
-    """Run softmax attention on `batches`, let every variant choose its start, and measure how far it is off."""
-    recordings: dict[int, _Recording] = {}
-    variants: dict[int, Any] = {}
-
-    def record(module: Any, inputs: AttentionInputs, output: torch.Tensor) -> None:
-        recording = recordings.setdefault(module.layer_idx, _Recording())
-        recording.inputs.append(inputs)
-        recording.outputs.append(output)
-        variants[module.layer_idx] = module.linear_attn
-
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            extra = {"use_cache": False} if get_patcher(_family(model)).is_causal(model.config) else {}
-            model(**on_device, **extra, linear_attn_recorder=record)
-        errors = {}
-        for layer_idx, recording in sorted(recordings.items()):
-            variants[layer_idx].calibrate(recording.inputs)
-            errors[layer_idx] = _output_error(variants[layer_idx], recording)
-    finally:
-        model.train(was_training)
-    return errors
-
-
-def _output_error(variant: nn.Module, recording: _Recording) -> tuple[float, float]:
-    """Relative error and mean cosine of the variant's output against softmax, over real tokens."""
-    squared_error = squared_norm = cosine = tokens = 0.0
-    for inputs, expected in zip(recording.inputs, recording.outputs, strict=True):
-        output = variant(inputs)[0].float()
-        real = torch.ones(output.shape[0], output.shape[2], dtype=torch.bool, device=output.device)
-        if inputs.key_padding is not None:
-            real = inputs.key_padding
-        got, want = (o.transpose(1, 2)[real].flatten(1) for o in (output, expected.float()))
-        squared_error += (got - want).square().sum().item()
-        squared_norm += want.square().sum().item()
-        cosine += F.cosine_similarity(got, want, dim=-1).sum().item()
-        tokens += got.shape[0]
-    return (squared_error / max(squared_norm, 1e-30)) ** 0.5, cosine / max(tokens, 1.0)

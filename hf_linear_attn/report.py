@@ -5,7 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["ConversionReport", "LayerReport"]
+__all__ = ["ConversionReport", "LayerReport", "OutputErrors"]
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """How far one layer's output is from softmax's on some batches, over real tokens.
+
+    Attributes:
+        error: `||o - o_softmax|| / ||o_softmax||`.
+        cosine: mean cosine of each token's output with softmax's.
+        head_errors: the same error in each head.
+        head_cosines: the same cosine in each head.
+    """
+
+    error: float
+    cosine: float
+    head_errors: list[float]
+    head_cosines: list[float]
 
 
 @dataclass(frozen=True)
@@ -20,6 +37,8 @@ class LayerReport:
         output_error: relative error of the layer's output against softmax on the calibration batches
             (`||o - o_softmax|| / ||o_softmax||` over real tokens), or None when not calibrated.
         output_cosine: mean cosine of each token's output with softmax's, or None when not calibrated.
+        head_errors: the relative error of each head, or None when not calibrated.
+        head_cosines: the mean cosine of each head, or None when not calibrated.
     """
 
     layer: int
@@ -28,6 +47,8 @@ class LayerReport:
     state: str
     output_error: float | None = None
     output_cosine: float | None = None
+    head_errors: list[float] | None = None
+    head_cosines: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,11 +58,13 @@ class ConversionReport:
     Attributes:
         rows: one `LayerReport` per layer.
         max_length: longest sequence (tokens) the model reads now.
+        kept_softmax: layers that `layers="auto"` left on softmax, where converting hurt most.
         tokenizer_max_length: what `tokenizer.model_max_length` should be set to.
     """
 
     rows: list[LayerReport] = field(default_factory=list)
     max_length: int = 0
+    kept_softmax: list[int] = field(default_factory=list)
 
     @property
     def tokenizer_max_length(self) -> int:
@@ -58,6 +81,7 @@ class ConversionReport:
         return {
             "rows": [asdict(row) for row in self.rows],
             "max_length": self.max_length,
+            "kept_softmax": list(self.kept_softmax),
             "tokenizer_max_length": self.tokenizer_max_length,
             "new_parameters": self.new_parameters,
         }
@@ -79,6 +103,9 @@ class ConversionReport:
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]
         ]
+        if self.kept_softmax:
+            kept = ", ".join(map(str, self.kept_softmax))
+            lines.append(f"layers that keep softmax, chosen where converting hurt most on the batches: {kept}")
         lines.append(
             f"{self.new_parameters:,} new parameters; reads up to {self.max_length:,} tokens "
             f"(set tokenizer.model_max_length = {self.tokenizer_max_length})"

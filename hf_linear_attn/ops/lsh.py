@@ -1,8 +1,8 @@
 """Attention inside the buckets of locality-sensitive hashes (Reformer, arXiv:2001.04451), in O(n log n).
 
 Each round sorts the keys by (bucket, position); a query sees one interval of that order. Over all rounds it attends
-to the union of its intervals, each key once: a round's logits are lowered by the logarithm of the number of rounds
-that show this key to this query, and rounds are merged by their log-sum-exp.
+to the union of its intervals, each key once: a key's weight is divided by the number of rounds that show it to this
+query, and rounds are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _attend_round(
         inside = [
             (at[:, :, None] >= start[..., None]) & (at[:, :, None] < end[..., None]) for at, start, end in columns
         ]
-        seen, count = inside[number], inside[0].to(torch.uint8)
+        seen, count = inside[number], inside[0].to(torch.int16)
         for shown in inside[1:]:
             count = count + shown
     logits = of_queries(q) @ of_keys(k * scaling).mT
@@ -192,9 +192,9 @@ def _attend_round(
         keys = of_keys(torch.arange(k.shape[1], device=k.device).expand(k.shape[:2])[..., None])[..., 0]
         itself = keys[..., None, :] == slots.query.unflatten(1, (keys.shape[1], -1))[..., None] + offset
         logits = logits.masked_fill(itself, SELF_LOGIT)
-    logits = (logits - count.clamp(min=1).to(logits.dtype).log()).masked_fill(~seen, torch.finfo(logits.dtype).min)
+    logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
     top = logits.detach().amax(-1, keepdim=True)
-    weights = (logits - top).exp().masked_fill(~seen, 0)
+    weights = (logits - top).exp() * (seen / count.clamp(min=1)).to(logits.dtype)
     total = weights.sum(-1, keepdim=True)
     empty, total = total == 0, total.clamp(min=torch.finfo(total.dtype).tiny)
     output = (weights / total).to(v.dtype) @ of_keys(v)

@@ -103,7 +103,7 @@ def test_chunks_of_queries_change_nothing(is_causal, monkeypatch):
 
     whole = attend_in_chunks(call, weights, is_causal=is_causal)
     assert largest == [9]
-    monkeypatch.setattr("hf_linear_attn.ops.dense.CHUNK_ELEMENTS", 2 * 3 * 11 * 4)
+    monkeypatch.setattr("hf_linear_attn.ops.dense.CPU_CHUNK_ELEMENTS", 2 * 3 * 11 * 4)
     torch.testing.assert_close(attend_in_chunks(call, weights, is_causal=is_causal), whole)
     assert largest[1:] == [4, 4, 1]
     mask = torch.ones(9, 11, dtype=torch.bool).tril(2) if is_causal else None
