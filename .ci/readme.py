@@ -10,26 +10,21 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from hf_linear_attn.cli.listing import KEEPS, exact_limit, spell_defaults
+from hf_linear_attn.evaluation.methods_tables import markdown_table as table
+from hf_linear_attn.evaluation.methods_tables import render_overview
 from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "recipes" / "results"
 COSTS = ROOT / "recipes" / "bench" / "results"
+METHODS = ROOT / "recipes" / "methods" / "results"
 TIMES = ROOT / ".ci" / "times.json"
-STATES = {"constant": "constant size", "window": "a window of keys", "kv": "all keys", "none": "-"}
 LIMIT_LENGTH = 128  # the length at which the table writes out an exact limit
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def link_arxiv(paper: str) -> str:
@@ -37,21 +32,10 @@ def link_arxiv(paper: str) -> str:
     return re.sub(r"arXiv:\s?(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
-def write_options(options: dict[str, Any]) -> str:
-    """Options as they are written in a call of `convert_model`."""
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def exact_limit(spec: VariantSpec) -> str:
+def limit(spec: VariantSpec) -> str:
     """The options under which the variant equals softmax attention."""
-    if spec.exact_limit is None:
-        return "-"
-    limits: dict[str, list[str]] = {}  # options -> the sides they are for
-    for side, serves in (("encoder", spec.encoder), ("decoder", spec.decoder)):
-        if serves:
-            options = write_options(spec.exact_limit(LIMIT_LENGTH, side == "decoder"))
-            limits.setdefault(options, []).append(side)
-    return ", ".join(f"`{options}` ({', '.join(sides)})" for options, sides in limits.items())
+    limits = exact_limit(spec, LIMIT_LENGTH).items()
+    return ", ".join(f"`{options}` ({', '.join(sides)})" for options, sides in limits) or "-"
 
 
 def variants() -> str:
@@ -63,26 +47,24 @@ def variants() -> str:
             "yes" if spec.encoder else "refused",
             "yes" if spec.decoder else "refused",
             spec.cost,
-            STATES[spec.state],
-            exact_limit(spec),
+            KEEPS[spec.state],
+            limit(spec),
+            spec.quadratic or "-",
         ]
         for spec in map(VARIANTS.get, VARIANTS.names())
     ]
-    limit = f"equals softmax (n = {LIMIT_LENGTH})"
-    return table(["variant", "method", "encoder", "decoder", "cost of attention", "generation keeps", limit], rows)
+    header = [
+        "variant", "method", "encoder", "decoder", "cost of attention", "generation keeps",
+        f"equals softmax (n = {LIMIT_LENGTH})", "quadratic in n",
+    ]  # fmt: skip
+    return table(header, rows)
 
 
 def options() -> str:
     """The options of every variant with their defaults."""
     specs = map(VARIANTS.get, VARIANTS.names())
-    rows = [[f"`{spec.key}`", defaults(spec)] for spec in specs]
+    rows = [[f"`{spec.key}`", ", ".join(f"`{option}`" for option in spell_defaults(spec))] for spec in specs]
     return table(["variant", "options and defaults"], rows)
-
-
-def defaults(spec: VariantSpec) -> str:
-    """`name=default` of every option."""
-    config = spec.config_class()
-    return ", ".join(f"`{field.name}={getattr(config, field.name)!r}`" for field in fields(config))
 
 
 def families() -> str:
@@ -178,6 +160,25 @@ def cost(path: Path) -> str:
     return f"{about}\n\n{table(header, rows)}"
 
 
+def methods() -> str:
+    """What `hf-linear-attn methods` measured: all methods, their errors and costs."""
+    path = METHODS / "methods.json"
+    if not path.is_file():
+        return "`hf-linear-attn methods recipes/methods/all.yaml` measures them on your machine."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    meta, documents = data["meta"], data["recipe"]["documents"]
+    about = (
+        f"{meta['machine']}, {meta['threads']} thread(s), torch {meta['torch']}. Made by `{meta['command']}`. Errors "
+        "are relative errors of attention outputs on real queries, keys and values: means over layers and "
+        f"{len(data['recipe']['seeds'])} seeds, with {documents['calibration_tokens']:,} calibration and "
+        f"{documents['test_tokens']:,} test tokens a seed, of different groups of documents."
+    )
+    tables = (METHODS / "methods.md").relative_to(ROOT).as_posix()
+    picture = (METHODS / "methods.png").relative_to(ROOT).as_posix()
+    more = f"Every start at every length, with cosines and spread: [{tables}]({tables})."
+    return "\n\n".join([about, render_overview(data), f"![How far each method starts from softmax]({picture})", more])
+
+
 def times() -> str:
     """What .ci/time.py measured."""
     measured = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() else {}
@@ -192,6 +193,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "options": options,
     "families": families,
     "results": results,
+    "methods": methods,
     "costs": costs,
     "times": times,
 }

@@ -80,7 +80,37 @@ def config_class_for(base_model_type: str) -> type[PreTrainedConfig]:
 
 
 def register_auto_configs() -> None:
-    """Register the config class of every family with `AutoConfig`; safe to call twice."""
+    """Let `AutoConfig` know every family; safe to call twice.
+
+    Importing a family's config can take seconds, so what is registered is a stand-in that makes way for the config
+    class, and registers it, the first time a config is asked for.
+    """
     for model_type in list_patchers():
-        config_class = config_class_for(model_type)
+        stand_in = _stand_in(model_type)
+        AutoConfig.register(stand_in.model_type, stand_in, exist_ok=True)
+
+
+@cache
+def _stand_in(base_model_type: str) -> type[PreTrainedConfig]:
+    def resolve() -> type[PreTrainedConfig]:
+        config_class = config_class_for(base_model_type)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        return config_class
+
+    class StandIn(PreTrainedConfig):
+        model_type = MODEL_TYPE_PREFIX + base_model_type
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return resolve()(*args, **kwargs)
+
+        @classmethod
+        def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+            return resolve().from_dict(*args, **kwargs)
+
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            return resolve().from_pretrained(*args, **kwargs)
+
+    # Transformers finds a model type by the name of the class.
+    StandIn.__name__ = converted_name(get_patcher(base_model_type).config_name)
+    return StandIn

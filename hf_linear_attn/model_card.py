@@ -335,10 +335,14 @@ def _ranges(indices: Sequence[int]) -> str:
 
 
 def _extension(conversion: LinearAttentionConfig) -> str | None:
-    """How the position table came to its length, None where it was left alone."""
+    """How the limit on positions was extended, None where it was left alone."""
     if conversion.positions is None:
         return None
-    how = {"tile": "by repeating its position table", "interpolate": "by stretching its position table"}
+    how = {
+        "tile": "by repeating its position table",
+        "interpolate": "by stretching its position table",
+        "rotary": "without a change to its rotary embeddings",
+    }
     length, mode = conversion.positions.original_max_length, conversion.positions.mode
     return f"the base model read {length:,}; extended {how[mode]}"
 

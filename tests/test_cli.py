@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -10,14 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from hf_linear_attn.cli import app, commands
+from hf_linear_attn import convert_model, list_variants
+from hf_linear_attn.cli import app, arguments
 from tests.small_runs import save_checkpoint, save_documents
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["list", "convert", "train", "compare", "demo"]
+COMMANDS = ["list", "convert", "train", "compare", "demo", "report", "analyze", "methods"]
 runner = CliRunner(env={"COLUMNS": "200"})
 
 
@@ -55,6 +57,23 @@ def small_settings(tmp_path: Path) -> list[str]:
     return [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
 
 
+def small_measurement(tmp_path: Path, command: str, arguments: list[str]) -> list[str]:
+    """The arguments of a measuring command with a tiny checkpoint and short documents in place of its own."""
+    checkpoint = save_checkpoint(tmp_path / "checkpoint")
+    documents = save_documents(tmp_path / "documents", words=(40, 90))
+    output = ["--output", str(tmp_path / "output")]
+    if command == "methods":
+        recipe = tmp_path / "small.yaml"
+        recipe.write_text(
+            f"models: [{{name: {checkpoint}, lengths: [24]}}]\n"
+            f"documents: {{source: {documents}, calibration_tokens: 24, test_tokens: 24}}\n"
+            "seeds: [0]\ncosts: {lengths: [16], repeats: 1}\nmethods: [{longformer: {window_size: 4}}]\n"
+        )
+        return [arguments[0], str(recipe), *arguments[2:], *output]
+    arguments[arguments.index("minilm")] = str(checkpoint)
+    return [*arguments, "--documents", str(documents), "--length", "32", "--test", "1", "--calibration", "1", *output]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_example_in_the_help_runs(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -68,6 +87,8 @@ def test_every_example_in_the_help_runs(
         assert arguments[0] == command
         if command in ("train", "compare", "demo"):
             arguments += small_settings(tmp_path)
+        if command in ("report", "analyze", "methods"):
+            arguments = small_measurement(tmp_path, command, arguments)
         if command == "convert":
             arguments[arguments.index("minilm")] = str(save_checkpoint(tmp_path / "checkpoint"))
         result = runner.invoke(app, arguments)
@@ -75,6 +96,68 @@ def test_every_example_in_the_help_runs(
     if command in ("compare", "demo"):
         assert (tmp_path / "output" / "report.png").is_file()
         assert str(tmp_path / "output" / "report.png") in result.output
+    written = {path.name for path in (tmp_path / "output").glob("*")}
+    assert written >= {
+        "report": {"report.json", "report.png"},
+        "analyze": {"analysis.json", "spectrum.png", "sizes.png", "patterns_layer_0.png", "patterns_layer_1.png"},
+        "methods": {"rows.jsonl", "methods.json", "methods.md", "methods.png"},
+    }.get(command, set())
+
+
+def test_list_tells_everything_about_one_variant() -> None:
+    everything = runner.invoke(app, ["list"]).output
+    for key in list_variants():
+        assert key in everything
+    result = runner.invoke(app, ["list", "linformer"])
+    assert result.exit_code == 0
+    for fact in (
+        "2006.04768",
+        "encoders only",
+        "n k d",
+        "k=128, projection='mean_pool' (encoder)",
+        "sharing='headwise'",
+    ):
+        assert fact in result.output
+    assert "Did you mean 'linear'" in runner.invoke(app, ["list", "lineer"]).output
+
+
+def test_report_measures_a_saved_conversion_and_one_in_memory_alike(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoint")
+    documents = save_documents(tmp_path / "documents", words=(40, 90))
+    model = AutoModel.from_pretrained(checkpoint)
+    convert_model(model, "longformer", window_size=4, layers=[1]).save_pretrained(tmp_path / "converted")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "converted")
+    common = ["--documents", str(documents), "--length", "32", "--calibration", "0"]
+    own = ["--variant", "longformer", "--option", "window_size=4", "--layers", "1"]
+    rows = {}
+    for name, extra in (("checkpoint", own), ("converted", [])):
+        output = tmp_path / f"report_{name}"
+        result = runner.invoke(app, ["report", str(tmp_path / name), *extra, *common, "--output", str(output)])
+        assert result.exit_code == 0, result.output
+        (stage,) = json.loads((output / "report.json").read_text())["reports"].items()
+        rows[stage[0]] = stage[1]["rows"]
+    assert list(rows) == ["as published", "as it is"]
+    assert rows["as published"][0]["output_error"] is None
+    assert rows["as published"][1]["head_errors"] == pytest.approx(rows["as it is"][1]["head_errors"], rel=1e-5)
+    assert rows["as it is"][1]["output_error"] > 0.01
+    mistakes = {
+        ("checkpoint",): "name what to convert it to, --variant KEY",
+        ("converted", "--variant", "linear"): "is a converted model: leave --variant",
+        ("checkpoint", "--variant", "linear", "--layers", "1;2"): "--layers takes integers with commas",
+        ("checkpoint", "--variant", "retention"): "serves decoders only",
+    }
+    for (name, *extra), message in mistakes.items():
+        result = runner.invoke(app, ["report", str(tmp_path / name), *extra, *common, "--output", str(tmp_path / "x")])
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+def test_analyze_names_what_it_refuses(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoint")
+    arguments = ["analyze", str(checkpoint), "--methods", "retention", "--output", str(tmp_path / "x")]
+    result = runner.invoke(app, [*arguments, "--documents", str(save_documents(tmp_path / "d"))])
+    assert result.exit_code == 1
+    assert "'retention' does not serve encoders" in result.output
 
 
 def test_convert_writes_a_model_that_reads_longer_documents(tmp_path: Path) -> None:
@@ -111,11 +194,12 @@ def test_mistakes_end_with_one_clear_line(arguments: list[str], message: str, tm
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = commands.importlib.util.find_spec
+    find = arguments.importlib.util.find_spec
     monkeypatch.setattr(
-        commands.importlib.util, "find_spec", lambda name, *rest: None if name == "accelerate" else find(name, *rest)
+        arguments.importlib.util, "find_spec", lambda name, *rest: None if name == "accelerate" else find(name, *rest)
     )
-    for command in (["train", "r.yaml"], ["compare", "r.yaml"], ["demo"]):
+    commands = (["train", "r.yaml"], ["compare", "r.yaml"], ["demo"], ["report", "m"], ["analyze", "m"])
+    for command in (*commands, ["methods", "r.yaml"]):
         result = runner.invoke(app, command)
         assert result.exit_code == 1
         assert "[train]" in result.output

@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 assert dist.get_world_size() == 2
 mode, variant = sys.argv[1:]
-model = convert_model(base_model("bert", hidden_dropout_prob=0.0), variant, **small_options(variant)).train()
+model = convert_model(base_model("bert", hidden_dropout_prob=0.0), variant, **small_options(variant, "bert")).train()
 batch = token_batch(batch=4, length=30)
 batch["attention_mask"][1, 20:] = 0
 share = {name: tensor[dist.get_rank() * 2 : dist.get_rank() * 2 + 2] for name, tensor in batch.items()}

@@ -31,8 +31,8 @@ MAIN = main_family(causal=True)
 PAIRS = [(v, f) for f in causal_families() for v in (VARIANTS if is_causal(f) else representative_variants(MAIN))]
 
 
-def converted(variant: str, family: str = "gpt2", **kwargs: Any) -> GPT2LMHeadModel:
-    return convert_model(causal_lm(family), variant, **small_options(variant), **kwargs)
+def converted(variant: str, family: str = MAIN, **kwargs: Any) -> GPT2LMHeadModel:
+    return convert_model(causal_lm(family), variant, **small_options(variant, family, causal=True), **kwargs)
 
 
 def left_padded(length: int = 21) -> dict[str, torch.Tensor]:
@@ -125,8 +125,8 @@ def test_the_state_does_not_grow(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_hybrids_with_softmax_layers_generate_the_same(variant: str) -> None:
     for choice in ({0: variant}, {1: variant}):
-        model = causal_lm("gpt2")
-        options = small_options(variant)
+        model = causal_lm(MAIN)
+        options = small_options(variant, MAIN)
         convert_model(model, {index: (key, options) for index, key in choice.items()})
         kwargs = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": PAD}
         batch = left_padded()
@@ -136,7 +136,7 @@ def test_hybrids_with_softmax_layers_generate_the_same(variant: str) -> None:
 def test_caches_that_would_be_wrong_are_refused() -> None:
     model = converted("linear")
     ids = token_batch(length=10)["input_ids"]
-    softmax = causal_lm("gpt2")
+    softmax = causal_lm(MAIN)
     cache = DynamicCache()
     with torch.no_grad():
         softmax(input_ids=ids, past_key_values=cache)

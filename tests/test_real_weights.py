@@ -1,18 +1,28 @@
-"""Real pretrained weights (all-MiniLM-L6-v2), as BERT and mapped into RoBERTa, on real text."""
+"""Real pretrained weights on real text: all-MiniLM-L6-v2, as BERT and mapped into RoBERTa, and SmolLM2-135M (Llama)."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoTokenizer, BertModel, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertModel,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from hf_linear_attn import convert_model, revert_model
-from hf_linear_attn.data import resolve_model
+from hf_linear_attn.data import resolve_model, resolve_model_kwargs
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +31,20 @@ def minilm() -> BertModel:
     return AutoModel.from_pretrained(resolve_model("minilm")).eval()
 
 
-@cache
-def batches() -> tuple[dict[str, torch.Tensor], ...]:
-    """Two batches of English documents of 300 to 500 tokens: the manual of a library that is always installed."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("minilm"))
+def documents() -> list[str]:
+    """Four English documents of 300 tokens and more: the manual of a library that is always installed."""
     functions = (F.conv2d, F.max_pool2d, F.interpolate, F.cross_entropy, F.grid_sample, F.ctc_loss, F.embedding_bag)
     texts = [inspect.cleandoc(function.__doc__ or "") for function in functions]
     texts = [" ".join(text.split()) for text in texts if len(text) > 1500][:4]
     assert len(texts) == 4
+    return texts
+
+
+@cache
+def batches() -> tuple[dict[str, torch.Tensor], ...]:
+    """Two batches of documents of 300 to 500 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("minilm"))
+    texts = documents()
     encoded = [
         tokenizer(pair, truncation=True, max_length=480, padding=True, return_tensors="pt")
         for pair in (texts[:2], texts[2:])
@@ -128,3 +144,68 @@ def test_a_longer_table_reads_what_the_checkpoint_could_not() -> None:
         assert torch.isfinite(model(input_ids=ids).last_hidden_state).all()
         with pytest.raises((IndexError, RuntimeError)):
             minilm()(input_ids=ids)
+
+
+# --- a decoder with rotary embeddings and grouped keys ----------------------------------------------------------
+
+
+@cache
+def smollm2() -> tuple[LlamaForCausalLM, list[torch.Tensor]]:
+    """The model, which every test has to revert, and documents of 192 tokens."""
+    path, kwargs = resolve_model("smollm2"), resolve_model_kwargs("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    ids = [tokenizer(text, return_tensors="pt")["input_ids"][:, :192] for text in documents()]
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval(), ids
+
+
+def perplexity(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        return model(input_ids=ids, labels=ids).loss.exp().item()
+
+
+def test_perplexity_of_a_converted_decoder_follows_from_what_it_keeps() -> None:
+    model, (ids, other, *_) = smollm2()
+    before = perplexity(model, ids)
+    assert before < 30
+
+    def converted(variant: str, **options: Any) -> float:
+        convert_model(model, variant, **options)
+        after = perplexity(model, ids)
+        revert_model(model)
+        return after
+
+    assert converted("longformer", window_size=192) == pytest.approx(before, rel=1e-3)
+    assert 1.2 * before < converted("longformer", window_size=96) < 6 * before
+    # Every third layer without softmax and untrained: calibration brings the start closer.
+    published, calibrated = (
+        converted("linear", layers=range(0, 30, 3), calibration=data) for data in (None, [{"input_ids": other}])
+    )
+    assert before < calibrated < 0.7 * published
+    assert perplexity(model, ids) == before
+
+
+@pytest.mark.parametrize("case", [("linear", {}), ("longformer", {"window_size": 16})], ids=lambda case: case[0])
+def test_a_converted_decoder_generates_the_same_with_and_without_a_cache(case: tuple[str, dict[str, Any]]) -> None:
+    variant, options = case
+    model, (ids, *_) = smollm2()
+    prompts = ids[0, :40].view(2, 20).clone()
+    mask = torch.ones_like(prompts)
+    mask[0, :7] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    convert_model(model, variant, layers=range(0, 30, 5), **options)
+    cached, uncached = (model.generate(prompts, use_cache=use_cache, **kwargs) for use_cache in (True, False))
+    revert_model(model)
+    assert torch.equal(cached, uncached)
+    assert cached[:, 20:].unique().numel() > 3
+
+
+def test_a_decoder_from_a_gguf_file_can_be_saved_once_it_is_converted(tmp_path: Path) -> None:
+    """Its weights were unpacked on loading, but Transformers keeps the mark of a quantized model, and refuses."""
+    full, (ids, *_) = smollm2()
+    model = copy.deepcopy(full)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    convert_model(model, "linear", max_length=16384).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)

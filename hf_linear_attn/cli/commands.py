@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hf_linear_attn.cli.arguments import MODEL_HELP, Options, need_train_extra, numbers, pairs, plain_errors
 
 if TYPE_CHECKING:
     from hf_linear_attn.training.recipe import Recipe
@@ -25,9 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# distribution-independent: what the commands import
-_TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "sklearn", "tensorboard", "yaml")
-
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
@@ -35,38 +30,48 @@ Set = Annotated[
 
 
 @app.command("list")
-def list_command() -> None:
-    """List the attention variants and the model families.
+def list_command(
+    variant: Annotated[str | None, typer.Argument(help="A variant to say everything about.")] = None,
+) -> None:
+    """List the attention variants and the model families, or everything about one variant.
 
-    Example:
+    Examples:
 
         hf-linear-attn list
+
+        hf-linear-attn list longformer
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    from hf_linear_attn.cli.listing import all_facts, short_facts
     from hf_linear_attn.registry import get_variant, list_patchers, list_variants
 
-    table = Table("variant", "method", "serves", "cost of attention", "generation keeps")
-    for key in list_variants():
-        spec = get_variant(key)
-        serves = [side for side, able in (("encoders", spec.encoder), ("decoders", spec.decoder)) if able]
-        keeps = "-" if spec.state == "none" else spec.state
-        table.add_row(key, spec.title, ", ".join(serves), spec.cost, keeps)
     console = Console()
+    if variant is not None:
+        with plain_errors():
+            spec = get_variant(variant)
+        facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in all_facts(spec).items():
+            facts.add_row(f"[bold]{name}", escape(value))
+        console.print(facts)
+        return
+    specs = [get_variant(key) for key in list_variants()]
+    table = Table("variant", *short_facts(specs[0]), show_lines=True)
+    for spec in specs:
+        name = f"{spec.key}\n{spec.title.partition(' (')[0]}"
+        table.add_row(*map(escape, [name, *short_facts(spec).values()]))
     console.print(table)
     console.print(f"Model families: {', '.join(list_patchers())}")
 
 
 @app.command("convert")
 def convert_command(
-    model: Annotated[str, typer.Argument(help="A Hub id, a folder, or a bundled checkpoint (minilm).")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     variant: Annotated[str, typer.Argument(help="An attention variant, see `hf-linear-attn list`.")],
     output: Annotated[Path, typer.Option("--output", help="Folder for the converted model and its tokenizer.")],
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", metavar="KEY=VALUE", help="An option of the variant; may be repeated."),
-    ] = None,
+    option: Options = None,
     max_length: Annotated[int | None, typer.Option("--max-length", help="New limit in tokens.")] = None,
     extend: Annotated[str, typer.Option("--extend", help="How positions grow: tile or interpolate.")] = "tile",
     layers: Annotated[str | None, typer.Option("--layers", help="Layers to convert, as 0,1,4 (default: all).")] = None,
@@ -77,18 +82,17 @@ def convert_command(
 
         hf-linear-attn convert minilm linear --max-length 4096 --output outputs/minilm-linear
     """
-    with _plain_errors():
+    with plain_errors():
         from hf_linear_attn.cli.actions import convert_checkpoint
 
-        indices = None if layers is None else [int(index) for index in layers.split(",")]
         report = convert_checkpoint(
             model,
             variant,
             output,
-            options=_pairs(option, "--option"),
+            options=pairs(option, "--option"),
             max_length=max_length,
             extend=extend,
-            layers=indices,
+            layers=numbers(layers, "--layers"),
         )
     typer.echo(str(report))
     typer.echo(f"Saved to {output}")
@@ -105,8 +109,8 @@ def train_command(
 
         hf-linear-attn train recipes/minilm/matching.yaml --set training.epochs=1
     """
-    with _plain_errors():
-        _need_train_extra("train")
+    with plain_errors():
+        need_train_extra("train")
         loaded = _load_recipe(recipe, changes)
         from hf_linear_attn.cli.actions import run_training
 
@@ -133,8 +137,8 @@ def compare_command(
 
         hf-linear-attn compare recipes/minilm/sotu_demo.yaml --variants linear,longformer
     """
-    with _plain_errors():
-        _need_train_extra("compare")
+    with plain_errors():
+        need_train_extra("compare")
         loaded = _load_recipe(recipe, changes)
         names = None if variants is None else [name.strip() for name in variants.split(",")]
         _run_comparison(loaded, names, "Converted models beside the checkpoint")
@@ -151,8 +155,8 @@ def demo_command(
 
         hf-linear-attn demo
     """
-    with _plain_errors():
-        _need_train_extra("demo")
+    with plain_errors():
+        need_train_extra("demo")
         path = _demo_recipe() if recipe is None else recipe
         loaded = _load_recipe(path, changes)
         _run_comparison(loaded, None, "Four attention variants on documents longer than the checkpoint reads")
@@ -195,7 +199,7 @@ def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {str(path)!r}")
     recipe = Recipe.from_yaml(path)
-    for name, value in _pairs(changes, "--set").items():
+    for name, value in pairs(changes, "--set").items():
         section, dot, key = name.partition(".")
         if not dot:
             if value is not None:
@@ -204,37 +208,3 @@ def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:
             continue
         recipe = recipe.replace(**{section: {key: value}})
     return recipe
-
-
-def _pairs(entries: list[str] | None, flag: str) -> dict[str, Any]:
-    """`key=value` entries, the values read as YAML reads them: numbers, true, null, [1, 2], text."""
-    import yaml
-
-    pairs = {}
-    for entry in entries or []:
-        name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise ValueError(f"{flag} takes KEY=VALUE, got {entry!r}")
-        pairs[name] = yaml.safe_load(value)
-    return pairs
-
-
-def _need_train_extra(command: str) -> None:
-    missing = [name for name in _TRAIN_MODULES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"`hf-linear-attn {command}` needs the extra [train], and {', '.join(missing)} cannot be found. "
-            "Install it: pip install 'hf-linear-attn[train]'"
-        )
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Mistakes in arguments and files end the command with one line; anything else keeps its traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        yield
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        logging.getLogger(__name__).debug("the error's traceback", exc_info=True)
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(code=1) from error

@@ -15,28 +15,28 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-__all__ = ["draw_results", "results_png", "results_svg"]
+__all__ = ["COLORS", "FAINT", "INK", "MARKERS", "draw_results", "results_png", "results_svg", "style"]
 
 # Okabe and Ito's palette, told apart with any common colour blindness, without its black and yellow (which
 # vanish on a dark or a light page). Softmax rows are grey.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
 _GREYS = ("#8A8A8A", "#5F6B7A", "#A9A9A9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
-_INK, _FAINT = "#1f2328", "#d0d7de"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
+INK, FAINT = "#1f2328", "#d0d7de"
 # Colours that the SVG's reader replaces by the page's own.
 _SVG_INK, _SVG_FAINT = "#010203", "#010204"
 
 
 def results_png(results: Mapping[str, Any], path: str | Path, dpi: int = 160) -> None:
     """Draw the picture into a PNG file on a white ground."""
-    with matplotlib.rc_context(_style(_INK, _FAINT)):
+    with matplotlib.rc_context(style()):
         figure = draw_results(results)
         FigureCanvasAgg(figure).print_figure(str(path), dpi=dpi, facecolor="white", format="png")
 
 
 def results_svg(results: Mapping[str, Any]) -> str:
     """The picture as an SVG element on no ground: ink in `currentColor`, grid in `var(--grid)`."""
-    with matplotlib.rc_context(_style(_SVG_INK, _SVG_FAINT)):
+    with matplotlib.rc_context(style(_SVG_INK, _SVG_FAINT)):
         figure = draw_results(results)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
@@ -45,7 +45,8 @@ def results_svg(results: Mapping[str, Any]) -> str:
     return svg.replace(_SVG_INK, "currentColor").replace(_SVG_FAINT, "var(--grid)")
 
 
-def _style(ink: str, faint: str) -> Any:
+def style(ink: str = INK, faint: str = FAINT) -> Any:
+    """What every picture of the package shares, for `matplotlib.rc_context`."""
     return {
         "font.family": "DejaVu Sans",  # comes with matplotlib
         "font.size": 10,
@@ -108,7 +109,7 @@ def _row_colors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             colors.append(_GREYS[greys % len(_GREYS)])
             greys += 1
         else:
-            colors.append(_COLORS[hues % len(_COLORS)])
+            colors.append(COLORS[hues % len(COLORS)])
             hues += 1
     return colors
 
@@ -135,7 +136,7 @@ def _quality(axes: Axes, results: Mapping[str, Any], colors: Sequence[str]) -> N
         axes.plot([value["low"], value["high"]], [position] * 2, color=color, linewidth=2.2, solid_capstyle="round")
         for end in (value["low"], value["high"]):
             axes.plot([end] * 2, [position - 0.13, position + 0.13], color=color, linewidth=2.2)
-        marker = _MARKERS[position % len(_MARKERS)]
+        marker = MARKERS[position % len(MARKERS)]
         axes.plot(value["mean"], position, marker=marker, color=color, markersize=8, zorder=4)
         axes.annotate(
             f"{value['mean']:.3f}",
@@ -179,7 +180,7 @@ def _forward(axes: Axes, rows: Sequence[Mapping[str, Any]], colors: Sequence[str
             [point["length"] for point in points],
             [point["seconds"] for point in points],
             color=color,
-            marker=_MARKERS[position % len(_MARKERS)],
+            marker=MARKERS[position % len(MARKERS)],
             markersize=5.5,
             linewidth=1.8,
             linestyle="--" if row["variant"] == "softmax" else "-",

@@ -126,9 +126,10 @@ class _Comparison:
         self.layers = int(probe.config.num_hidden_layers)
         self.device_name = _device_name()
         # fails before anything is trained where the family is not known
-        get_patcher(probe.config.model_type)
+        table = get_patcher(probe.config.model_type).position_table(probe)
         self.max_length = recipe.training.max_length or own_limit
-        self.position_parameters = max(self.max_length - own_limit, 0) * probe.config.hidden_size
+        width = 0 if table is None else getattr(*table).embedding_dim
+        self.position_parameters = max(self.max_length - own_limit, 0) * width
         self.systems = self._systems(variants, min(own_limit, self.max_length))
         with quiet_libraries():
             self.folds = make_folds(self.task, recipe.data.folds, recipe.data.seed)

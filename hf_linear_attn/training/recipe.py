@@ -17,6 +17,7 @@ __all__ = [
     "ModelRecipe",
     "Recipe",
     "TrainingRecipe",
+    "build_strictly",
 ]
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -261,7 +262,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
         """Build from nested mappings, as strictly as `from_yaml`."""
-        return _build(cls, data, "recipe")
+        return build_strictly(cls, data, "recipe")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested mappings of plain types."""
@@ -281,8 +282,12 @@ class Recipe:
         return Recipe.from_dict(data)
 
 
-def _build(kind: type, data: Any, where: str) -> Any:
-    """Instantiate the dataclass `kind` from the mapping `data`; `where` names the place in error messages."""
+def build_strictly(kind: type, data: Any, where: str) -> Any:
+    """Instantiate the dataclass `kind` from the mapping `data`; `where` names the place in error messages.
+
+    Raises:
+        ValueError: for an unknown or a missing key, or a value of another type than the field's.
+    """
     _check(isinstance(data, dict), f"{where} must be a mapping, got {data!r}")
     known = {entry.name: entry for entry in dataclasses.fields(kind)}
     unknown = sorted(set(data) - set(known))
@@ -307,7 +312,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
+        return build_strictly(typing.cast(type, hint), value, where)
     if origin is list:
         _check(isinstance(value, list), f"{where} must be a list, got {value!r}")
         return [_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value)]

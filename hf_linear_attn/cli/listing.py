@@ -1,0 +1,69 @@
+"""What the registry says of each method, as text: for `hf-linear-attn list` and the tables of the README."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from hf_linear_attn.registry import VariantSpec
+
+__all__ = ["KEEPS", "all_facts", "exact_limit", "short_facts", "spell_defaults"]
+
+# kind of decode state -> what generation keeps
+KEEPS = {"constant": "constant size", "window": "a window of keys", "kv": "all keys", "none": "-"}
+
+
+def _sides(spec: VariantSpec) -> list[str]:
+    """`["encoder", "decoder"]`, or the one it serves."""
+    return [side for side, serves in (("encoder", spec.encoder), ("decoder", spec.decoder)) if serves]
+
+
+def _spell_options(options: dict[str, Any]) -> str:
+    """Options as they are written in a call of `convert_model`."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def spell_defaults(spec: VariantSpec) -> list[str]:
+    """`name=default` of every option."""
+    config = spec.config_class()
+    return [f"{field.name}={getattr(config, field.name)!r}" for field in fields(config)]
+
+
+def exact_limit(spec: VariantSpec, length: int) -> dict[str, list[str]]:
+    """Options under which a method equals softmax attention at `length`: how they are written -> sides they are for.
+
+    Empty for a method that never does.
+    """
+    limits: dict[str, list[str]] = {}
+    if spec.exact_limit is not None:
+        for side in _sides(spec):
+            limits.setdefault(_spell_options(spec.exact_limit(length, side == "decoder")), []).append(side)
+    return limits
+
+
+def short_facts(spec: VariantSpec) -> dict[str, str]:
+    """What fits in a row of a terminal."""
+    return {
+        "serves": "\n".join(f"{side}s" for side in _sides(spec)),
+        "cost of attention": spec.cost,
+        "generation keeps": KEEPS[spec.state],
+        "softmax as a limit": "yes" if spec.exact_limit is not None else "no",
+        "quadratic": spec.quadratic or "-",
+    }
+
+
+def all_facts(spec: VariantSpec) -> dict[str, str]:
+    """Everything that the registry says of a variant."""
+    limits = [f"{options} ({', '.join(sides)})" for options, sides in exact_limit(spec, 128).items()]
+    return {
+        "variant": spec.key,
+        "method": spec.title,
+        "paper": spec.paper,
+        "serves": " and ".join(f"{side}s" for side in _sides(spec))
+        + (f" only. {spec.refusal}" if spec.refusal else ""),
+        "cost of attention": spec.cost,
+        "generation keeps": KEEPS[spec.state],
+        "equals softmax": "\n".join(limits) + " at 128 tokens" if limits else "never",
+        "quadratic in length": spec.quadratic or "nothing",
+        "options": "\n".join(spell_defaults(spec)),
+    }

@@ -1,0 +1,140 @@
+"""The commands that measure: `report`, `analyze`, `methods`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_linear_attn.cli.arguments import MODEL_HELP, Options, need_train_extra, numbers, pairs, plain_errors
+from hf_linear_attn.cli.commands import app
+
+__all__: list[str] = []
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+DocumentsOption = Annotated[
+    str, typer.Option("--documents", help="sotu, matching, installed-sources, auto, a folder or a Hub dataset.")
+]
+Length = Annotated[int, typer.Option("--length", help="Tokens of a document.")]
+Test = Annotated[int, typer.Option("--test", help="Documents to measure on.")]
+Calibration = Annotated[
+    int, typer.Option("--calibration", help="Other documents to choose starts on; 0 for published starts.")
+]
+Layers = Annotated[str | None, typer.Option("--layers", help="Layers, as 0,1,4.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder for pictures and numbers.")]
+
+
+@app.command("report")
+def report_command(
+    model: Model,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="What to convert a checkpoint to, in memory.")
+    ] = None,
+    option: Options = None,
+    documents: DocumentsOption = "auto",
+    length: Length = 512,
+    test: Test = 2,
+    calibration: Calibration = 2,
+    layers: Layers = None,
+    output: Output = Path("outputs/report"),
+) -> None:
+    """How far a conversion is from softmax attention, layer by layer and head by head, on real documents.
+
+    For a converted model, or for a checkpoint and a variant: as published and calibrated.
+
+    Example:
+
+        hf-linear-attn report minilm --variant performer --option num_features=256
+    """
+    with plain_errors():
+        need_train_extra("report")
+        from hf_linear_attn.cli.measure_actions import Documents, report_model
+
+        reports = report_model(
+            model,
+            variant,
+            output,
+            options=pairs(option, "--option"),
+            documents=Documents(documents, length, test, calibration),
+            layers=numbers(layers, "--layers"),
+        )
+    for stage, report in reports.items():
+        typer.echo(f"{stage}\n{report}\n")
+    typer.echo(f"Every head: {output / 'report.png'} and {output / 'report.json'}")
+
+
+@app.command("analyze")
+def analyze_command(
+    model: Model,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Variants, as linformer,longformer (default: all that serve it).")
+    ] = None,
+    documents: DocumentsOption = "auto",
+    length: Length = 512,
+    test: Test = 1,
+    calibration: Calibration = 1,
+    layers: Layers = None,
+    pattern_tokens: Annotated[int, typer.Option("--pattern-tokens", help="Tokens of the pictured patterns.")] = 96,
+    output: Output = Path("outputs/analysis"),
+) -> None:
+    """What the papers argue from: spectrum of attention, error against size, attention patterns as pictures.
+
+    Example:
+
+        hf-linear-attn analyze minilm --methods linformer,longformer,performer
+    """
+    with plain_errors():
+        need_train_extra("analyze")
+        from hf_linear_attn.cli.measure_actions import Documents, analyze_model
+
+        analysis = analyze_model(
+            model,
+            output,
+            documents=Documents(documents, length, test, calibration),
+            methods=None if methods is None else [name.strip() for name in methods.split(",")],
+            layers=numbers(layers, "--layers"),
+            pattern_tokens=pattern_tokens,
+        )
+    for layer, heads in analysis["spectrum"].items():
+        share = sum(head[len(head) // 4 - 1] for head in heads) / len(heads)
+        typer.echo(f"layer {layer}: the largest n / 4 singular values hold {share:.0%} of the sum (mean over heads)")
+    for curve in analysis["sizes"]["methods"]:
+        typer.echo(f"{curve['method']}, error at {curve['option']}:")
+        for n in sorted({row["length"] for row in curve["rows"]}):
+            points = [f"{row['size']}: {row['error']:.2f}" for row in curve["rows"] if row["length"] == n]
+            typer.echo(f"  n = {n:,}  " + "  ".join(points))
+    typer.echo(f"d ln d = {analysis['d_ln_d']:.0f}")
+    typer.echo(f"Pictures and numbers: {output}")
+
+
+@app.command("methods")
+def methods_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, see recipes/methods.")],
+    methods: Annotated[str | None, typer.Option("--methods", help="Only these variants, as linear,longformer.")] = None,
+    output: Output = Path("outputs/methods"),
+) -> None:
+    """Every method on real layers: error of its starts, and what a forward costs. Goes on where it was cut off.
+
+    Example:
+
+        hf-linear-attn methods recipes/methods/all.yaml --methods linear,longformer
+    """
+    with plain_errors():
+        need_train_extra("methods")
+        from hf_linear_attn.cli.measure_actions import run_methods
+        from hf_linear_attn.evaluation.methods_recipe import MethodsRecipe
+        from hf_linear_attn.evaluation.methods_tables import failed, worse_starts
+
+        if not recipe.is_file():
+            raise FileNotFoundError(f"There is no recipe {str(recipe)!r}")
+        only = None if methods is None else [name.strip() for name in methods.split(",")]
+        command = " ".join(["hf-linear-attn", *sys.argv[1:]])
+        results = run_methods(MethodsRecipe.from_yaml(recipe), output, only, command, typer.echo)
+    for line in worse_starts(results["rows"]):
+        typer.echo(f"Worse after calibration: {line}")
+    typer.echo(f"Tables: {output / 'methods.md'}")
+    typer.echo(f"Picture: {output / 'methods.png'}")
+    if failed(results["rows"]):
+        raise typer.Exit(code=1)
