@@ -7,12 +7,14 @@ query, and rounds are merged by their log-sum-exp.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 __all__ = ["SELF_LOGIT", "Intervals", "hash_buckets", "interval_attention", "naive_interval_attention", "visible"]
 
+# Upper bound on the logits of one round held at once (16 MiB in fp32).
+GROUP_ELEMENTS = 1 << 22
 # Logit of a token to itself where queries are keys: it counts when nothing else is there, as in the paper's code.
 SELF_LOGIT = -1e5
 
@@ -138,6 +140,20 @@ def interval_attention(
     """
     shape = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    # Heads in groups: what a group gathers is freed before the next one, and while it lasts it stays near the cache.
+    step = max(1, GROUP_ELEMENTS // (q.shape[1] * intervals.span * intervals.chunk))
+    outputs = []
+    for start in range(0, q.shape[0], step):
+        group = slice(start, start + step)
+        of_group = replace(intervals, **{name: getattr(intervals, name)[group] for name in ("order", "low", "high")})
+        outputs.append(_attend_heads(q[group], k[group], v[group], of_group, scaling, self_penalty))
+    return torch.cat(outputs).view(*shape[:3], v.shape[-1])
+
+
+def _attend_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scaling: float, self_penalty: bool
+) -> torch.Tensor:
+    """`interval_attention` on q, k, v `[N, T, D]`."""
     place = torch.empty_like(intervals.order)
     place.scatter_(-1, intervals.order, torch.arange(k.shape[1], device=q.device).expand_as(place))
     rounds = [
@@ -145,8 +161,7 @@ def interval_attention(
         for number in range(intervals.order.shape[1])
     ]
     share = torch.stack([lse for _, lse in rounds]).softmax(0).to(v.dtype)  # [rounds, N, Tq]
-    merged = torch.stack([part * weight[..., None] for (part, _), weight in zip(rounds, share, strict=True)]).sum(0)
-    return merged.view(*shape[:3], v.shape[-1])
+    return torch.stack([part * weight[..., None] for (part, _), weight in zip(rounds, share, strict=True)]).sum(0)
 
 
 def _attend_round(

@@ -77,7 +77,7 @@ class MemoryConfig(VariantConfig):
     ),
     cost="n^2 d (chunked), n (s+d) d (infini), n (s+m) d (transformer_xl)",
     state="kv",
-    exact_limit=lambda length, is_causal: {},
+    exact_limit=lambda length, is_causal: {"form": "chunked"},
     test_options=(
         {"form": "infini", "segment_size": 8},
         {"form": "transformer_xl", "segment_size": 8, "mem_length": 12},
