@@ -262,15 +262,6 @@ def test_rotary_frequencies_that_depend_on_the_limit_keep_it() -> None:
     assert torch.equal(type(model)(copy.deepcopy(config)).rotary_emb.inv_freq, frequencies)
 
 
-@pytest.mark.parametrize("family", ROTARY)
-def test_global_tokens_need_projections_without_rotary_embeddings(family: str) -> None:
-    model = base_model(family)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"num_global_tokens=1.*rotary"):
-        convert_model(model, "longformer", num_global_tokens=1)
-    assert_unchanged(model, before)
-
-
 # --- sliding windows --------------------------------------------------------------------------------------------
 
 

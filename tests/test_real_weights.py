@@ -175,7 +175,9 @@ def test_perplexity_of_a_converted_decoder_follows_from_what_it_keeps() -> None:
         return after
 
     assert converted("longformer", window_size=192) == pytest.approx(before, rel=1e-3)
-    assert 1.2 * before < converted("longformer", window_size=96) < 6 * before
+    # Much of a decoder's attention rests on the first token: a window alone loses it.
+    assert 1.2 * before < converted("longformer", window_size=96, num_global_tokens=0) < 6 * before
+    assert converted("longformer", window_size=96) < 1.1 * before
     # Every third layer without softmax and untrained: calibration brings the start closer.
     published, calibrated = (
         converted("linear", layers=range(0, 30, 3), calibration=data) for data in (None, [{"input_ids": other}])

@@ -29,7 +29,8 @@ class LongformerConfig(VariantConfig):
         window_size: w in tokens (even on encoders, half on each side), or one per layer of the model.
         dilation: distance between neighbouring keys of the window in tokens, or one per head.
         num_global_tokens: so many first real tokens are global unless the call names others; None means 1 on
-            encoders and 0 on decoders. With 0 the layer has no global projections and takes no global mask.
+            encoders and on decoders with rotary embeddings, 0 on other decoders. With 0, or rotary embeddings, the
+            layer has no global projections and takes no global mask.
     """
 
     window_size: int | tuple[int, ...] = 512
@@ -73,7 +74,7 @@ class LongformerAttention(AttentionVariant):
     (w - 1) d keys and values, the count of tokens and, with global tokens, their keys and values.
 
     Raises:
-        ValueError: for an odd window on an encoder, a list of the wrong length, or global tokens on a rotary layer.
+        ValueError: for an odd window or rotary global tokens on an encoder, or a list of the wrong length.
     """
 
     config: LongformerConfig
@@ -89,10 +90,12 @@ class LongformerAttention(AttentionVariant):
         if not context.is_causal and self.window_size % 2:
             raise ValueError(f"window_size must be even on an encoder (half on each side), got {self.window_size}.")
         g = config.num_global_tokens
-        self.num_global_tokens = g if g is not None else int(not context.is_causal)
-        if self.num_global_tokens > 0 and context.rotary:
+        self.num_global_tokens = g if g is not None else int(context.is_causal == context.rotary)
+        if self.num_global_tokens > 0 and context.rotary and not context.is_causal:
             raise ValueError(f"num_global_tokens={g}: global rows would lack the rotary embeddings. Allowed here: 0.")
-        if self.num_global_tokens > 0:
+        # A projection of hidden_states lacks the rotation; the first tokens of a decoder see none but each other.
+        self.projects = self.num_global_tokens > 0 and not context.rotary
+        if self.projects:
             width = context.num_heads * context.head_dim
             self.query_global = nn.Linear(context.hidden_size, width)
             self.key_global = nn.Linear(context.hidden_size, width)
@@ -100,7 +103,7 @@ class LongformerAttention(AttentionVariant):
         self.reset_parameters()
 
     def _projections(self) -> list[nn.Linear]:
-        return [self.query_global, self.key_global, self.value_global] if self.num_global_tokens > 0 else []
+        return [self.query_global, self.key_global, self.value_global] if self.projects else []
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -119,10 +122,7 @@ class LongformerAttention(AttentionVariant):
     ) -> None:
         for layer, (weight, bias) in zip(self._projections(), (query, key, value), strict=False):
             layer.weight.copy_(weight)
-            if bias is None:
-                layer.bias.zero_()
-            else:
-                layer.bias.copy_(bias)
+            layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         def empty(length: int) -> torch.Tensor:
@@ -131,11 +131,11 @@ class LongformerAttention(AttentionVariant):
 
         dilation = self.config.dilation
         span = (self.window_size - 1) * (max(dilation) if isinstance(dilation, tuple) else dilation)
-        names = ("global_key", "global_value", "global_key_projected", "global_value_projected")
         state = {"key": empty(span), "value": empty(span)}
         state["count"] = torch.zeros(batch_size, dtype=torch.long, device=device)
         if self.num_global_tokens > 0:
-            state.update({name: empty(self.num_global_tokens) for name in names})
+            names = ("key", "value", "key_projected", "value_projected")[: 4 if self.projects else 2]
+            state.update({f"global_{name}": empty(self.num_global_tokens) for name in names})
         return state
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
@@ -147,12 +147,13 @@ class LongformerAttention(AttentionVariant):
         in_window = None if inputs.key_padding is None and state is None else call.rank >= 0
         extra, rows = None, None
         kept: State = {}
-        if tokens is not None and inputs.hidden_states is not None:
+        if tokens is not None:
             in_window = tokens.in_window
             place = tokens.position.clamp(0, k_len - 1).expand(call.k.shape[0], -1)
             kept = {"global_key": take_tokens(call.k, place), "global_value": take_tokens(call.v, place)}
             kept = keep_old(kept, tokens, state)
             extra = kept["global_key"], kept["global_value"], tokens.seen_by(q_len, k_len, inputs.is_causal)
+        if tokens is not None and self.projects and inputs.hidden_states is not None:
             given = call, tokens, inputs.hidden_states, self._projections(), inputs.scaling
             if inputs.is_causal and inputs.global_mask is None:
                 rows, new = rows_over_first(*given, state)
@@ -161,9 +162,8 @@ class LongformerAttention(AttentionVariant):
                 rows = rows_over_all(*given, inputs.is_causal)
         w, d = self.window_size, self.config.dilation
         left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
-        where: dict[str, Any] = {"left": left, "right": right, "dilation": d, "key_allowed": in_window}
-        qkv = call.q, call.k, call.v
-        out = sliding_window_attention(*qkv, scaling=inputs.scaling, extra=extra, **where)
+        where: dict[str, Any] = {"left": left, "right": right, "dilation": d, "key_allowed": in_window, "extra": extra}
+        out = sliding_window_attention(call.q, call.k, call.v, scaling=inputs.scaling, **where)
         if tokens is not None and rows is not None:
             out = tokens.place_rows(rows, out)
         out = call.restore(out)
@@ -175,7 +175,7 @@ class LongformerAttention(AttentionVariant):
         return out, {**after, "count": (call.rank[:, -1] + 1).expand(out.shape[0]).contiguous()}
 
     def _check(self, inputs: AttentionInputs, state: State | None) -> None:
-        (B, _, q_len, _), k_len, g = inputs.query.shape, inputs.key.shape[2], self.num_global_tokens
+        (B, _, q_len, _), k_len = inputs.query.shape, inputs.key.shape[2]
         mask, built = inputs.global_mask, self.context.is_causal
         if inputs.is_causal != built:
             raise ValueError(f"Layer built for is_causal={built}, called with {inputs.is_causal}.")
@@ -183,16 +183,16 @@ class LongformerAttention(AttentionVariant):
             raise ValueError("A decode state needs causal attention; this layer is bidirectional.")
         if state is not None and q_len != k_len:
             raise ValueError(f"With a decode state Tq must equal Tk (new tokens), got {q_len} and {k_len}.")
-        if mask is not None and g == 0:
-            raise ValueError("A global_mask needs global projections: convert with num_global_tokens >= 1.")
+        if mask is not None and not self.projects:
+            raise ValueError("A global_mask needs projections: num_global_tokens >= 1, and no rotary embeddings.")
         if mask is not None and state is not None:
             raise ValueError("A global_mask does not go with a decode state: call with use_cache=False.")
         if mask is not None and tuple(mask.shape) != (B, q_len):
             raise ValueError(f"global_mask must have shape {(B, q_len)}, got {tuple(mask.shape)}.")
-        if g > 0 and inputs.hidden_states is None:
+        if self.projects and inputs.hidden_states is None:
             raise ValueError("The global tokens of longformer need hidden_states, got None.")
-        if g > 0:
-            check_hidden(q_len, inputs.key_padding, k_len, g, mask is not None)
+        if self.projects:
+            check_hidden(q_len, inputs.key_padding, k_len, self.num_global_tokens, mask is not None)
 
     def _global_tokens(self, inputs: AttentionInputs, call: CompactedCall) -> GlobalTokens | None:
         if inputs.global_mask is not None:

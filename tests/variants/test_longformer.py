@@ -296,8 +296,35 @@ def test_adapters_on_the_global_projections_take_part(is_causal, options):
     torch.testing.assert_close(layer(hidden), adapted)
 
 
-def test_rotary_layers_have_no_global_tokens():
+@pytest.mark.parametrize("count", [1, 3])
+def test_first_tokens_of_rotary_decoders_are_global_without_projections(count):
+    """Every row sees its window and the first tokens; those see each other, through the layer's own q, k and v."""
     context = LayerContext(0, 2, WIDTH, HEADS, DIM, 512, True, rotary=True)
-    assert LongformerAttention(LongformerConfig(), context).num_global_tokens == 0
+    assert LongformerAttention(LongformerConfig(), context).num_global_tokens == 1
+    layer = LongformerAttention(LongformerConfig(window_size=4, num_global_tokens=count), context)
+    assert list(layer.parameters()) == []
+    q, k, v = torch.randn(3, 2, HEADS, 23, DIM, dtype=torch.float64)
+    place = torch.arange(23)
+    distance = place[:, None] - place
+    allowed = (distance >= 0) & ((distance < 4) | (place < count))
+    expected = (q @ k.mT * 0.3).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+    out, _ = layer(AttentionInputs(q, k, v, is_causal=True, scaling=0.3))
+    torch.testing.assert_close(out, expected)
+    state, outputs = layer.init_state(2, torch.float64, q.device), []
+    assert set(state) == {"key", "value", "count", "global_key", "global_value"}
+    for rows in place.split([1, 1, 9, 12]):
+        call = AttentionInputs(q[:, :, rows], k[:, :, rows], v[:, :, rows], is_causal=True, scaling=0.3)
+        part, state = layer(call, state)
+        outputs.append(part)
+    torch.testing.assert_close(torch.cat(outputs, 2), expected)
+
+
+def test_rotary_layers_take_no_global_mask():
+    layer = LongformerAttention(LongformerConfig(), LayerContext(0, 2, WIDTH, HEADS, DIM, 512, True, rotary=True))
+    q = torch.randn(1, HEADS, 5, DIM)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"global_mask needs projections.*rotary"):
+        layer(AttentionInputs(q, q, q, is_causal=True, global_mask=mask))
+    encoder = LayerContext(0, 2, WIDTH, HEADS, DIM, 512, False, rotary=True)
     with pytest.raises(ValueError, match=r"num_global_tokens=1.*rotary"):
-        LongformerAttention(LongformerConfig(num_global_tokens=1), context)
+        LongformerAttention(LongformerConfig(num_global_tokens=1), encoder)
