@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -28,6 +28,28 @@ class VariantConfig:
 
     def validate(self) -> None:
         """Raise `ValueError` naming the option, what was given and what is allowed."""
+
+    def require_integer(self, *names: str, at_least: int = 1, optional: bool = False) -> None:
+        """Raise `ValueError` unless each of these options is an integer of at least that, or None if `optional`."""
+        for name in names:
+            value = getattr(self, name)
+            if optional and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+                also = ", or None" if optional else ""
+                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {at_least}{also}.")
+
+    def require_bool(self, *names: str) -> None:
+        """Raise `ValueError` unless each of these options is True or False."""
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False.")
+
+    def require_choice(self, name: str, allowed: Iterable[Any]) -> None:
+        """Raise `ValueError` unless this option is one of `allowed`."""
+        allowed = list(allowed)
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Options as JSON types (tuples become lists)."""

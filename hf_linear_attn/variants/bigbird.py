@@ -23,7 +23,7 @@ from torch import nn
 
 from hf_linear_attn.ops.block_patterns import bigbird_lists, hashed, random_blocks
 from hf_linear_attn.ops.block_sparse import block_grid, block_sparse_attention, global_columns
-from hf_linear_attn.ops.calibration import Row, choose_start, error_meter, real_rows
+from hf_linear_attn.ops.calibration import Row, choose_start, collect_rows, error_meter
 from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
 from hf_linear_attn.registry import register_variant
@@ -57,20 +57,15 @@ class BigBirdConfig(VariantConfig):
     num_global_tokens: int | None = None
 
     def validate(self) -> None:
-        if self.form not in ("itc", "etc"):
-            raise ValueError(f"form must be 'itc' or 'etc', got {self.form!r}.")
-        g = self.num_global_tokens
-        if self.form == "itc" and g is not None:
-            raise ValueError(f"num_global_tokens must be None with form='itc' and goes with form='etc', got {g!r}.")
-        least = {"block_size": 1, "num_window_blocks": 1, "num_random_blocks": 0, "seed": 0}
-        if g is not None:
-            least["num_global_tokens"] = 1
-        for name, lowest in least.items():
-            given = getattr(self, name)
-            if isinstance(given, bool) or not isinstance(given, int) or given < lowest:
-                raise ValueError(f"{name} must be an int >= {lowest}, got {given!r}.")
+        self.require_choice("form", ("itc", "etc"))
+        self.require_integer("block_size", "num_window_blocks")
+        self.require_integer("num_random_blocks", "seed", at_least=0)
+        self.require_integer("num_global_tokens", optional=True)
+        if self.form == "itc" and self.num_global_tokens is not None:
+            given = self.num_global_tokens
+            raise ValueError(f"num_global_tokens={given!r}; allowed: None with form='itc' (it goes with form='etc').")
         if self.num_window_blocks % 2 == 0:
-            raise ValueError(f"num_window_blocks must be odd (half on each side), got {self.num_window_blocks}.")
+            raise ValueError(f"num_window_blocks={self.num_window_blocks}; allowed: an odd integer, half on each side.")
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
@@ -146,7 +141,7 @@ class BigBirdAttention(AttentionVariant):
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Per head: no change, the mean first token ([CLS]) plus noise, or real tokens of several weights e^c."""
-        rows = [row for x in batches for row in real_rows(x.query, x.key, x.value, x.key_padding)]
+        rows = collect_rows(batches)
         if not self.num_global_tokens or not rows:
             return
         real = torch.cat([torch.stack(row[:2])[:, 0] for row in rows], dim=2).transpose(0, 1)  # [H, 2, N, D]

@@ -38,8 +38,7 @@ class CosformerConfig(VariantConfig):
     variance_reducer: bool = True
 
     def validate(self) -> None:
-        if not isinstance(self.variance_reducer, bool):
-            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+        self.require_bool("variance_reducer")
 
 
 @register_variant(

@@ -46,10 +46,8 @@ class EfficientConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        if self.num_features is not None and (not isinstance(self.num_features, int) or self.num_features < 1):
-            raise ValueError(f"num_features={self.num_features!r}; allowed: an integer of at least 1, or None.")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}; allowed: an integer of at least 0.")
+        self.require_integer("num_features", optional=True)
+        self.require_integer("seed", at_least=0)
 
 
 @register_variant(

@@ -40,9 +40,7 @@ class EntmaxConfig(VariantConfig):
     initial_lambda: float = 0.0
 
     def validate(self) -> None:
-        allowed = [*FIXED_ALPHAS, "learned"]
-        if self.alpha not in allowed:
-            raise ValueError(f"alpha={self.alpha!r}; allowed: {', '.join(allowed)}.")
+        self.require_choice("alpha", (*FIXED_ALPHAS, "learned"))
         share = self.initial_lambda
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(f"initial_lambda={share!r}; allowed: a number from 0 to 1.")

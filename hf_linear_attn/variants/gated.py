@@ -58,15 +58,10 @@ class GatedConfig(VariantConfig):
     variance_reducer: bool = True
 
     def validate(self) -> None:
-        maps = [*sorted(FEATURE_MAPS), "identity"]
-        if self.feature_map not in maps:
-            raise ValueError(f"feature_map={self.feature_map!r}; allowed: {', '.join(maps)}.")
-        if isinstance(self.gate_rank, bool) or not isinstance(self.gate_rank, int) or self.gate_rank < 1:
-            raise ValueError(f"gate_rank={self.gate_rank!r}; allowed: an integer of at least 1.")
-        if self.init not in INITS:
-            raise ValueError(f"init={self.init!r}; allowed: {', '.join(INITS)}.")
-        if not isinstance(self.variance_reducer, bool):
-            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+        self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "identity"))
+        self.require_integer("gate_rank")
+        self.require_choice("init", INITS)
+        self.require_bool("variance_reducer")
 
 
 @register_variant(

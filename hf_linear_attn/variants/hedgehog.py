@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,9 +39,9 @@ class HedgehogConfig(VariantConfig):
     num_features: int | None = None
 
     def validate(self) -> None:
-        f: Any = self.num_features
-        if f is not None and (isinstance(f, bool) or not isinstance(f, int) or f < 2 or f % 2):
-            raise ValueError(f"num_features={f!r}; allowed: None or an even integer of at least 2.")
+        self.require_integer("num_features", at_least=2, optional=True)
+        if self.num_features is not None and self.num_features % 2:
+            raise ValueError(f"num_features={self.num_features}; allowed: an even integer, or None.")
 
 
 @register_variant(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.calibration import Row, choose_per_head, head_errors, real_rows
+from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens
 from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, accumulation_dtype
 from hf_linear_attn.ops.linear_attention import bidirectional_linear_attention
 from hf_linear_attn.ops.masking import query_padding, safe_masked_fill
@@ -59,10 +59,8 @@ class KernelLinformerConfig(VariantConfig):
 
     def validate(self) -> None:
         check_projection_options(self)
-        if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(f"feature_map={self.feature_map!r}; allowed: {', '.join(sorted(FEATURE_MAPS))}.")
-        if not isinstance(self.variance_reducer, bool):
-            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+        self.require_choice("feature_map", sorted(FEATURE_MAPS))
+        self.require_bool("variance_reducer")
 
 
 @register_variant(
@@ -133,24 +131,13 @@ class KernelLinformerAttention(AttentionVariant):
         """Choose each head's means and sharpness by its output error on the first `max_length` tokens of each row."""
         if not self.config.variance_reducer:
             return
-        rows: list[Row] = []
-        scaling, limit = batches[0].scaling, self.context.max_length
-        for batch in batches:
-            for q, k, v in real_rows(batch.query, batch.key, batch.value, batch.key_padding):
-                rows.append((q[:, :, :limit], k[:, :, :limit], v[:, :, :limit]))
-        a, c = (torch.cat([row[i][0] for row in rows], 1).mean(1) for i in (0, 1))  # [H, D]
+        rows = collect_rows(batches, self.context.max_length)
+        a, c = (tokens.mean(1) for tokens in head_tokens(rows))  # [H, D]
         one = torch.ones_like(a[:, 0])
-        starts = [(0 * a, 0 * c, one), *((a, c, sharpness * one) for sharpness in SHARPNESS)]
-
-        def attend(row: Row) -> torch.Tensor:
-            return self(AttentionInputs(*row, scaling=scaling))[0]
-
-        errors = []
-        for start in starts:
-            self._set_start(*start)
-            errors.append(head_errors(attend, rows, is_causal=False, scaling=scaling))
-        choice, heads = choose_per_head(errors), torch.arange(a.shape[0], device=a.device)
-        self._set_start(*(torch.stack(options)[choice, heads] for options in zip(*starts, strict=True)))
+        starts = [{"query_mean": 0 * a, "key_mean": 0 * c, "sharpness": one}]
+        starts += [{"query_mean": a, "key_mean": c, "sharpness": sharpness * one} for sharpness in SHARPNESS]
+        present = {name: self.get_buffer(name) for name in starts[0]}
+        choose_start(present, starts, self.error_meter(rows, batches[0].scaling))
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         """See `AttentionVariant.forward`.
@@ -180,8 +167,3 @@ class KernelLinformerAttention(AttentionVariant):
             feature_map(query * scale)[0], key_features, value, key_log_weight=log_weight, key_padding=in_use
         )
         return output.to(inputs.query.dtype), None
-
-    def _set_start(self, query_mean: torch.Tensor, key_mean: torch.Tensor, sharpness: torch.Tensor) -> None:
-        self.query_mean.copy_(query_mean)
-        self.key_mean.copy_(key_mean)
-        self.sharpness.copy_(sharpness)

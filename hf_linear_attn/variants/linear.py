@@ -48,15 +48,10 @@ class LinearConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        allowed = [*sorted(FEATURE_MAPS), "laplace"]
-        if self.feature_map not in allowed:
-            raise ValueError(f"feature_map={self.feature_map!r}; allowed: {', '.join(allowed)}.")
-        if not isinstance(self.variance_reducer, bool):
-            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
-        if not isinstance(self.num_features, int) or self.num_features < 1:
-            raise ValueError(f"num_features={self.num_features!r}; allowed: an integer of at least 1.")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}; allowed: an integer of at least 0.")
+        self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "laplace"))
+        self.require_bool("variance_reducer")
+        self.require_integer("num_features")
+        self.require_integer("seed", at_least=0)
 
 
 @register_variant(

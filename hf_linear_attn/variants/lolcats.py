@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -55,14 +54,11 @@ class LolcatsConfig(VariantConfig):
     projection_size: int = 16
 
     def validate(self) -> None:
-        if self.tail not in _TAILS:
-            raise ValueError(f"tail={self.tail!r}; allowed: {', '.join(_TAILS)}.")
-        for name, unset in (("window_size", True), ("num_features", True), ("projection_size", False)):
-            x: Any = getattr(self, name)
-            if not (unset and x is None) and (isinstance(x, bool) or not isinstance(x, int) or x < 1):
-                raise ValueError(f"{name}={x!r}; allowed: {'None or ' if unset else ''}an integer of at least 1.")
+        self.require_choice("tail", _TAILS)
+        self.require_integer("window_size", "num_features", optional=True)
+        self.require_integer("projection_size")
         if self.num_features is not None and self.num_features % 2:
-            raise ValueError(f"num_features={self.num_features}; allowed: None or an even integer.")
+            raise ValueError(f"num_features={self.num_features}; allowed: an even integer, or None.")
 
 
 @register_variant(

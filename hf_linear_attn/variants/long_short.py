@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops import dynamic_projection as landmark
-from hf_linear_attn.ops.calibration import Row, choose_per_head, head_errors, kmeans, real_rows
+from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, kmeans
 from hf_linear_attn.ops.compaction import compact
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
 from hf_linear_attn.registry import register_variant
@@ -52,12 +52,10 @@ class LongShortConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        for name, least in (("window_size", 1), ("num_landmarks", 0), ("segment_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is None and name in ("num_landmarks", "segment_size"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}.")
+        self.require_integer("window_size")
+        self.require_integer("num_landmarks", at_least=0, optional=True)
+        self.require_integer("segment_size", optional=True)
+        self.require_integer("seed", at_least=0)
         for name, also in (("landmark_bias", ""), ("norm_gate", ", or None")):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | (None if also else int)):
@@ -131,25 +129,16 @@ class LongShortAttention(AttentionVariant):
         """Choose each head's W_p, and whether its landmarks pool segments, by its output error on these inputs."""
         if not self.r:
             return
-        scaling, causal = batches[0].scaling, self.context.is_causal
-        rows = [row for x in batches for row in real_rows(x.query, x.key, x.value, x.key_padding)]
-        queries = torch.cat([row[0][0] for row in rows], 1)  # [H, tokens, D]
+        rows, scaling = collect_rows(batches), batches[0].scaling
+        queries, _ = head_tokens(rows)
         centroids = scaling * kmeans(queries, self.r, self.config.seed).mT
-        starts = [(self.projection.float().clone(), False), (centroids, False)]
-        if not causal and queries.shape[1] >= 2 * self.r * len(rows):  # segments of one token say nothing
-            starts.append((scaling * queries.mean(1)[..., None].expand_as(centroids), True))
-
-        def attend(row: Row) -> torch.Tensor:
-            return self(AttentionInputs(*row, is_causal=causal, scaling=scaling))[0]
-
-        errors = []
-        for projection, segmented in starts:
-            self.projection.copy_(projection)
-            self.segmented.fill_(segmented)
-            errors.append(head_errors(attend, rows, is_causal=causal, scaling=scaling))
-        choice, heads = choose_per_head(errors), torch.arange(len(queries), device=queries.device)
-        self.projection.copy_(torch.stack([projection for projection, _ in starts])[choice, heads])
-        self.segmented.copy_(torch.tensor([segmented for _, segmented in starts], device=choice.device)[choice])
+        no, yes = (torch.full_like(self.segmented, segmented) for segmented in (False, True))
+        starts = [{"projection": start, "segmented": no} for start in (self.projection.clone(), centroids)]
+        if not self.context.is_causal and queries.shape[1] >= 2 * self.r * len(rows):  # of one token they say nothing
+            mean = scaling * queries.mean(1)[..., None].expand_as(centroids)
+            starts.append({"projection": mean, "segmented": yes})
+        present = {"projection": self.projection, "segmented": self.segmented}
+        choose_start(present, starts, self.error_meter(rows, scaling))
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim

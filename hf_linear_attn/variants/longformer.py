@@ -42,10 +42,8 @@ class LongformerConfig(VariantConfig):
             given = getattr(self, name)
             values = given if isinstance(given, tuple) else (given,)
             if not values or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in values):
-                raise ValueError(f"{name} must be an int >= 1 or a list of them, got {given!r}.")
-        g = self.num_global_tokens
-        if g is not None and (isinstance(g, bool) or not isinstance(g, int) or g < 0):
-            raise ValueError(f"num_global_tokens must be None or an int >= 0, got {g!r}.")
+                raise ValueError(f"{name}={given!r}; allowed: an integer of at least 1, or a list of them.")
+        self.require_integer("num_global_tokens", at_least=0, optional=True)
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:

@@ -55,16 +55,11 @@ class MemoryConfig(VariantConfig):
     variance_reducer: bool = True
 
     def validate(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form={self.form!r}; allowed: {', '.join(FORMS)}.")
-        for name, least in (("segment_size", 1), ("mem_length", 0), ("chunk_size", 1)):
-            value = getattr(self, name)
-            if name == "chunk_size" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}.")
-        if not isinstance(self.variance_reducer, bool):
-            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
+        self.require_choice("form", FORMS)
+        self.require_integer("segment_size")
+        self.require_integer("mem_length", at_least=0)
+        self.require_integer("chunk_size", optional=True)
+        self.require_bool("variance_reducer")
 
 
 @register_variant(

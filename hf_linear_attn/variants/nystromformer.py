@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.calibration import Row, choose_per_head, head_errors, kmeans, real_rows
+from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, kmeans
 from hf_linear_attn.ops.nystrom import CENTROIDS, OWN_QUERIES, SEGMENT_MEANS, nystrom_attention, rank_convolution
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -49,13 +49,11 @@ class NystromformerConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        for name, least in (("num_landmarks", 1), ("num_iterations", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}.")
-        size = self.conv_kernel_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0):
-            raise ValueError(f"conv_kernel_size={size!r}; allowed: an odd integer of at least 1, or None.")
+        self.require_integer("num_landmarks", "num_iterations")
+        self.require_integer("seed", at_least=0)
+        self.require_integer("conv_kernel_size", optional=True)
+        if self.conv_kernel_size is not None and self.conv_kernel_size % 2 == 0:
+            raise ValueError(f"conv_kernel_size={self.conv_kernel_size}; allowed: an odd integer, or None.")
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
@@ -112,20 +110,11 @@ class NystromformerAttention(AttentionVariant):
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose each head's landmarks by its output error against softmax on these inputs."""
-        rows, scaling = [], batches[0].scaling
-        for batch in batches:
-            rows += real_rows(batch.query, batch.key, batch.value, batch.key_padding)
-        queries = torch.cat([row[0][0] for row in rows], 1)  # [H, tokens, D]
+        rows = collect_rows(batches)
+        queries, _ = head_tokens(rows)
         self.centroids.copy_(kmeans(queries, self.config.num_landmarks, self.config.seed))
-
-        def attend(row: Row) -> torch.Tensor:
-            return self(AttentionInputs(*row, scaling=scaling))[0]
-
-        errors, forms = [], (SEGMENT_MEANS, OWN_QUERIES, CENTROIDS)
-        for form in forms:
-            self.form.fill_(form)
-            errors.append(head_errors(attend, rows, is_causal=False, scaling=scaling))
-        self.form.copy_(torch.tensor(forms, device=self.form.device)[choose_per_head(errors)])
+        forms = [{"form": torch.full_like(self.form, form)} for form in (SEGMENT_MEANS, OWN_QUERIES, CENTROIDS)]
+        choose_start({"form": self.form}, forms, self.error_meter(rows, batches[0].scaling))
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         """See `AttentionVariant.forward`.

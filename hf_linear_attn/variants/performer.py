@@ -47,15 +47,10 @@ class PerformerConfig(VariantConfig):
     variance_reducer: bool = True
 
     def validate(self) -> None:
-        if self.kernel not in maps.RANDOM_FEATURE_KERNELS:
-            raise ValueError(f"kernel={self.kernel!r}; allowed: {', '.join(maps.RANDOM_FEATURE_KERNELS)}.")
-        if not isinstance(self.num_features, int) or self.num_features < 1:
-            raise ValueError(f"num_features={self.num_features!r}; allowed: an integer of at least 1.")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}; allowed: an integer of at least 0.")
-        for name in ("orthogonal", "variance_reducer"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False.")
+        self.require_choice("kernel", maps.RANDOM_FEATURE_KERNELS)
+        self.require_integer("num_features")
+        self.require_integer("seed", at_least=0)
+        self.require_bool("orthogonal", "variance_reducer")
 
 
 @register_variant(
@@ -98,8 +93,9 @@ class PerformerAttention(AttentionVariant):
         """The published form: directions drawn from (seed, layer_idx), means 0, maps the identity."""
         self.redraw(self.config.seed)
         if self.config.variance_reducer:
-            identity = torch.eye(self.context.head_dim, device=self.omega.device).expand_as(self.query_map)
-            self._set_start(torch.zeros_like(self.query_mean), torch.zeros_like(self.key_mean), identity, identity)
+            for name in ("query", "key"):
+                self.get_buffer(f"{name}_mean").zero_()
+                self.get_buffer(f"{name}_map").copy_(torch.eye(self.context.head_dim))
 
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
@@ -117,27 +113,20 @@ class PerformerAttention(AttentionVariant):
         """
         if not self.config.variance_reducer:
             return
-        rows, scaling = [], batches[0].scaling
-        for batch in batches:
-            rows += measure.real_rows(batch.query, batch.key, batch.value, batch.key_padding)
-        q, k = (torch.cat([row[i][0] for row in rows], 1) for i in (0, 1))  # [H, tokens, D]
-        a, c = q.mean(1), k.mean(1)
+        rows, scaling = measure.collect_rows(batches), batches[0].scaling
+        q, k = measure.head_tokens(rows)
         identity = torch.eye(q.shape[-1], device=q.device).expand(q.shape[0], -1, -1)
-        starts = [(torch.zeros_like(a), torch.zeros_like(c), identity, identity), (a, c, identity, identity)]
+        published, *means = (a for a, _, _ in measure.reducer_starts(q, k, centered=False))
+        moves = [(published, 0 * published, identity, identity)]
+        for a in means:
+            moves.append((a, c := k.mean(1), identity, identity))
+            if self.config.kernel != "relu":
+                moves.append((a, c, *measure.balancing_maps(q - a[:, None], k - c[:, None])))
+        present = {name: self.get_buffer(name) for name in ("query_mean", "key_mean", "query_map", "key_map")}
+        starts = [dict(zip(present, move, strict=True)) for move in moves]
+        measure.choose_start(present, starts, self.error_meter(rows, scaling))
         if self.config.kernel != "relu":
-            starts.append((a, c, *measure.balancing_maps(q - a[:, None], k - c[:, None])))
-
-        def attend(row: measure.Row) -> torch.Tensor:
-            return self(AttentionInputs(*row, is_causal=self.context.is_causal, scaling=scaling))[0]
-
-        errors = []
-        for start in starts:
-            self._set_start(*start)
-            errors.append(measure.head_errors(attend, rows, is_causal=self.context.is_causal, scaling=scaling))
-        choice, heads = measure.choose_per_head(errors), torch.arange(q.shape[0], device=q.device)
-        a, c, query_map, key_map = (torch.stack(options)[choice, heads] for options in zip(*starts, strict=True))
-        self._set_start(a, c, query_map, key_map)
-        if self.config.kernel != "relu":
+            a, c, query_map, key_map = (x.to(q) for x in present.values())
             self._warn_if_hopeless((q - a[:, None]) @ query_map, (k - c[:, None]) @ key_map, scaling)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
@@ -179,12 +168,6 @@ class PerformerAttention(AttentionVariant):
         if shared is None or log_weight is None:
             return features, log_weight if shared is None else shared
         return features, log_weight + shared
-
-    def _set_start(self, a: torch.Tensor, c: torch.Tensor, query_map: torch.Tensor, key_map: torch.Tensor) -> None:
-        self.query_mean.copy_(a)
-        self.key_mean.copy_(c)
-        self.query_map.copy_(query_map)
-        self.key_map.copy_(key_map)
 
     def _warn_if_hopeless(self, q: torch.Tensor, k: torch.Tensor, scaling: float) -> None:
         """Variance of an estimate over its square: (exp(|q'+k'|^2) - 1) / m, or with q' - k' for `trig`."""

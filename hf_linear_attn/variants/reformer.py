@@ -52,17 +52,12 @@ class ReformerConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        for name, lowest in (("num_hashes", 1), ("chunk_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {lowest}.")
-        buckets = self.num_buckets
-        if isinstance(buckets, bool) or not (
-            buckets is None or (isinstance(buckets, int) and buckets > 0 and (buckets == 1 or buckets % 2 == 0))
-        ):
-            raise ValueError(f"num_buckets={buckets!r}; allowed: None, 1 or an even integer of at least 2.")
-        if not isinstance(self.share_qk, bool):
-            raise ValueError(f"share_qk={self.share_qk!r}; allowed: True or False.")
+        self.require_integer("num_hashes", "chunk_size")
+        self.require_integer("num_buckets", optional=True)
+        self.require_integer("seed", at_least=0)
+        self.require_bool("share_qk")
+        if self.num_buckets is not None and self.num_buckets > 1 and self.num_buckets % 2:
+            raise ValueError(f"num_buckets={self.num_buckets}; allowed: None, 1 or an even integer of at least 2.")
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:

@@ -54,14 +54,9 @@ class RetentionConfig(VariantConfig):
     variance_reducer: bool = True
 
     def validate(self) -> None:
-        maps = [*sorted(FEATURE_MAPS), "identity"]
-        if self.feature_map not in maps:
-            raise ValueError(f"feature_map={self.feature_map!r}; allowed: {', '.join(maps)}.")
-        if self.init not in INITS:
-            raise ValueError(f"init={self.init!r}; allowed: {', '.join(INITS)}.")
-        for name in ("learnable", "variance_reducer"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False.")
+        self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "identity"))
+        self.require_choice("init", INITS)
+        self.require_bool("learnable", "variance_reducer")
 
 
 @register_variant(

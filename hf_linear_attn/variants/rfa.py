@@ -56,14 +56,10 @@ class RFAConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        if self.kernel not in _WIDTHS:
-            raise ValueError(f"kernel={self.kernel!r}; allowed: {', '.join(_WIDTHS)}.")
-        for name, least in (("num_features", 1), ("seed", 0)):
-            if not isinstance(value := getattr(self, name), int) or value < least:
-                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {least}.")
-        for name in ("gate", "variance_reducer"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name}={value!r}; allowed: True or False.")
+        self.require_choice("kernel", _WIDTHS)
+        self.require_integer("num_features")
+        self.require_integer("seed", at_least=0)
+        self.require_bool("gate", "variance_reducer")
 
 
 @register_variant(

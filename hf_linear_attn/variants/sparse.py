@@ -47,19 +47,14 @@ class SparseConfig(VariantConfig):
     heads: str | tuple[str, ...] = "union"
 
     def validate(self) -> None:
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {self.pattern!r}.")
+        self.require_choice("pattern", PATTERNS)
+        self.require_integer("stride", optional=True)
+        self.require_integer("num_summary_tokens")
         given = self.heads
         if given not in ("union", "split") and not (isinstance(given, tuple) and given and set(given) <= set(PARTS)):
-            raise ValueError(f"heads must be 'union', 'split' or a list of {', '.join(PARTS)}, got {given!r}.")
-        for name in ("stride", "num_summary_tokens"):
-            given = getattr(self, name)
-            if name == "stride" and given is None:
-                continue
-            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-                raise ValueError(f"{name} must be an int >= 1{' or None' * (name == 'stride')}, got {given!r}.")
-        if self.pattern == "block_local" and self.heads != "union":
-            raise ValueError(f"pattern='block_local' has one part: heads must be 'union', got {self.heads!r}.")
+            raise ValueError(f"heads={given!r}; allowed: union, split, or a list of {', '.join(PARTS)}.")
+        if self.pattern == "block_local" and given != "union":
+            raise ValueError(f"heads={given!r}; allowed: union, since pattern='block_local' has one part.")
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:

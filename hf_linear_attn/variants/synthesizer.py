@@ -51,13 +51,10 @@ class SynthesizerConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        for name, allowed in (("form", (*COMPONENTS, "mixture")), ("component", COMPONENTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
-        for name, lowest in (("rank", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {lowest}.")
+        self.require_choice("form", (*COMPONENTS, "mixture"))
+        self.require_choice("component", COMPONENTS)
+        self.require_integer("rank")
+        self.require_integer("seed", at_least=0)
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:

@@ -41,12 +41,9 @@ class T2RConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        if self.num_features is not None and (not isinstance(self.num_features, int) or self.num_features < 2):
-            raise ValueError(f"num_features={self.num_features!r}; allowed: an integer of at least 2, or None.")
-        if not isinstance(self.variance_reducer, bool):
-            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}; allowed: an integer of at least 0.")
+        self.require_integer("num_features", at_least=2, optional=True)
+        self.require_bool("variance_reducer")
+        self.require_integer("seed", at_least=0)
 
 
 @register_variant(

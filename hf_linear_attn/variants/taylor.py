@@ -48,14 +48,10 @@ class TaylorConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        if self.order not in (1, 2):
-            raise ValueError(f"order={self.order!r}; allowed: 1, 2.")
-        if self.num_features is not None and (not isinstance(self.num_features, int) or self.num_features < 1):
-            raise ValueError(f"num_features={self.num_features!r}; allowed: an integer of at least 1, or None.")
-        if not isinstance(self.variance_reducer, bool):
-            raise ValueError(f"variance_reducer={self.variance_reducer!r}; allowed: True or False.")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}; allowed: an integer of at least 0.")
+        self.require_choice("order", (1, 2))
+        self.require_integer("num_features", optional=True)
+        self.require_bool("variance_reducer")
+        self.require_integer("seed", at_least=0)
 
 
 @register_variant(

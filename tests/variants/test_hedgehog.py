@@ -149,9 +149,9 @@ def test_the_loss_samples_queries_and_trains_every_map():
     assert all(p.grad.any() for p in module.parameters())
 
 
-@pytest.mark.parametrize("value", [0, 7, -2, True, 8.0])
-def test_bad_options_are_named(value):
-    with pytest.raises(ValueError, match=f"num_features={value}.*even"):
+@pytest.mark.parametrize(("value", "allowed"), [(7, "even"), *((x, "at least 2") for x in (0, -2, True, 8.0))])
+def test_bad_options_are_named(value, allowed):
+    with pytest.raises(ValueError, match=f"num_features={value}; allowed: .*{allowed}"):
         HedgehogConfig(num_features=value)
 
 

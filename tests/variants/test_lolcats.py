@@ -152,8 +152,8 @@ def test_the_default_window_suits_the_longest_input(max_length, window):
     ("options", "message"),
     [
         ({"tail": "elu"}, "tail='elu'; allowed: taylor, centroids, hedgehog"),
-        ({"window_size": 0}, "window_size=0; allowed: None or an integer of at least 1"),
-        ({"num_features": 5}, "num_features=5; allowed: None or an even integer"),
+        ({"window_size": 0}, "window_size=0; allowed: an integer of at least 1, or None"),
+        ({"num_features": 5}, "num_features=5; allowed: an even integer, or None"),
         ({"num_features": True}, "num_features=True"),
         ({"projection_size": None}, "projection_size=None; allowed: an integer of at least 1"),
     ],

@@ -52,7 +52,9 @@ def set_start(module, seed=0):
     dtype = module.omega.dtype
     a, c = 0.3 * torch.randn(2, HEADS, DIM, generator=g, dtype=dtype)
     query_map = torch.eye(DIM, dtype=dtype) + 0.1 * torch.randn(HEADS, DIM, DIM, generator=g, dtype=dtype)
-    module._set_start(a, c, query_map, torch.linalg.inv(query_map).mT)
+    start = {"query_mean": a, "key_mean": c, "query_map": query_map, "key_map": torch.linalg.inv(query_map).mT}
+    for name, value in start.items():
+        module.get_buffer(name).copy_(value)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])

@@ -138,14 +138,18 @@ def test_decoding_in_pieces_equals_one_call(splits, options):
 @pytest.mark.parametrize(
     ("options", "num_heads", "message"),
     [
-        ({"pattern": "dense"}, 3, "pattern must be one of strided, fixed, block_local, got 'dense'"),
-        ({"stride": 0}, 3, "stride must be an int >= 1 or None, got 0"),
-        ({"num_summary_tokens": True}, 3, "num_summary_tokens must be an int >= 1, got True"),
-        ({"heads": "both"}, 3, "heads must be 'union', 'split' or a list of union, near, far, got 'both'"),
-        ({"heads": ["near", "left"]}, 2, r"heads must be .*got \('near', 'left'\)"),
+        ({"pattern": "dense"}, 3, "pattern='dense'; allowed: strided, fixed, block_local"),
+        ({"stride": 0}, 3, "stride=0; allowed: an integer of at least 1, or None"),
+        ({"num_summary_tokens": True}, 3, "num_summary_tokens=True; allowed: an integer of at least 1"),
+        ({"heads": "both"}, 3, "heads='both'; allowed: union, split, or a list of union, near, far"),
+        ({"heads": ["near", "left"]}, 2, r"heads=\('near', 'left'\); allowed: union"),
         ({"heads": ["near", "far"]}, 3, "heads names 2 heads, the layer has 3"),
         ({"heads": "split"}, 1, "heads='split' needs at least 2 heads, the layer has 1"),
-        ({"pattern": "block_local", "heads": "split"}, 3, "one part: heads must be 'union', got 'split'"),
+        (
+            {"pattern": "block_local", "heads": "split"},
+            3,
+            "heads='split'; allowed: union, since pattern='block_local' has one part",
+        ),
         ({"l": 4}, 3, "Unknown option.*'l'.*Allowed: pattern"),
     ],
 )
