@@ -116,12 +116,10 @@ class PerformerAttention(AttentionVariant):
         rows, scaling = measure.collect_rows(batches), batches[0].scaling
         q, k = measure.head_tokens(rows)
         identity = torch.eye(q.shape[-1], device=q.device).expand(q.shape[0], -1, -1)
-        published, *means = (a for a, _, _ in measure.reducer_starts(q, k, centered=False))
-        moves = [(published, 0 * published, identity, identity)]
-        for a in means:
-            moves.append((a, c := k.mean(1), identity, identity))
-            if self.config.kernel != "relu":
-                moves.append((a, c, *measure.balancing_maps(q - a[:, None], k - c[:, None])))
+        a, c = q.mean(1), k.mean(1)
+        moves = [(0 * a, 0 * c, identity, identity), (a, c, identity, identity)]
+        if self.config.kernel != "relu":
+            moves.append((a, c, *measure.balancing_maps(q - a[:, None], k - c[:, None])))
         present = {name: self.get_buffer(name) for name in ("query_mean", "key_mean", "query_map", "key_map")}
         starts = [dict(zip(present, move, strict=True)) for move in moves]
         measure.choose_start(present, starts, self.error_meter(rows, scaling))
