@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_linear_attn.auto_config import register_auto_configs
 
 if TYPE_CHECKING:
-    from hf_linear_attn.convert import convert_model, extend_positions, revert_model
+    from hf_linear_attn.convert import convert_model, extend_positions, revert_model, set_backend
     from hf_linear_attn.registry import get_variant, list_patchers, list_variants, register_patcher, register_variant
     from hf_linear_attn.report import ConversionReport
 
@@ -31,6 +31,7 @@ __all__ = [
     "register_patcher",
     "register_variant",
     "revert_model",
+    "set_backend",
 ]
 
 # Public name -> module. Resolved on first use: importing the package must not import torch's heavy parts.
@@ -44,6 +45,7 @@ _HOMES = {
     "register_patcher": "registry",
     "register_variant": "registry",
     "revert_model": "convert",
+    "set_backend": "convert",
 }
 
 register_auto_configs()

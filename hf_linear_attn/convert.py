@@ -16,9 +16,11 @@ from hf_linear_attn.auto import REPORT_ATTRIBUTE, LinearAttnPreTrainedModel, att
 from hf_linear_attn.auto_config import config_class_for
 from hf_linear_attn.calibration import DEFAULT_LEARNING_RATE, calibrate, check_batches, layers_to_keep
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig, PositionsConfig
+from hf_linear_attn.ops.backend import check_backend
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
+from hf_linear_attn.variants.base import AttentionVariant
 
-__all__ = ["convert_model", "extend_positions", "revert_model"]
+__all__ = ["convert_model", "extend_positions", "revert_model", "set_backend"]
 
 VariantChoice = str | tuple[str, dict[str, Any]] | None
 ExtendMode = Literal["tile", "interpolate"]
@@ -37,6 +39,7 @@ def convert_model(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     calibration_steps: int = 0,
     calibration_lr: float = DEFAULT_LEARNING_RATE,
+    backend: str = "auto",
     **options: Any,
 ) -> PreTrainedModel:
     """Rewrite the self-attention of a pretrained model, in place; its weights are kept.
@@ -59,6 +62,7 @@ def convert_model(
             the layer receives in these batches; the model's own weights stay. The best point on the way is kept, as
             judged on the same batches: give it a few thousand tokens, or it fits those alone.
         calibration_lr: learning rate (Adam) of that regression, times the root mean square of each parameter.
+        backend: what runs the variants, see `set_backend`.
         **options: options of the variant; with a mapping, of every variant it names by key alone.
 
     Returns:
@@ -68,8 +72,9 @@ def convert_model(
         TypeError: if `model` is not a Transformers model.
         ValueError: for an unknown family, variant or option, a variant that does not serve the model's side
             (encoder or decoder), a bad layer or length, calibration options without calibration, a layer with a
-            sliding window, or a model that is converted, compiled, sharded, packed, on the meta device or wrapped by
-            PEFT. The model is unchanged in every case.
+            sliding window, an unknown backend, `backend="triton"` for a variant without a kernel, or a model that is
+            converted, compiled, sharded, packed, on the meta device or wrapped by PEFT. The model is unchanged in
+            every case.
     """
     _check_convertible(model)
     patcher = get_patcher(model.config.model_type)
@@ -77,6 +82,7 @@ def convert_model(
     _check_selection(model, variant, layers, keep_softmax, calibration)
     spec = _resolve(model, variant, None if layers == "auto" else layers, options)
     positions = _check_extension(model, max_length, extend)
+    _check_kernels(check_backend(backend), {layer.variant for layer in spec.layers if layer is not None})
     batches = None if calibration is None else check_batches(calibration)
 
     upstream_config = model.config
@@ -92,6 +98,7 @@ def convert_model(
         built = build_variants(model, config, spec)
         for attention, module in built:
             module.load_projections(*patcher.projections(attention.module))
+            module.backend = backend
 
     upstream_table = _position_weight(model)
     if max_length is not None:
@@ -143,6 +150,28 @@ def revert_model(model: PreTrainedModel, *, keep_positions: bool = False) -> Pre
     detach(model, config)  # type: ignore[arg-type]
     _forget(model)
     _restore_table(model, table)
+    return model
+
+
+def set_backend(model: PreTrainedModel, backend: str) -> PreTrainedModel:
+    """Choose what runs the variants of a converted model, in place; a saved checkpoint does not remember it.
+
+    Args:
+        model: a converted model.
+        backend: `"auto"` (Triton kernels where they can run, the reason is logged once), `"triton"` (raises where
+            they cannot run, at the call) or `"torch"`. The environment variable HF_LINEAR_ATTN_BACKEND says what
+            `"auto"` means.
+
+    Raises:
+        ValueError: for an unknown backend, a model that is not converted, or `"triton"` for a variant without a
+            kernel. Nothing is changed then.
+    """
+    if not isinstance(model, LinearAttnPreTrainedModel):
+        raise ValueError(f"set_backend takes a converted model; {type(model).__name__} was not converted.")
+    variants = [module for module in model.modules() if isinstance(module, AttentionVariant)]
+    _check_kernels(check_backend(backend), {variant.spec.key for variant in variants})
+    for variant in variants:
+        variant.backend = backend
     return model
 
 
@@ -229,6 +258,12 @@ def _resolve(
     if not any(resolved):
         raise ValueError("No layer is converted: name at least one layer with a variant.")
     return LinearAttentionConfig(layers=tuple(resolved))
+
+
+def _check_kernels(backend: str, keys: Iterable[str]) -> None:
+    missing = sorted(key for key in keys if not get_variant(key).kernel)
+    if backend == "triton" and missing:
+        raise ValueError(f"backend='triton': {', '.join(missing)} has no Triton kernel. Allowed: 'auto', 'torch'.")
 
 
 def _check_calibration(calibration: Any, steps: Any, lr: Any) -> None:

@@ -52,6 +52,7 @@ class VariantSpec:
         linear_cost: whether it claims never to hold a tensor with two dimensions of sequence length; a function of
             the options where they decide.
         quadratic: what of it takes time quadratic in the length, for the table of methods: options, or "always".
+        kernel: the Triton kernel that can run it on a GPU, e.g. `"linear_attention"`; "" where there is none.
     """
 
     key: str
@@ -69,6 +70,7 @@ class VariantSpec:
     test_options: tuple[dict[str, Any], ...] = ()
     linear_cost: bool | Callable[[Any], bool] = True
     quadratic: str = ""
+    kernel: Literal["", "linear_attention", "gated_linear_attention", "block_sparse"] = ""
 
     def claims_linear_cost(self, options: dict[str, Any]) -> bool:
         """`linear_cost` under these options."""

@@ -128,9 +128,14 @@ class AttentionVariant(nn.Module):
     A subclass sets parameters and *persistent* buffers in `reset_parameters` (called on construction, and again
     when a model is materialised from the meta device), computes in `forward`, and overrides the hooks it needs.
     A forward never changes the module: all per-call state is in `inputs` and `state`.
+
+    Attributes:
+        spec: what the registry knows of it.
+        backend: `"auto"`, `"triton"` or `"torch"`, which its ops are called with (`ops.backend`); never saved.
     """
 
     spec: ClassVar[VariantSpec]
+    backend: str = "auto"
 
     def __init__(self, config: Any, context: LayerContext) -> None:
         super().__init__()
