@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
+from hf_linear_attn.evaluation import profile
 from hf_linear_attn.evaluation.profile import (
     forward_time_against_length,
     longest_input,
@@ -19,6 +19,22 @@ from hf_linear_attn.evaluation.profile import (
     peak_memory,
     track_peak_memory,
 )
+
+
+class Clock:
+    """A clock that only the models move: exact on a busy machine too."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+time = Clock()
 
 
 class Sleeper(nn.Module):
@@ -35,7 +51,7 @@ class Sleeper(nn.Module):
         assert input_ids.shape == attention_mask.shape
         assert 0 <= int(input_ids.min()) <= int(input_ids.max()) < 100
         self.modes.append((self.training, torch.is_inference_mode_enabled()))
-        time.sleep(self.seconds_per_token * input_ids.shape[1])
+        time.advance(self.seconds_per_token * input_ids.shape[1])
 
 
 def test_new_parameters_are_those_of_the_linear_attn_submodules():
@@ -47,7 +63,8 @@ def test_new_parameters_are_those_of_the_linear_attn_submodules():
     assert (counts.total, counts.new, counts.trainable) == (16 + 6 + 2, 6, 8)
 
 
-def test_times_and_ratios_are_those_of_the_models():
+def test_times_and_ratios_are_those_of_the_models(monkeypatch):
+    monkeypatch.setattr(profile, "time", time)
     models = {"slow": Sleeper(2e-3), "fast": Sleeper(0.5e-3)}
     models["fast"].train()
     models["slow"].eval()
@@ -55,10 +72,10 @@ def test_times_and_ratios_are_those_of_the_models():
     rows = forward_time_against_length(models, [4, 16], repeats=3, on_step=lambda *step: seen.append(step))
     times = {(row.name, row.length): row for row in rows}
     assert len(rows) == 4
-    assert 0.008 <= times["slow", 4].seconds < 0.02
-    assert 0.032 <= times["slow", 16].seconds < 0.06
+    assert times["slow", 4].seconds == pytest.approx(0.008)
+    assert times["slow", 16].seconds == pytest.approx(0.032)
     assert times["slow", 16].ratio == 1.0
-    assert 0.15 < times["fast", 16].ratio < 0.6
+    assert times["fast", 16].ratio == pytest.approx(0.25)
     # Turns are taken, one warm-up round first.
     assert seen[:8] == [("slow", 4), ("fast", 4)] * 4
     assert set(models["fast"].modes) == {(False, True)}
