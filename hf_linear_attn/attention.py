@@ -7,8 +7,10 @@ receive the same two-dimensional padding mask.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from transformers.utils import logging
 
 from hf_linear_attn.auto_config import IMPLEMENTATION, converted_name
 from hf_linear_attn.ops.masking import causal_mask
+from hf_linear_attn.ops.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.variants.base import AttentionInputs, State
 
@@ -29,6 +32,7 @@ __all__ = [
     "LinearAttnCacheLayer",
     "LinearAttnCall",
     "converted_attention_class",
+    "with_sequence_plan",
 ]
 
 logger = logging.get_logger(__name__)
@@ -236,6 +240,9 @@ def linear_attention_forward(
     sliding_window: int | None = None,
     linear_attn_call: LinearAttnCall | None = None,
     linear_attn_recorder: AttentionRecorder | None = None,
+    linear_attn_plan: SequencePlan | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of converted models: query, key, value `[B, H, T, D]` to output `[B, Tq, H, D]`.
@@ -244,15 +251,18 @@ def linear_attention_forward(
     need not know of groups; a decode state that keeps keys grows by that factor. `sliding_window` (tokens) concerns
     layers that keep softmax: a layer that upstream runs with one is not converted.
 
+    Packed sequences (`position_ids` that restart, `cu_seq_lens_q` or `seq_idx`) do not see one another, and a batch
+    that is mostly padding runs without most of it. `linear_attn_plan` is what `with_sequence_plan` made of these
+    keywords for all layers.
+
     Raises:
-        ValueError: for a mask that is not a 2-D padding mask, packed sequences, `output_attentions`, or a module
-            that is neither converted nor listed as softmax in its config.
+        ValueError: for a mask that is not a 2-D padding mask, packed sequences with a cache or while a graph is traced,
+            `output_attentions`, or a module that is neither converted nor listed as softmax in its config.
     """
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(_mask_message(attention_mask))
     if kwargs.get("output_attentions"):
         raise ValueError(OUTPUT_ATTENTIONS_MESSAGE)
-    _refuse_packed(position_ids, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = _is_causal(module, is_causal)
     groups = query.shape[1] // key.shape[1]
@@ -261,11 +271,30 @@ def linear_attention_forward(
 
     if linear_attn_call is None:
         _check_listed_as_softmax(module)
-        output = softmax_attention(query, key, value, attention_mask, causal, scaling, dropout, sliding_window)
+    cache_layer = None if linear_attn_call is None else linear_attn_call.cache_layer
+    plan = linear_attn_plan
+    if not _is_self_attention(module):
+        plan = SequencePlan()  # every packed sequence may see all of the encoder's tokens
+    elif plan is None:
+        given = attention_mask, position_ids, cu_seq_lens_q, seq_idx
+        plan = plan_call(query.shape[0], query.shape[2], *given, gaps=causal)
+    regroups = cache_layer is None and linear_attn_recorder is None and query.shape[2] == key.shape[2]
+    if plan.packed and not regroups:
+        raise ValueError(PACKED_MESSAGE)
+
+    if linear_attn_call is None:
+
+        def attend_softmax(q: Any, k: Any, v: Any, real: Any, *_: Any) -> torch.Tensor:
+            # Padding of buckets is on the right: causality hides it, and SDPA is faster without a mask.
+            return softmax_attention(q, k, v, None if causal else real, causal, scaling, dropout, sliding_window)
+
+        if plan.buckets and regroups:
+            output = attend_by_bucket(plan, attend_softmax, query, key, value)
+        else:
+            output = softmax_attention(query, key, value, attention_mask, causal, scaling, dropout, sliding_window)
         return output.transpose(1, 2), None
 
     variant: Any = module.linear_attn
-    cache_layer = linear_attn_call.cache_layer
     inputs = AttentionInputs(
         query=query,
         key=key,
@@ -287,6 +316,14 @@ def linear_attention_forward(
             f"Attention dropout ({dropout}) has no form in converted layers and is not applied there. "
             "Set the config's attention dropout to 0 to silence this."
         )
+    if plan.buckets and regroups:
+
+        def attend(q: Any, k: Any, v: Any, real: Any, hidden: Any, marked: Any) -> torch.Tensor:
+            real = None if causal and marked is None else real  # hidden by causality
+            return variant(AttentionInputs(q, k, v, real, causal, scaling, hidden, marked))[0]
+
+        output = attend_by_bucket(plan, attend, query, key, value, inputs.hidden_states, inputs.global_mask)
+        return output.transpose(1, 2), None
     state = None
     if cache_layer is not None:
         if cache_layer.state is None:
@@ -367,19 +404,41 @@ def _check_listed_as_softmax(module: nn.Module) -> None:
     )
 
 
-def _refuse_packed(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    """Packed sequences arrive only as position ids that restart while no mask is given."""
-    if position_ids is None or attention_mask is not None or position_ids.shape[-1] < 2:
-        return
-    contiguous = (position_ids.diff(dim=-1) == 1).all()
-    message = (
-        "Packed sequences (position_ids that restart) would leak between documents in a converted layer. "
-        "Pad the batch instead, and pass its attention_mask."
-    )
-    if torch.compiler.is_compiling():
-        torch._assert_async(contiguous, message)
-    elif not bool(contiguous):
-        raise ValueError(message)
+def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a model's call, with the plan of its sequences for all layers if this is the base model.
+
+    Layers make the plan themselves when it is not given, from what reaches them: every one reads the positions again,
+    and families whose layers get no `position_ids` would not know of packed sequences.
+    """
+    if model.base_model is not model or "linear_attn_plan" in kwargs:
+        return kwargs
+    names = ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx")
+    gaps = get_patcher(model.config.base_model_type).is_causal(model.config)  # an encoder may leave positions out
+    if is_traced():
+        position_ids = kwargs.get("position_ids")
+        if position_ids is not None:  # asserts what a family's layers may be unable to
+            plan_call(*position_ids.shape, *(kwargs.get(name) for name in names), gaps=gaps)
+        return kwargs
+    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+    given = {**given, **given.pop("kwargs", {})}
+    mask, of_tokens = given.get("attention_mask"), given.get("input_ids")
+    if of_tokens is None and given.get("inputs_embeds") is not None:
+        of_tokens = given["inputs_embeds"][..., 0]
+    if of_tokens is None or (mask is not None and mask.ndim != 2):
+        return kwargs  # refused later on
+    shape = of_tokens.shape
+    plan = plan_call(shape[:-1].numel(), shape[-1], *(given.get(name) for name in names), gaps=gaps)
+    return {**kwargs, "linear_attn_plan": plan}
+
+
+@cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _is_self_attention(module: nn.Module) -> bool:
+    config: Any = module.config
+    return hasattr(config, "base_model_type") and get_patcher(config.base_model_type).is_self_attention(module)
 
 
 def _global_mask(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from hf_linear_attn.attention import OUTPUT_ATTENTIONS_MESSAGE, converted_attention_class
+from hf_linear_attn.attention import OUTPUT_ATTENTIONS_MESSAGE, converted_attention_class, with_sequence_plan
 from hf_linear_attn.auto_config import IMPLEMENTATION, config_class_for, converted_name
 from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.patchers.base import SelfAttention
@@ -67,6 +67,7 @@ class LinearAttnPreTrainedModel:
                     "global_attention_mask was given, but no layer of this model runs a variant that has global tokens "
                     f"(its variants: {', '.join(LinearAttentionConfig.from_dict(self.config.linear_attn).variants())})."
                 )
+            kwargs = with_sequence_plan(self, args, kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @property

@@ -188,15 +188,6 @@ def test_one_key_for_all_heads() -> None:
 # --- decoders ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_packed_sequences_are_refused(family: str) -> None:
-    model = convert_model(base_model(family), "linear")
-    ids = token_batch(batch=1, length=8)["input_ids"]
-    for use_cache in (False, True):
-        with pytest.raises(ValueError, match="Packed"):
-            model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=use_cache)
-
-
 @pytest.mark.parametrize("family", causal_families())
 def test_logits_may_be_asked_for_the_last_tokens_only(family: str) -> None:
     model = convert_model(causal_lm(family), "linear")
