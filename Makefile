@@ -1,6 +1,6 @@
 # One command each. `make demo` and `make test` need only Python, pip and a package index.
 # Overridable: PYTHON (interpreter for the environment), TORCH (what pip installs first), WEIGHTS, DECODER_WEIGHTS,
-# WORKERS (processes of the test-suite), ARGS (passed to the demo or to pytest).
+# WORKERS (processes of the test-suite), ARGS (passed to the demo, the bench or pytest).
 
 PYTHON ?= python3
 # Pinned and installed before the package: the package's own range would let pip choose any build of PyTorch.
@@ -22,7 +22,7 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-conformance quality style notebook readme clean
+.PHONY: help install demo test test-conformance bench bench-gpu quality style notebook readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,12 @@ test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite a
 
 test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance $(ARGS)
+
+bench: $(STAMP)-bench ## speed and memory on this CPU, for recipes/bench/results (half an hour on 2 cores)
+	$(PY) -m hf_linear_attn bench recipes/bench/cpu.yaml --output recipes/bench/results $(ARGS)
+
+bench-gpu: $(STAMP)-bench ## the same on a GPU (ten minutes): make bench-gpu TORCH=torch
+	$(PY) -m hf_linear_attn bench recipes/bench/gpu.yaml --output recipes/bench/results $(ARGS)
 
 quality: $(STAMP)-dev ## lint, format, types, import floors, shape of the repository; changes nothing
 	$(PY) -m ruff check .
@@ -76,7 +82,7 @@ $(STAMP)-package: $(STAMP)-torch pyproject.toml
 	@$(PIP) install -e .
 	@touch $@
 
-$(STAMP)-demo $(STAMP)-dev $(STAMP)-conformance: $(STAMP)-%: $(STAMP)-torch pyproject.toml
+$(STAMP)-demo $(STAMP)-dev $(STAMP)-conformance $(STAMP)-bench: $(STAMP)-%: $(STAMP)-torch pyproject.toml
 	@echo "Installing hf-linear-attn[$*]"
 	@$(PIP) install -e '.[$*]'
 	@touch $@

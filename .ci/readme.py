@@ -1,4 +1,4 @@
-"""Write the generated sections of README.md from the registry, recipes/results/*.json and .ci/times.json.
+"""Write the generated sections of README.md from the registry, the results under recipes/ and .ci/times.json.
 
 `python .ci/readme.py` rewrites the file; `--check` only says whether it is up to date (exit status 1 if not).
 A section lies between `<!-- name:begin ... -->` and `<!-- name:end -->`.
@@ -12,8 +12,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hf_linear_attn.cli.listing import KEEPS, exact_limit, spell_defaults
+from hf_linear_attn.evaluation.bench_recipe import BenchRecipe
+from hf_linear_attn.evaluation.bench_tables import render_performance
 from hf_linear_attn.evaluation.methods_tables import markdown_table as table
 from hf_linear_attn.evaluation.methods_tables import render_overview
 from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
@@ -21,7 +24,7 @@ from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "recipes" / "results"
-COSTS = ROOT / "recipes" / "bench" / "results"
+BENCH = ROOT / "recipes" / "bench"
 METHODS = ROOT / "recipes" / "methods" / "results"
 TIMES = ROOT / ".ci" / "times.json"
 LIMIT_LENGTH = 128  # the length at which the table writes out an exact limit
@@ -135,29 +138,37 @@ def results() -> str:
     return "\n\n".join(map(result, paths)) if paths else "`make demo` measures them on your machine."
 
 
-def costs() -> str:
-    """Every file that `python -m hf_linear_attn.evaluation.costs` wrote."""
-    return "\n\n".join(cost(path) for path in sorted(COSTS.glob("*.json")))
+def performance() -> str:
+    """What `hf-linear-attn bench` measured, one part for each device, and what waits for one."""
+    measured = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(BENCH.glob("results/*.json"))}
+    measured = {path: data for path, data in measured.items() if "summary" in data}  # other tools write there too
+    parts = [device_results(path, data) for path, data in measured.items()]
+    kinds = {data["recipe"]["device"] for data in measured.values()}
+    waiting = [("cpu", "cpu.yaml", "make bench"), ("cuda", "gpu.yaml", "make bench-gpu")]
+    parts += [not_measured(BENCH / name, command) for kind, name, command in waiting if kind not in kinds]
+    return "\n\n".join(parts)
 
 
-def cost(path: Path) -> str:
-    """One machine: how much faster than SDPA a whole model is at each length, and the memory of a forward."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    lengths = list(dict.fromkeys(row["length"] for row in data["forward"]))
-    sizes = list(dict.fromkeys(row["length"] for row in data["memory"]))
-    forward = {(row["name"], row["length"]): row for row in data["forward"]}
-    memory = {(row["name"], row["length"]): row["peak_mb"] for row in data["memory"]}
-    header = ["model", *(f"{n:,} tokens" for n in lengths), *(f"peak MB at {n:,}" for n in sizes)]
-    rows = []
-    for name in dict.fromkeys(row["name"] for row in data["forward"]):
-        cells = [f"{forward[name, n]['seconds']:.3f} s ({forward[name, n]['ratio']:.2f}x)" for n in lengths]
-        rows.append([name, *cells, *(number(memory.get((name, n)), 0) for n in sizes)])
-    about = (
-        f"{data['machine']}, {data['threads']} thread(s), torch {data['torch']}. Forward time of one document through "
-        f"`{data['model']}`, the models taking turns (median; x: SDPA's time over the model's), and the peak memory of "
-        "a forward of a base-size encoder (12 layers, 768 wide) beyond its weights."
+def device_results(path: Path, data: dict[str, Any]) -> str:
+    """The tables of one device, its picture, and where the rest is."""
+    title = f"**{data['meta']['title']}**"
+    parts = [f"{title}. {render_performance(data)}"]
+    if (picture := path.with_suffix(".png")).is_file():
+        parts.append(f"![{data['meta']['title']}]({picture.relative_to(ROOT).as_posix()})")
+    tables = path.with_suffix(".md").relative_to(ROOT).as_posix()
+    return "\n\n".join([*parts, f"Times, memory and exponents of every contender: [{tables}]({tables})."])
+
+
+def not_measured(path: Path, command: str) -> str:
+    """What a recipe would measure, said plainly to be missing."""
+    recipe = BenchRecipe.from_yaml(path)
+    device = "GPU" if recipe.device == "cuda" else "CPU"
+    names = ", ".join(f"*{part.name}*" for part in recipe.parts())
+    file = path.relative_to(ROOT).as_posix()
+    return (
+        f"**Rows that wait for a {device}.** None of [{file}]({file}) is measured yet: {names}. `{command}` measures "
+        "them and writes them here."
     )
-    return f"{about}\n\n{table(header, rows)}"
 
 
 def methods() -> str:
@@ -194,7 +205,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "families": families,
     "results": results,
     "methods": methods,
-    "costs": costs,
+    "performance": performance,
     "times": times,
 }
 

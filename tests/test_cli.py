@@ -14,12 +14,12 @@ import pytest
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from hf_linear_attn import convert_model, list_variants
+from hf_linear_attn import convert_model, get_variant, list_variants
 from hf_linear_attn.cli import app, arguments
 from tests.small_runs import save_checkpoint, save_documents
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["list", "convert", "train", "compare", "demo", "report", "analyze", "methods"]
+COMMANDS = ["list", "convert", "train", "compare", "demo", "report", "analyze", "methods", "bench", "advise"]
 runner = CliRunner(env={"COLUMNS": "200"})
 
 
@@ -62,6 +62,24 @@ def small_measurement(tmp_path: Path, command: str, arguments: list[str]) -> lis
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     documents = save_documents(tmp_path / "documents", words=(40, 90))
     output = ["--output", str(tmp_path / "output")]
+    if command == "bench":
+        recipe = tmp_path / "small.yaml"
+        recipe.write_text(
+            "title: t\nrepeats: 1\nlayers: [{name: layer, lengths: [8, 16], hidden_size: 16, num_heads: 2, "
+            "softmax: [sdpa], variants: [linear]}]\n"
+        )
+        return [arguments[0], str(recipe), *output]
+    if command == "advise":
+        arguments = ["32" if word == "2048" else str(checkpoint) if word == "minilm" else word for word in arguments]
+        return [
+            *arguments,
+            "--variants",
+            "linear",
+            "--seconds",
+            "1",
+            "--output",
+            str(tmp_path / "output" / "advice.json"),
+        ]
     if command == "methods":
         recipe = tmp_path / "small.yaml"
         recipe.write_text(
@@ -87,7 +105,7 @@ def test_every_example_in_the_help_runs(
         assert arguments[0] == command
         if command in ("train", "compare", "demo"):
             arguments += small_settings(tmp_path)
-        if command in ("report", "analyze", "methods"):
+        if command in ("report", "analyze", "methods", "bench", "advise"):
             arguments = small_measurement(tmp_path, command, arguments)
         if command == "convert":
             arguments[arguments.index("minilm")] = str(save_checkpoint(tmp_path / "checkpoint"))
@@ -101,6 +119,8 @@ def test_every_example_in_the_help_runs(
         "report": {"report.json", "report.png"},
         "analyze": {"analysis.json", "spectrum.png", "sizes.png", "patterns_layer_0.png", "patterns_layer_1.png"},
         "methods": {"rows.jsonl", "methods.json", "methods.md", "methods.png"},
+        "bench": {"cpu.rows.jsonl", "cpu.json", "cpu.md", "cpu.png"},
+        "advise": {"advice.json"},
     }.get(command, set())
 
 
@@ -183,14 +203,48 @@ def test_convert_writes_a_model_that_reads_longer_documents(tmp_path: Path) -> N
         (["train", "RECIPE", "--set", "training.epoch=1"], "Allowed: task, epochs"),
         (["train", "RECIPE", "--set", "conversion=linear"], "SECTION.KEY=VALUE"),
         (["compare", "RECIPE", "--variants", "linear,long"], "Unknown attention variant 'long'"),
+        (["bench", "nothing.yaml"], "There is no recipe 'nothing.yaml'"),
+        (["bench", "--device", "tpu"], "--device takes cpu or cuda, got 'tpu'"),
+        (["bench", "RECIPE"], "Allowed: title, device, dtype"),
+        (["bench", "SMOKE", "--variants", "lineer", "--output", "OUTPUT"], "Did you mean 'linear'"),
+        (["bench", "SMOKE", "--threads", "0"], "threads has 0; allowed: positive integers"),
+        (["advise", "CHECKPOINT", "--length", "0"], "length=0; allowed: an integer of at least 1"),
+        (["advise", "CHECKPOINT", "--length", "64", "--device", "tpu"], "--device takes cpu or cuda, got 'tpu'"),
+        (["advise", "CHECKPOINT", "--length", "64", "--variants", "gated"], "'gated' does not serve"),
+        (["advise", "CHECKPOINT", "--length", "64", "--lengths", "16;32"], "--lengths takes integers with commas"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    names = {"CHECKPOINT": str(save_checkpoint(tmp_path / "c")), "RECIPE": str(ROOT / "recipes/minilm/matching.yaml")}
+    names = {
+        "CHECKPOINT": str(save_checkpoint(tmp_path / "c")),
+        "RECIPE": str(ROOT / "recipes/minilm/matching.yaml"),
+        "SMOKE": str(ROOT / "recipes/bench/smoke.yaml"),
+        "OUTPUT": str(tmp_path / "output"),
+    }
     result = runner.invoke(app, [names.get(word, word) for word in arguments])
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_bench_goes_on_and_ends_with_a_failure_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = small_measurement(tmp_path, "bench", ["bench", "recipe"])
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of order")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(get_variant("linear").module_class, "forward", broken)
+        result = runner.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "Failed: linear (layer, forward, n = 8): RuntimeError: out of order" in result.output
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "linear" in result.output
+    assert "layer forward      8 sdpa" not in result.output  # was measured already
+    results = json.loads((tmp_path / "output" / "cpu.json").read_text())
+    assert len(results["rows"]) == 8
+    assert not [row for row in results["rows"] if "failure" in row]
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +258,16 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert result.exit_code == 1
         assert "[train]" in result.output
         assert "accelerate" in result.output
+
+
+def test_bench_names_its_own_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = arguments.importlib.util.find_spec
+    monkeypatch.setattr(
+        arguments.importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+    )
+    result = runner.invoke(app, ["bench", "r.yaml"])
+    assert result.exit_code == 1
+    assert "needs the extra [bench], and matplotlib cannot be found" in result.output
 
 
 def test_module_form_and_light_help() -> None:

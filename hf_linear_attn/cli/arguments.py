@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["MODEL_HELP", "Options", "need_train_extra", "numbers", "pairs", "plain_errors"]
+__all__ = ["MODEL_HELP", "Options", "need_extra", "need_train_extra", "numbers", "pairs", "plain_errors"]
 
 # distribution-independent: what the commands import
 _TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "sklearn", "tensorboard", "yaml")
@@ -48,11 +48,16 @@ def numbers(text: str | None, flag: str) -> list[int] | None:
 
 def need_train_extra(command: str) -> None:
     """Raise `ModuleNotFoundError` with the command that installs what is missing."""
-    missing = [name for name in _TRAIN_MODULES if importlib.util.find_spec(name) is None]
+    need_extra(command, "train", _TRAIN_MODULES)
+
+
+def need_extra(command: str, extra: str, modules: Iterable[str]) -> None:
+    """Raise `ModuleNotFoundError` naming the `modules` that are missing and the extra that installs them."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"`hf-linear-attn {command}` needs the extra [train], and {', '.join(missing)} cannot be found. "
-            "Install it: pip install 'hf-linear-attn[train]'"
+            f"`hf-linear-attn {command}` needs the extra [{extra}], and {', '.join(missing)} cannot be found. "
+            f"Install it: pip install 'hf-linear-attn[{extra}]'"
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import os
 import platform
 import time
@@ -43,42 +42,13 @@ from hf_linear_attn.evaluation.recordings import (
     load_tokenizer,
     record_layers,
 )
+from hf_linear_attn.evaluation.rows import RowFile
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = ["RowFile", "measure_methods"]
 
 _TIMED_TOGETHER = 6  # methods that take turns with SDPA; so many are in memory at once, and lost by an interruption
-
-
-class RowFile:
-    """Rows on disk, one JSON object a line, the first line being the setting they were measured under."""
-
-    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
-        self._path = path
-        self.rows: list[dict[str, Any]] = []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        whole = [line for line in lines if line.endswith("}")]  # an interrupted write leaves half a line
-        if whole:
-            found = json.loads(whole[0])
-            if found != setting:
-                raise ValueError(
-                    f"{path} was measured under another setting: {found}, this run has {setting}. "
-                    "Give another --output, or delete the file."
-                )
-            self.rows = [row for row in map(json.loads, whole[1:]) if "failure" not in row]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in [setting, *self.rows]), encoding="utf-8")
-
-    def has(self, **identity: Any) -> bool:
-        """Whether a row with these values is there."""
-        return any(all(row.get(name) == value for name, value in identity.items()) for row in self.rows)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Keep a row and write it."""
-        self.rows.append(row)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def measure_methods(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,16 @@ __all__ = [
     "PeakMemory",
     "forward_time_against_length",
     "longest_input",
+    "median_ratio",
     "parameter_counts",
     "peak_memory",
+    "time_interleaved",
     "track_peak_memory",
 ]
 
 _SAMPLE_SECONDS = 0.002
+_LEAST_ROUNDS = 3  # below, a median is no protection from one disturbed round
+_FLUSHED_BYTES = 256 << 20  # more than the last cache of any GPU
 
 
 @dataclass(frozen=True)
@@ -181,22 +186,95 @@ def _median_times(
         ids = torch.randint(first, config.vocab_size, (batch_size, length), generator=generator)
         ids = ids.to(next(model.parameters()).device)
         inputs[name] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    calls = {name: partial(model, **inputs[name]) for name, model in models.items()}
+    device = next(iter(inputs.values()))["input_ids"].device
+    step = None if on_step is None else lambda name: on_step(name, length)
     with torch.inference_mode():
-        for turn in range(warmup + repeats):
-            for name, model in models.items():
-                on_cuda = inputs[name]["input_ids"].is_cuda
-                if on_cuda:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                model(**inputs[name])
-                if on_cuda:
-                    torch.cuda.synchronize()
-                if turn >= warmup:
-                    times[name].append(time.perf_counter() - start)
-                if on_step is not None:
-                    on_step(name, length)
+        times = time_interleaved(calls, repeats=repeats, warmup=warmup, device=device, on_step=step)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    seconds: float | None = None,
+    device: str | torch.device | None = None,
+    before: Callable[[str], None] | None = None,
+    on_step: Callable[[str], None] | None = None,
+) -> dict[str, list[float]]:
+    """Time several calls side by side: they take turns, one call each a round.
+
+    A change of the machine's speed falls on all alike, so that ratios of medians can be trusted where the seconds
+    themselves cannot. On CUDA the time is the device's own, between two events, the last cache having been
+    overwritten before.
+
+    Args:
+        calls: name to what is timed.
+        repeats: timed rounds.
+        warmup: rounds that are not timed.
+        seconds: start no further round after so many seconds, but time 3 rounds (or `repeats`) at least.
+        device: where the calls run; a CPU by default.
+        before: called with the name ahead of each call, outside of the time.
+        on_step: called with the name after each call.
+
+    Returns:
+        name to seconds of each round.
+
+    Raises:
+        ValueError: for no call, `repeats` below 1 or `warmup` below 0.
+    """
+    if not calls or repeats < 1 or warmup < 0:
+        raise ValueError(
+            f"time_interleaved takes at least one call and one repeat, given {len(calls)} calls, repeats={repeats} and "
+            f"warmup={warmup}."
+        )
+    clock = _CudaClock(torch.device(device)) if device is not None and torch.device(device).type == "cuda" else _clock
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for turn in range(warmup + repeats):
+        done = turn - warmup
+        if seconds is not None and done >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+            break
+        for name, call in calls.items():
+            if before is not None:
+                before(name)
+            taken = clock(call)
+            if turn >= warmup:
+                times[name].append(taken)
+            if on_step is not None:
+                on_step(name)
+    return times
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Median over rounds of the ratio within the round: a machine that slows down for a while changes neither."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def _clock(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class _CudaClock:
+    """Seconds of a call on a CUDA device, launches included where they keep the device waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flush = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        with torch.cuda.device(self._device):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1000
 
 
 @dataclass

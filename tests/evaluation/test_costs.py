@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,15 +57,3 @@ def test_converted_models_are_faster_than_sdpa_on_long_inputs() -> None:
     ratios = {(row.name, row.length): row.ratio for row in rows}
     slow = {name: ratios[name, 2 * n] for name, (_, n) in CROSSOVERS.items() if not ratios[name, 2 * n] < 1.0}
     assert slow == {}
-
-
-def test_the_command_writes_a_results_file(tmp_path: Path) -> None:
-    output = tmp_path / "costs.json"
-    arguments = ["--variants", "linear", "longformer:window_size=32", "--lengths", "64", "--memory-lengths", "128"]
-    command = [sys.executable, "-m", "hf_linear_attn.evaluation.costs", str(output), *arguments, "--repeats", "1"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    costs = json.loads(output.read_text())
-    names = ["sdpa", "linear", "longformer window_size=32"]
-    assert [row["name"] for row in costs["forward"]] == names
-    assert [row["name"] for row in costs["memory"]] == names[1:]
-    assert all(row["seconds"] > 0 for row in costs["forward"])

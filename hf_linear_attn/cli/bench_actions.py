@@ -1,0 +1,71 @@
+"""What `bench` calls: read the recipe, measure, draw, save. No terminal here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_linear_attn.evaluation.bench_recipe import BenchRecipe
+
+__all__ = ["load_bench_recipe", "run_bench", "shipped_recipe"]
+
+_SHIPPED = {"cpu": "cpu.yaml", "cuda": "gpu.yaml"}
+
+
+def shipped_recipe(device: str) -> Path:
+    """The repository's recipe for a kind of device; it lies beside the package, not in it."""
+    path = Path(__file__).resolve().parents[2] / "recipes" / "bench" / _SHIPPED[device]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The bench's own recipes are part of the repository, not of the package: no {path}. Name a recipe."
+        )
+    return path
+
+
+def load_bench_recipe(path: Path | None, device: str | None, threads: int | None) -> BenchRecipe:
+    """The recipe at `path`, or the repository's for the device, with these settings changed.
+
+    Raises:
+        FileNotFoundError: for a recipe that is not there.
+        ValueError: for a device other than cpu and cuda, or a bad recipe.
+    """
+    import torch
+
+    from hf_linear_attn.evaluation.bench_recipe import BenchRecipe
+
+    if device not in (None, *_SHIPPED):
+        raise ValueError(f"--device takes {' or '.join(_SHIPPED)}, got {device!r}")
+    if path is None:
+        path = shipped_recipe(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {str(path)!r}")
+    recipe = BenchRecipe.from_yaml(path)
+    changes: dict[str, Any] = {"device": device, "threads": threads}
+    return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+
+
+def run_bench(
+    recipe: BenchRecipe, output: Path, only: list[str] | None, fresh: bool, command: str, say: Any
+) -> tuple[dict[str, Any], Path]:
+    """Measure what is missing and write <device>.json, .md and .png beside the rows; the results, and the table."""
+    from hf_linear_attn.evaluation.bench import measure_bench
+    from hf_linear_attn.evaluation.bench_pictures import draw_bench
+    from hf_linear_attn.evaluation.bench_tables import render_bench
+
+    results = measure_bench(recipe, output, only=only, fresh=fresh, command=command, say=say)
+    slug = results["meta"]["device"]
+    (output / f"{slug}.json").write_text(_lines_of_rows(results), encoding="utf-8")
+    (output / f"{slug}.md").write_text(render_bench(results), encoding="utf-8")
+    if any("seconds" in row for row in results["rows"]):
+        draw_bench(results, output / f"{slug}.png")
+    return results, output / f"{slug}.md"
+
+
+def _lines_of_rows(results: dict[str, Any]) -> str:
+    """JSON with one line for each row, so that a difference between two runs can be read."""
+    head = json.dumps({name: value for name, value in results.items() if name != "rows"}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in results["rows"])
+    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'

@@ -1,0 +1,105 @@
+"""The commands about speed: `bench` and `advise`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_linear_attn.cli.arguments import MODEL_HELP, need_extra, numbers, plain_errors
+from hf_linear_attn.cli.commands import app
+
+__all__: list[str] = []
+
+Variants = Annotated[str | None, typer.Option("--variants", help="Only these variants, as linear,longformer.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.")]
+
+
+@app.command("bench")
+def bench_command(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe file, see recipes/bench (default: the one for the device).")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder for numbers, table and picture.")] = Path(
+        "outputs/bench"
+    ),
+    device: Device = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads (default: the recipe's).")] = None,
+    variants: Variants = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured into this folder.")] = False,
+) -> None:
+    """Speed and memory of everything, beside what else a user would run. Goes on where it was cut off.
+
+    Models, single layers, other people's layers of the same methods, and generation, all taking turns.
+
+    Example:
+
+        hf-linear-attn bench recipes/bench/smoke.yaml
+    """
+    with plain_errors():
+        need_extra("bench", "bench", ("matplotlib", "yaml"))  # what it is compared with may be missing
+        from hf_linear_attn.cli.bench_actions import load_bench_recipe, run_bench
+
+        only = None if variants is None else [name.strip() for name in variants.split(",")]
+        command = " ".join(["hf-linear-attn", *sys.argv[1:]])
+        loaded = load_bench_recipe(recipe, device, threads)
+        results, table = run_bench(loaded, output, only, fresh, command, typer.echo)
+    failed = [row for row in results["rows"] if "failure" in row]
+    for row in failed:
+        typer.echo(
+            f"Failed: {row['contender']} ({row['part']}, {row['mode']}, n = {row['length']:,}): {row['failure']}"
+        )
+    typer.echo(f"Tables: {table}")
+    typer.echo(f"Picture: {table.with_suffix('.png')}")
+    typer.echo(f"Numbers: {table.with_suffix('.json')}")
+    # Too little memory is a result, and so is what other people's code cannot do.
+    if any(row["kind"] != "peer" and "key" in row and row["failure"] != "out of memory" for row in failed):
+        raise typer.Exit(code=1)
+
+
+@app.command("advise")
+def advise_command(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    length: Annotated[int, typer.Option("--length", help="Tokens of the documents that you have.")],
+    variants: Variants = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences of a batch.")] = 1,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Further lengths to measure, as 512,1024 (default: halves).")
+    ] = None,
+    training: Annotated[bool, typer.Option(help="Time training steps as well.")] = True,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long it may measure.")] = 90.0,
+    device: Device = None,
+    output: Annotated[Path | None, typer.Option("--output", help="A file for the numbers, as JSON.")] = None,
+) -> None:
+    """Which variant pays on this machine at a length, and below which length none does.
+
+    Layers of the model's shape are timed, softmax and variants taking turns; no weights are read.
+
+    Example:
+
+        hf-linear-attn advise minilm --length 2048
+    """
+    with plain_errors():
+        from hf_linear_attn.evaluation.advise import advise, format_advice
+
+        if device not in (None, "cpu", "cuda"):
+            raise ValueError(f"--device takes cpu or cuda, got {device!r}")
+        advice = advise(
+            model,
+            length,
+            variants=None if variants is None else [name.strip() for name in variants.split(",")],
+            batch_size=batch_size,
+            lengths=numbers(lengths, "--lengths"),
+            training=training,
+            device=device,
+            budget_seconds=seconds,
+        )
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(advice.to_dict(), indent=1) + "\n", encoding="utf-8")
+    typer.echo(format_advice(advice))
+    if output is not None:
+        typer.echo(f"Numbers: {output}")

@@ -1,0 +1,296 @@
+"""Tables of a `hf-linear-attn bench` run, in Markdown. Imports nothing heavy: the README is generated with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from hf_linear_attn.evaluation.bench_summary import over_floor, spell_crossover
+from hf_linear_attn.evaluation.methods_tables import markdown_table
+
+__all__ = ["about_run", "describe_shape", "reasons", "render_bench", "render_performance"]
+
+_KINDS = {"model": "Whole models", "layer": "Single layers", "peer": "Beside other implementations"}
+_MODES = {"forward": "forward", "training": "forward and backward"}
+
+Row = Mapping[str, Any]
+
+
+def about_run(results: Mapping[str, Any]) -> str:
+    """Where and how a run was made, in two sentences."""
+    meta, recipe = results["meta"], results["recipe"]
+    where = meta["machine"] if meta["device"] == "cpu" else f"{meta['device_name']} ({meta['machine']})"
+    return (
+        f"{where}, {meta['threads']} thread(s), {meta['dtype']}, torch {meta['torch']}, transformers "
+        f"{meta['transformers']}. Made by `{meta['command']}`. Contenders take turns; medians of up to "
+        f"{recipe['repeats']} rounds (3 at least). x: SDPA's time in the same turns over the contender's, above 1 the "
+        "contender is faster (median over rounds). Random weights, no dropout, no padding."
+    )
+
+
+def render_bench(results: Mapping[str, Any]) -> str:
+    """Everything that a run measured."""
+    meta = results["meta"]
+    parts = [f"# {meta['title']}", about_run(results)]
+    if meta["bandwidth"]:
+        parts.append(
+            f"A copy inside the device's memory reads and writes {meta['bandwidth'] / 1e9:,.0f} GB/s; *floor*: time "
+            "over the time that an attention's inputs and outputs, moved once, take at that speed."
+        )
+    for views in _parts(results):
+        for view in views:
+            parts += [f"## {_KINDS[view.kind]}: {view.part['name']}, {_MODES[view.mode]}", describe_shape(view.part)]
+            parts.append(_peer_table(view) if view.kind == "peer" else _curve_table(view))
+    for part in results["recipe"]["decode"]:
+        parts += [f"## Generation: {part['name']}", describe_shape(part), _decode_table(results, part)]
+    if lines := reasons(results["rows"]):
+        parts += ["## Not measured", "\n".join(f"- {line}" for line in lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def render_performance(results: Mapping[str, Any]) -> str:
+    """What the README shows of a run: models, exponents of layers, peers, generation; one table each."""
+    tables = []
+    for views in _parts(results):
+        kind, part = views[0].kind, views[0].part
+        table = _SHORT[kind](views)
+        tables.append(f"**{_KINDS[kind]}: {part['name']}.** {describe_shape(part)}\n\n{table}")
+    for part in results["recipe"]["decode"]:
+        tables.append(f"**Generation: {part['name']}.** {describe_shape(part)}\n\n{_decode_table(results, part)}")
+    return "\n\n".join([about_run(results), *tables])
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why contenders were not measured: one line for each reason, with the places."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for kind in ("failure", "refused", "missing", "left_out"):
+            if kind in row:
+                text = f"{'failed' if kind == 'failure' else kind.replace('_', ' ')}: {row[kind]}"
+                found.setdefault((row["contender"], text), []).append(f"{row['part']} {row['mode']} {row['length']:,}")
+                break
+    return [
+        f"`{contender}`, {text.rstrip('.')} ({', '.join(places[:4])}{', ...' if len(places) > 4 else ''})"
+        for (contender, text), places in found.items()
+    ]
+
+
+def describe_shape(part: Row) -> str:
+    """A part of the recipe in a sentence."""
+    batch = "" if part["batch_size"] == 1 else f", batch of {part['batch_size']}"
+    if "hidden_size" in part:
+        what = "Projections and attention" if part["projections"] else "Attention alone, without projections"
+        side = {True: ", causal", False: ", bidirectional"}.get(part.get("is_causal"), "")  # type: ignore[arg-type]
+        return f"{what}: {part['hidden_size']} wide, {part['num_heads']} heads{side}{batch}."
+    shape = f"the shape of `{part['checkpoint']}`" if part["checkpoint"] else part["config"]["model_type"]
+    changes = {key: value for key, value in part["config"].items() if key != "model_type"}
+    spelt = ", ".join(f"{key} {value}" for key, value in changes.items())
+    tokens = f", {part['tokens']} tokens one at a time" if "tokens" in part else ""
+    layers = f"{part['layers']} layer" + ("s" if part["layers"] > 1 else "")
+    return f"{layers} of {shape}{f' ({spelt})' if spelt else ''}{batch}{tokens}."
+
+
+class _View:
+    """The rows of one part of the recipe in one mode."""
+
+    def __init__(self, results: Mapping[str, Any], kind: str, part: Row, mode: str) -> None:
+        self.kind, self.part, self.mode = kind, part, mode
+        self.rows = [r for r in results["rows"] if (r["kind"], r["part"], r["mode"]) == (kind, part["name"], mode)]
+        self.lengths = sorted({row["length"] for row in self.rows})
+        self.bandwidth: float | None = results["meta"]["bandwidth"]
+        self.floors = self.bandwidth is not None and any("floor_bytes" in row for row in self.rows)
+        self._at = {(row["contender"], row["length"]): row for row in self.rows}
+        self._curves = {
+            curve["contender"]: curve
+            for curve in results["summary"]["curves"]
+            if (curve["kind"], curve["part"], curve["mode"]) == (kind, part["name"], mode)
+        }
+
+    def names(self) -> list[str]:
+        """Contenders that were measured at some length, or were to be: not those that are refused."""
+        return list(dict.fromkeys(row["contender"] for row in self.rows if "refused" not in row))
+
+    def cell(self, name: str, length: int, show: Callable[[Row], str]) -> str:
+        """What `show` makes of a measured row, or why there is none."""
+        return _cell(self._at.get((name, length)), show)
+
+    def exponents(self, name: str) -> list[str]:
+        """Of time and of memory."""
+        curve = self._curves.get(name, {})
+        return [_number(curve.get("time_exponent")), _number(curve.get("memory_exponent"))]
+
+    def crossover(self, name: str) -> str:
+        """From which length on it is as fast as SDPA."""
+        return "-" if name == "sdpa" else spell_crossover(self._curves.get(name, {}).get("crossover"))
+
+    def floor(self, row: Row) -> str:
+        """Its time over that of its unavoidable bytes."""
+        return _number(over_floor(row, self.bandwidth)) + "x"
+
+    def fits(self) -> list[str]:
+        """The lengths that exponents were fitted at."""
+        fitted = dict.fromkeys(tuple(curve["fitted"]) for curve in self._curves.values() if curve["fitted"])
+        return [", ".join(f"{n:,}" for n in fit) for fit in fitted]
+
+
+def _parts(results: Mapping[str, Any]) -> list[list[_View]]:
+    """Models, layers and peers that have rows, each as its modes."""
+    found = []
+    for kind, name in (("model", "models"), ("layer", "layers"), ("peer", "peers")):
+        for part in results["recipe"][name]:
+            views = [_View(results, kind, part, mode) for mode in _MODES]
+            if views := [view for view in views if view.rows]:
+                found.append(views)
+    return found
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.3g} ms"
+
+
+def _cell(row: Row | None, show: Callable[[Row], str]) -> str:
+    if row is None:
+        return "-"
+    if "seconds" in row:
+        return show(row)
+    words = (("failure", "failed"), ("refused", "refused"), ("missing", "missing"))
+    for kind, word in words:
+        if kind in row:
+            return "out of memory" if row[kind] == "out of memory" else word
+    return "-"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _time_and_ratio(row: Row) -> str:
+    return _milliseconds(row["seconds"]) + (f" ({row['ratio']:.2f}x)" if "ratio" in row else "")
+
+
+def _speedup(row: Row) -> str:
+    return f"{row['ratio']:.2f}x" if "ratio" in row else "-"
+
+
+def _beside_ours(row: Row) -> str:
+    return f"{row['ours_ratio']:.2f}x" if "ours_ratio" in row else "-"
+
+
+def _peak(row: Row) -> str:
+    return f"{row['peak_mb']:,.0f}"
+
+
+def _all_names(views: Iterable[_View]) -> list[str]:
+    return list(dict.fromkeys(name for view in views for name in view.names()))
+
+
+def _curve_table(view: _View) -> str:
+    longest = view.lengths[-1]
+    header = ["contender", *(f"{n:,}" for n in view.lengths), f"peak MB at {longest:,}"]
+    header += ["exponent of time", "of memory", "as fast as SDPA from", *(["floor at the longest"] * view.floors)]
+    lines = []
+    for name in view.names():
+        cells = [view.cell(name, n, _time_and_ratio) for n in view.lengths]
+        cells += [view.cell(name, longest, _peak), *view.exponents(name), view.crossover(name)]
+        cells += [view.cell(name, longest, view.floor)] * view.floors
+        lines.append([f"`{name}`", *cells])
+    return f"{markdown_table(header, lines)}\n\n{_about_fits([view])}"
+
+
+def _about_fits(views: Sequence[_View]) -> str:
+    fits = " or ".join(dict.fromkeys(fit for view in views for fit in view.fits()))
+    return f"Exponents: slopes of log time and log peak memory over log length at {fits or 'no'} tokens."
+
+
+def _peer_table(view: _View) -> str:
+    def cell(row: Row) -> str:
+        if "ours_ratio" not in row:
+            return _milliseconds(row["seconds"])
+        text = f"{row['ours_ratio']:.2f}x ({_milliseconds(row['seconds'])}, {_milliseconds(row['ours_seconds'])})"
+        return f"{text}, floor {view.floor({**row, 'seconds': row['ours_seconds']})}" if view.floors else text
+
+    first = {row["contender"]: row for row in reversed(view.rows)}
+    lines = []
+    for name in dict.fromkeys(row["contender"] for row in view.rows):
+        options = ", ".join(f"{key}={value}" for key, value in first[name]["options"].items())
+        cells = [view.cell(name, n, cell) for n in view.lengths]
+        lines.append([name, f"`{first[name]['key']}` {options}".strip(), *cells, first[name]["note"] or "-"])
+    header = ["peer", "ours", *(f"{n:,}" for n in view.lengths), "differences"]
+    note = "x: the peer's time over ours, above 1 ours is faster; in brackets the peer's time and ours."
+    return f"{markdown_table(header, lines)}\n\n{note}"
+
+
+def _decode_table(results: Mapping[str, Any], part: Row) -> str:
+    view = _View(results, "decode", part, "decode")
+    flat = {entry["contender"]: entry for entry in results["summary"]["decode"] if entry["part"] == part["name"]}
+    first = {row["contender"]: row for row in reversed(view.rows)}
+    header = ["contender", "keeps", *(f"tokens/s after {n:,}" for n in view.lengths)]
+    header += [*(f"cache MB after {n:,}" for n in view.lengths), "slowest / fastest"]
+    lines = []
+    for name in view.names():
+        speeds = [view.cell(name, n, lambda row: f"{row['tokens_per_second']:,.0f}") for n in view.lengths]
+        sizes = [view.cell(name, n, lambda row: f"{row['cache_bytes'] / 1e6:,.2f}") for n in view.lengths]
+        slowdown = _number(flat.get(name, {}).get("slowdown"))
+        lines.append([f"`{name}`", first[name].get("state", "kv"), *speeds, *sizes, slowdown])
+    return markdown_table(header, lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In short, for the README
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _models_in_short(views: Sequence[_View]) -> str:
+    """How much faster than SDPA, and from which length on."""
+    header = ["contender"]
+    for view in views:
+        header += [*(f"{_MODES[view.mode]}, {n:,}" for n in view.lengths), "as fast from"]
+    lines = []
+    for name in _all_names(views):
+        cells = [[*(view.cell(name, n, _speedup) for n in view.lengths), view.crossover(name)] for view in views]
+        if name != "sdpa":
+            lines.append([f"`{name}`", *(cell for group in cells for cell in group)])
+    times = [
+        f"{_milliseconds(r['seconds'])} at {r['length']:,}"
+        for r in views[0].rows
+        if r["contender"] == "sdpa" and "seconds" in r
+    ]
+    note = f"SDPA itself, {_MODES[views[0].mode]}: {', '.join(times)}."
+    return f"{markdown_table(header, lines)}\n\n{note}"
+
+
+def _layers_in_short(views: Sequence[_View]) -> str:
+    """Time and memory at the longest input, their exponents, and the crossover."""
+    header = ["contender"]
+    for view in views:
+        longest = f"{view.lengths[-1]:,}"
+        header += [f"{_MODES[view.mode]}: ms at {longest}", f"peak MB at {longest}", "exponent of time", "of memory"]
+        header += ["as fast as SDPA from", *(["times the byte floor"] * view.floors)]
+    lines = []
+    for name in _all_names(views):
+        cells = []
+        for view in views:
+            longest_n = view.lengths[-1]
+            cells += [view.cell(name, longest_n, lambda row: f"{1000 * row['seconds']:,.3g}")]
+            cells += [view.cell(name, longest_n, _peak), *view.exponents(name), view.crossover(name)]
+            cells += [view.cell(name, longest_n, view.floor)] * view.floors
+        lines.append([f"`{name}`", *cells])
+    return f"{markdown_table(header, lines)}\n\n{_about_fits(views)}"
+
+
+def _peers_in_short(views: Sequence[_View]) -> str:
+    """How much faster ours is than each peer."""
+    header = ["peer", "ours", *(f"{_MODES[view.mode]}, {n:,}" for view in views for n in view.lengths)]
+    ours = {row["contender"]: row["key"] for view in views for row in view.rows}
+    lines = [
+        [name, f"`{key}`", *(view.cell(name, n, _beside_ours) for view in views for n in view.lengths)]
+        for name, key in ours.items()
+    ]
+    return f"{markdown_table(header, lines)}\n\nx: the peer's time over ours; above 1 ours is faster."
+
+
+_SHORT: Mapping[str, Callable[[Sequence[_View]], str]] = {
+    "model": _models_in_short,
+    "layer": _layers_in_short,
+    "peer": _peers_in_short,
+}

@@ -1,0 +1,48 @@
+"""Rows of a long measurement on disk, so that a run that is cut off goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RowFile"]
+
+
+class RowFile:
+    """Rows on disk, one JSON object a line, the first line being the setting they were measured under.
+
+    Args:
+        path: of the file.
+        setting: of this run.
+        retry: rows of an earlier run that have one of these keys are dropped, so that they are measured again.
+
+    Raises:
+        ValueError: for a file that was measured under another setting.
+    """
+
+    def __init__(self, path: Path, setting: dict[str, Any], retry: tuple[str, ...] = ("failure",)) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        whole = [line for line in lines if line.endswith("}")]  # an interrupted write leaves half a line
+        if whole:
+            found = json.loads(whole[0])
+            if found != setting:
+                raise ValueError(
+                    f"{path} was measured under another setting: {found}, this run has {setting}. "
+                    "Give another --output, or delete the file."
+                )
+            self.rows = [row for row in map(json.loads, whole[1:]) if not any(key in row for key in retry)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in [setting, *self.rows]), encoding="utf-8")
+
+    def has(self, **identity: Any) -> bool:
+        """Whether a row with these values is there."""
+        return any(all(row.get(name) == value for name, value in identity.items()) for row in self.rows)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep a row and write it."""
+        self.rows.append(row)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
