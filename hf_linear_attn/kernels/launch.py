@@ -22,6 +22,7 @@ class Launch:
         num_stages: stages of software pipelining.
         is_default: whether a call chooses it by itself; those must not spill.
         uses_dot: whether tensor cores must show in the compiled code.
+        targets: names of the targets that it is shipped for, as `kernels.inspection` has them; empty for all.
     """
 
     kernel: Any
@@ -32,3 +33,4 @@ class Launch:
     num_stages: int = 2
     is_default: bool = True
     uses_dot: bool = True
+    targets: tuple[str, ...] = ()

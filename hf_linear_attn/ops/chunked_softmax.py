@@ -11,10 +11,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.feature_maps import accumulation_dtype
-from hf_linear_attn.ops.linear_attention import LOG_ZERO
+from hf_linear_attn.ops.linear_sums import LOG_ZERO
 from hf_linear_attn.ops.masking import safe_masked_fill
 
 __all__ = ["chunked_softmax_attention"]
@@ -40,7 +41,8 @@ def chunked_softmax_attention(
         scaling: factor of the logits.
         key_padding: bool `[B or 1, Tk]`, True for a real key, or None.
         is_causal: whether a query sees keys up to its own position only.
-        chunk_size: queries and keys per chunk, in tokens; None takes sqrt(Tk), at least 256.
+        chunk_size: queries and keys per chunk, in tokens; None takes sqrt(Tk), at least 256, or leaves the choice to
+            torch's own kernel, where that serves the call (on a CPU, without padding).
 
     Returns:
         `[B, H, Tq, D]` in v's dtype, computed in float32 (float64 for float64); 0 in rows that see no key.
@@ -48,10 +50,18 @@ def chunked_softmax_attention(
     Raises:
         ValueError: for causal attention with more queries than keys, or a chunk size below 1.
     """
-    if is_causal and q.shape[2] > k.shape[2]:
-        raise ValueError(f"Causal attention needs Tq <= Tk, got Tq={q.shape[2]} and Tk={k.shape[2]}.")
+    q_len, k_len = q.shape[2], k.shape[2]
+    if is_causal and q_len > k_len:
+        raise ValueError(f"Causal attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
+    if chunk_size is None and q.device.type == "cpu" and key_padding is None and (not is_causal or q_len == k_len):
+        # torch's CPU kernel is this algorithm in one piece, with chunks that fit the cache.
+        dtype = accumulation_dtype(v.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(
+                q.to(dtype), k.to(dtype), v.to(dtype), is_causal=is_causal and q_len > 1, scale=scaling
+            ).to(v.dtype)
     if chunk_size is None:
-        chunk_size = max(_MIN_CHUNK, math.isqrt(k.shape[2] - 1) + 1)
+        chunk_size = max(_MIN_CHUNK, math.isqrt(k_len - 1) + 1)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be None or an int >= 1, got {chunk_size!r}.")
     k, v = safe_masked_fill(k, key_padding), safe_masked_fill(v, key_padding)

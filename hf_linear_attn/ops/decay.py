@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.feature_maps import FeatureMap, accumulation_dtype
-from hf_linear_attn.ops.linear_attention import (
+from hf_linear_attn.ops.linear_attention import init_linear_state
+from hf_linear_attn.ops.linear_sums import (
     LOG_ZERO,
     State,
-    _block_size,
-    _divide,
-    _full_precision,
-    _pack,
-    _prepare_keys,
-    _unpack,
-    init_linear_state,
+    block_size,
+    divide,
+    full_precision,
+    pack_state,
+    prepare_keys,
+    unpack_state,
 )
 from hf_linear_attn.ops.masking import query_padding, safe_masked_fill
 
@@ -42,6 +42,9 @@ _LEAST_GIVEN = -1e4  # log-decay in place of -inf: finite, so that sums and diff
 # Log-decay, relative to the scale of the sums, below which nothing is left of them even in float64. A bound
 # keeps the running sums inside a chunk small, and so their differences accurate.
 _LEAST = -120.0
+# What a chunk may decay in all, in each feature, to be computed with one split for all its pairs of tokens: e^20 and
+# e^-20 are the largest and smallest factors.
+_MOST_IN_CHUNK = 40.0
 
 
 def init_decay_state(
@@ -102,27 +105,29 @@ def decay_linear_attention(
         raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
     if state is not None and q_len != k_len:
         raise ValueError(f"A decode state needs as many queries as new keys, got {q_len} and {k_len}.")
-    block, outputs = _block_size(v), []
-    with _full_precision(v):
+    block, outputs = block_size(v), []
+    with full_precision(v):
         carry, peak = _start(q_features, v, normalised, state)
         q = q_features.to(carry.dtype)
         k, v1, decay, peak = _prepare(
             k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak
         )
-        offset = k_len - q_len  # keys before the first query are only summed
-        for start in range(0, offset, block):
-            now = slice(start, min(start + block, offset))
-            carry = _accumulate(carry, k[:, :, now], v1[:, :, now], decay[:, :, now])
-        for start in range(0, q_len, block):
-            now = slice(offset + start, min(offset + start + block, k_len))
-            rows, keys = q[:, :, start : start + block], (k[:, :, now], v1[:, :, now], decay[:, :, now])
+        # Keys before the first query are only summed. Splits, not slices: their gradients are joined, not added up.
+        sizes = [[min(block, length - i) for i in range(0, length, block)] for length in (k_len - q_len, q_len)]
+        parts = list(zip(*(x.split(sizes[0] + sizes[1], 2) for x in (k, v1, decay)), strict=True))
+        for keys in parts[: len(sizes[0])]:
+            carry = _accumulate(carry, *keys)
+        for rows, (k, v1, decay) in zip(q.split(sizes[1], 2), parts[len(sizes[0]) :], strict=True):
             if q_len == 1:
-                carry = _accumulate(carry, *keys)
+                carry = _accumulate(carry, k, v1, decay)
                 sums = rows @ carry
             else:
-                sums, carry = _chunk_block(rows, *keys, carry, _CHUNK)
+                sums, carry = _chunk_block(rows, k, v1, decay, carry, _CHUNK)
             outputs.append(_finish(sums, v.dtype, normalised))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    output = outputs[0]
+    if len(outputs) > 1:
+        # [B, T, H, D] in memory: what the output projection reads next
+        output = torch.cat([o.transpose(1, 2) for o in outputs], 1).transpose(1, 2)
     return output, None if state is None else _end(carry, peak, normalised)
 
 
@@ -172,7 +177,7 @@ def naive_decay_linear_attention(
 ) -> torch.Tensor:
     """The formula with n x n (x F) weights, reference of the other forms. Arguments as `decay_linear_attention`."""
     q_len, k_len = q_features.shape[2], k_features.shape[2]
-    with _full_precision(v):
+    with full_precision(v):
         carry, peak = _start(q_features, v, normalised, None)
         k, v1, decay, _ = _prepare(k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak)
         later = torch.ones(k_len, k_len, dtype=torch.bool, device=v.device).tril(-1)[:, :, None]
@@ -198,7 +203,7 @@ def chunk_decay_linear_attention(
 
     Arguments as `decay_linear_attention` with Tq == Tk; `chunk_size` is a power of two.
     """
-    with _full_precision(v):
+    with full_precision(v):
         carry, peak = _start(q_features, v, normalised, state)
         k, v1, decay, peak = _prepare(
             k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak
@@ -220,7 +225,7 @@ def recurrent_decay_linear_attention(
 ) -> tuple[torch.Tensor, State]:
     """One token at a time, to decode a token or a few. Arguments as `chunk_decay_linear_attention`."""
     rows = []
-    with _full_precision(v):
+    with full_precision(v):
         carry, peak = _start(q_features, v, normalised, state)
         k, v1, decay, peak = _prepare(
             k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak
@@ -237,7 +242,10 @@ def _start(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sums before the call, z as last column, and their log scale; None for sums without one."""
     if state is not None:
-        return _pack(state) if normalised else (state["kv"], None)
+        if not normalised:
+            return state["kv"], None
+        carry, peak = pack_state(state)
+        return carry.masked_fill((peak <= LOG_ZERO / 2)[..., None, None], 0), peak
     columns = v.shape[-1] + int(normalised)
     return q.new_zeros(*q.shape[:2], q.shape[-1], columns, dtype=accumulation_dtype(v.dtype)), None
 
@@ -245,11 +253,11 @@ def _start(
 def _end(carry: torch.Tensor, peak: torch.Tensor | None, normalised: bool) -> State:
     if not normalised:
         return {"kv": carry}
-    return _unpack((carry, carry.new_zeros(carry.shape[:2]) if peak is None else peak))
+    return unpack_state((carry, carry.new_zeros(carry.shape[:2]) if peak is None else peak))
 
 
 def _finish(sums: torch.Tensor, dtype: torch.dtype, normalised: bool) -> torch.Tensor:
-    return _divide(sums, dtype) if normalised else sums.to(dtype)
+    return divide(sums, dtype) if normalised else sums.to(dtype)
 
 
 def _prepare(
@@ -279,14 +287,15 @@ def _prepare(
         return k, safe_masked_fill(v.to(dtype), key_padding), decay.clamp(min=_LEAST), None
     if log_weight is None and peak is not None:  # the state may hold weighted keys
         log_weight = torch.zeros_like(v[..., 0], dtype=dtype)
-    v1, log_weight = _prepare_keys(v, log_weight, key_padding, dtype)
+    v1, log_weight = prepare_keys(v, log_weight, key_padding, dtype)
     if log_weight is None:
         return k, v1, decay.clamp(min=_LEAST), None
     start = log_weight.new_full(log_weight.shape[:2], LOG_ZERO) if peak is None else peak
     elapsed = decay.detach().amax(-1).cumsum(-1)  # [B, H, T]
     latest = torch.maximum((log_weight.detach() - elapsed).cummax(-1).values, start[..., None])
     peaks = elapsed + latest
-    shift = torch.cat([start[..., None], peaks[..., :-1]], -1) - peaks
+    before = torch.cat([start[..., None], peaks[..., :-1]], -1)
+    shift = torch.where(before > LOG_ZERO / 2, before - peaks, 0.0)  # nothing decays before the first key
     v1 = v1 * (log_weight - peaks).exp()[..., None]
     return k, v1, (decay + shift[..., None]).clamp(min=_LEAST), peaks[..., -1]
 
@@ -313,14 +322,15 @@ def _chunk_block(
     if missing:  # zeros: they neither decay nor add
         q, k, v1, decay = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v1, decay))
     q, k, v1, decay = (x.unflatten(2, (chunks, size)) for x in (q, k, v1, decay))  # [B, H, N, C, *]
+    if decay.shape[-1] > 1 and not torch.compiler.is_compiling():
+        reach = torch.ones(size, size, dtype=decay.dtype, device=decay.device).tril() @ decay
+        if bool((reach[..., -1, :] >= -_MOST_IN_CHUNK).all()):
+            sums, carry = _mild_chunks(q, k, v1, reach, carry)
+            return sums.flatten(2, 3)[:, :, :length], carry
     reach = decay.cumsum(-2)  # from before the chunk to each token
     states = (k * _after(decay).exp()).mT @ v1  # [B, H, N, F, D+1]
-    kept = reach[..., -1, :, None].exp()  # [B, H, N, F or 1, 1]
-    before = []
-    for c in range(chunks):
-        before.append(carry)
-        carry = carry * kept[:, :, c] + states[:, :, c]
-    sums = (q * reach.exp()) @ torch.stack(before, 2)
+    before, carry = _states_before(states, reach[..., -1, :, None].exp(), carry)
+    sums = (q * reach.exp()) @ before
     if decay.shape[-1] == 1:
         future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
         between = (reach - reach.mT).masked_fill(future, LOG_ZERO)
@@ -328,6 +338,32 @@ def _chunk_block(
     else:
         sums = sums + _inside_chunks(q, k, v1, decay)
     return sums.flatten(2, 3)[:, :, :length], carry
+
+
+def _states_before(states: torch.Tensor, kept: torch.Tensor, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums before each chunk, `[B, H, N, F, D+1]`, and after all, `kept` of earlier ones being left after a chunk."""
+    before = []
+    for state, left in zip(states.unbind(2), kept.unbind(2), strict=True):
+        before.append(carry)
+        carry = carry * left + state
+    return torch.stack(before, 2), carry
+
+
+def _mild_chunks(
+    q: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, reach: torch.Tensor, carry: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal sums `[B, H, N, C, D+1]` where no chunk forgets much, and the carry after them.
+
+    The decay between two tokens is split between query and key at half of what the chunk decays in all: neither
+    factor is far from 1.
+    """
+    last = reach[..., -1:, :]
+    middle = (0.5 * last).detach()
+    factor = (reach - middle).exp()
+    q, k = q * factor, k / factor
+    states = (k.mT @ v1) * (last - middle).exp().mT
+    before, carry = _states_before(states, last.exp().mT, carry)
+    return (q @ k.mT).tril() @ v1 + q @ (before * middle.exp().mT), carry
 
 
 def _inside_chunks(q: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:

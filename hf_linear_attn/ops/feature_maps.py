@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ __all__ = [
     "RANDOM_FEATURE_KERNELS",
     "FeatureMap",
     "Features",
+    "ParametricMap",
     "accumulation_dtype",
     "elu_features",
     "exp_features",
@@ -26,6 +28,7 @@ __all__ = [
     "gaussian_orthogonal",
     "key_random_features",
     "laplace_features",
+    "mean_logit",
     "query_random_features",
     "relu_features",
     "softmax_features",
@@ -36,6 +39,21 @@ __all__ = [
 
 Features = tuple[torch.Tensor, torch.Tensor | None]
 FeatureMap = Callable[[torch.Tensor], Features]
+
+
+@dataclass(frozen=True)
+class ParametricMap:
+    """The feature map `function(x, *parameters)`, whose trained tensors an op can see.
+
+    An op that computes features again in its backward pass hands gradients to these tensors only: whatever trains
+    belongs among them, not into the closure of `function`.
+    """
+
+    function: Callable[..., Features]
+    parameters: tuple[torch.Tensor, ...] = ()
+
+    def __call__(self, x: torch.Tensor) -> Features:
+        return self.function(x, *self.parameters)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,12 +103,16 @@ def taylor_features(x: torch.Tensor, order: int) -> Features:
         `[..., 1 + D]`, or `[..., 1 + D + D (D + 1) / 2]` (each pair of coordinates once), and None.
     """
     x = _full(x)
-    parts = [torch.ones_like(x[..., :1]), x]
-    if order == 2:
-        row, column = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-        weight = torch.ones(row.shape, dtype=x.dtype, device=x.device).masked_fill(row == column, 0.5**0.5)
-        parts.append(x[..., row] * x[..., column] * weight)
-    return torch.cat(parts, -1), None
+    if order == 1:
+        return torch.cat([torch.ones_like(x[..., :1]), x], -1), None
+    # Every feature is a product of two coordinates, 1 being one: picked by matrix products, several times faster on a
+    # CPU, forward and backward, than by indices.
+    dim = x.shape[-1]
+    row, column = torch.triu_indices(dim + 1, dim + 1, device=x.device)  # coordinate 0 is the 1
+    picks = torch.arange(dim + 1, device=x.device)[:, None]
+    first, second = (picks == row).to(x.dtype), (picks == column).to(x.dtype)  # [1 + D, F]
+    first = first * torch.ones_like(first[0]).masked_fill_((row == column) & (row > 0), 0.5**0.5)
+    return F.linear(x, first[1:].mT, first[0]) * F.linear(x, second[1:].mT, second[0]), None
 
 
 def weighted_by_mean_logit(features: Features, k: torch.Tensor, query_mean: torch.Tensor, scaling: float) -> Features:
@@ -102,9 +124,15 @@ def weighted_by_mean_logit(features: Features, k: torch.Tensor, query_mean: torc
         query_mean: a, `[H, D]`.
         scaling: factor of the logits.
     """
-    shared = (_full(k) @ (query_mean.to(accumulation_dtype(k.dtype)) * scaling)[..., None])[..., 0]  # [B, H, T]
-    phi, log_scale = features
+    shared, (phi, log_scale) = mean_logit(k, query_mean, scaling), features
     return phi, shared if log_scale is None else log_scale + shared
+
+
+def mean_logit(x: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling * other . x for each token, `[B, H, T]`, with `other` `[H, D]`."""
+    x = _full(x)
+    # As a row of products: matrix products with a single column are several times slower.
+    return ((other.to(x.dtype) * scaling)[:, None] @ x.mT)[..., 0, :]
 
 
 def fourier_features(projected: torch.Tensor) -> torch.Tensor:

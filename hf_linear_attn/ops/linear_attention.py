@@ -11,12 +11,25 @@ Sums are float32 (float64 for float64 input); the output has the dtype of `v`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 
-from hf_linear_attn.ops.feature_maps import FeatureMap, Features, accumulation_dtype
+from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, accumulation_dtype
+from hf_linear_attn.ops.linear_blocks import block_linear_attention
+from hf_linear_attn.ops.linear_sums import (
+    CHUNK,
+    LOG_ZERO,
+    TINY,
+    State,
+    accumulate,
+    block_size,
+    chunk_block,
+    divide,
+    full_precision,
+    pack_state,
+    prepare_keys,
+    unpack_state,
+)
 from hf_linear_attn.ops.masking import causal_mask, query_padding, safe_masked_fill
 
 __all__ = [
@@ -31,20 +44,6 @@ __all__ = [
     "naive_linear_attention",
     "recurrent_linear_attention",
 ]
-
-# {"kv": [B, H, F, D], "z": [B, H, F], "log_scale": [B, H]}: sums over past keys / exp(log_scale).
-State = dict[str, torch.Tensor]
-
-LOG_ZERO = -1e30  # log weight of nothing: finite, so that differences of two of them are numbers
-_CHUNK = 64  # tokens per causal chunk
-# Tokens x heads x batch whose features are held at once: small enough for a CPU cache, which at long lengths
-# is nearly twice as fast as whole sequences, and keeps memory small.
-_CPU_BLOCK_ROWS = 6144
-_BLOCK_ROWS = 1 << 19
-_MIN_BLOCK = 256
-_TINY = 1e-30  # smallest magnitude of a denominator
-
-_Carry = tuple[torch.Tensor, torch.Tensor]  # sums [B, H, F, D+1] with z as last column, their log scale [B, H]
 
 
 def init_linear_state(
@@ -92,16 +91,9 @@ def linear_attention(
         ValueError: for causal attention with more queries than keys, or a state that does not fit the call.
     """
 
-    def k_map(start: int, stop: int) -> Features:
-        weight = None if key_log_weight is None else key_log_weight[:, :, start:stop]
-        return k_features[:, :, start:stop], weight
-
-    def q_map(start: int, stop: int) -> Features:
-        return q_features[:, :, start:stop], None
-
-    with _full_precision(v):
-        output, _, state = _attend(q_map, k_map, q_features.shape[2], v, key_padding, is_causal, state)
-    return output, state
+    return _attend(
+        q_features, k_features, v, _as_they_are, _as_they_are, key_log_weight, key_padding, None, is_causal, state
+    )[::2]
 
 
 def feature_map_attention(
@@ -147,17 +139,77 @@ def feature_map_attention_with_normalizer(
         (about `LOG_ZERO` in rows that see no key); and the state.
     """
     query_real = query_padding(key_padding, q.shape[2], is_causal)
+    return _attend(q, k, v, q_map, k_map, None, key_padding, query_real, is_causal, state)
+
+
+def _as_they_are(features: torch.Tensor) -> Features:
+    return features, None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_map: FeatureMap,
+    k_map: FeatureMap,
+    log_weight: torch.Tensor | None,
+    key_real: torch.Tensor | None,
+    query_real: torch.Tensor | None,
+    is_causal: bool,
+    state: State | None,
+) -> tuple[torch.Tensor, torch.Tensor, State | None]:
+    """Attention in blocks of tokens, by the form that fits the call."""
+    q_len, k_len = q.shape[2], v.shape[2]
+    if is_causal and q_len > k_len:
+        raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
+    if state is not None and (not is_causal or q_len != k_len):
+        raise ValueError(
+            "A decode state needs causal attention over the new tokens only, got "
+            f"is_causal={is_causal}, {q_len} queries and {k_len} keys."
+        )
+    # A traced graph has no reentrant backward, a decode step no use for one, and a map that trains tensors which it
+    # does not name needs autograd to find them.
+    if q_len > 1 and not torch.compiler.is_compiling() and not _trains_unnamed((q_map, q), (k_map, k)):
+        output, normalizer, after = block_linear_attention(
+            q,
+            k,
+            v,
+            q_map,
+            k_map,
+            log_weight=log_weight,
+            key_real=key_real,
+            query_real=query_real,
+            is_causal=is_causal,
+            state=state,
+        )
+        return output, normalizer, None if state is None else after
 
     def map_queries(start: int, stop: int) -> Features:
         real = None if query_real is None else query_real[:, start:stop]
         return q_map(safe_masked_fill(q[:, :, start:stop], real))
 
     def map_keys(start: int, stop: int) -> Features:
-        real = None if key_padding is None else key_padding[:, start:stop]
-        return k_map(safe_masked_fill(k[:, :, start:stop], real))
+        real = None if key_real is None else key_real[:, start:stop]
+        features, weight = k_map(safe_masked_fill(k[:, :, start:stop], real))
+        if log_weight is not None:
+            weight = log_weight[:, :, start:stop] if weight is None else weight + log_weight[:, :, start:stop]
+        return features, weight
 
-    with _full_precision(v):
-        return _attend(map_queries, map_keys, q.shape[2], v, key_padding, is_causal, state)
+    with full_precision(v):
+        return _traced(map_queries, map_keys, q_len, v, key_real, is_causal, state)
+
+
+def _trains_unnamed(*maps: tuple[FeatureMap, torch.Tensor]) -> bool:
+    """Whether a map's features of a constant token depend on a tensor that trains and is not a named parameter."""
+    if not torch.is_grad_enabled():
+        return False
+    for feature_map, x in maps:
+        if isinstance(feature_map, ParametricMap):
+            feature_map = ParametricMap(feature_map.function, tuple(p.detach() for p in feature_map.parameters))
+        features = feature_map(torch.zeros_like(x[:1, :, :1]))
+        if any(y is not None and y.requires_grad for y in features):
+            return True
+    return False
 
 
 def naive_linear_attention(
@@ -182,7 +234,7 @@ def naive_linear_attention(
     log_weight = log_weight[:, :, None, :].masked_fill(~visible, LOG_ZERO)  # [B, H, Tq, Tk]
     weight = (log_weight - log_weight.amax(-1, keepdim=True)).exp().masked_fill(~visible, 0)
     scores = (q_features @ k_features.mT) * weight
-    return _divide(torch.cat([scores @ values, scores.sum(-1, keepdim=True)], -1), v.dtype)
+    return divide(torch.cat([scores @ values, scores.sum(-1, keepdim=True)], -1), v.dtype)
 
 
 def bidirectional_linear_attention(
@@ -207,7 +259,7 @@ def chunk_linear_attention(
     key_log_weight: torch.Tensor | None = None,
     key_padding: torch.Tensor | None = None,
     state: State | None = None,
-    chunk_size: int = _CHUNK,
+    chunk_size: int = CHUNK,
 ) -> tuple[torch.Tensor, State]:
     """Causal attention, dense inside chunks of `chunk_size` tokens, by sums over earlier chunks beyond.
 
@@ -216,11 +268,11 @@ def chunk_linear_attention(
     dtype = accumulation_dtype(v.dtype)
     if key_log_weight is None and state is not None:
         key_log_weight = torch.zeros_like(v[..., 0], dtype=dtype)
-    with _full_precision(v):
-        keys = _prepare_keys(v, key_log_weight, key_padding, dtype)
-        carry = None if state is None else _pack(state)
-        sums, _, carry = _chunk_block(q_features.to(dtype), k_features.to(dtype), *keys, carry, chunk_size)
-    return _divide(sums, v.dtype), _unpack(carry)
+    with full_precision(v):
+        keys = prepare_keys(v, key_log_weight, key_padding, dtype)
+        carry = None if state is None else pack_state(state)
+        sums, _, carry = chunk_block(q_features.to(dtype), k_features.to(dtype), *keys, carry, chunk_size)
+    return divide(sums, v.dtype), unpack_state(carry)
 
 
 def recurrent_linear_attention(
@@ -242,30 +294,19 @@ def recurrent_linear_attention(
         state = init_linear_state(batch, heads, q_features.shape[-1], dim, dtype, v.device)
     if key_log_weight is None:
         key_log_weight = torch.zeros_like(v[..., 0], dtype=dtype)
-    v1, log_weight = _prepare_keys(v, key_log_weight, key_padding, dtype)
+    v1, log_weight = prepare_keys(v, key_log_weight, key_padding, dtype)
     assert log_weight is not None
     q_features, k_features = q_features.to(dtype), k_features.to(dtype)
-    carry, rows = _pack(state), []
-    with _full_precision(v):
+    carry, rows = pack_state(state), []
+    with full_precision(v):
         for t in range(length):
             now = slice(t, t + 1)
-            carry = _accumulate(carry, k_features[:, :, now], v1[:, :, now], log_weight[:, :, now])
+            carry = accumulate(carry, k_features[:, :, now], v1[:, :, now], log_weight[:, :, now])
             rows.append(q_features[:, :, now] @ carry[0])
-    return _divide(torch.cat(rows, 2), v.dtype), _unpack(carry)
+    return divide(torch.cat(rows, 2), v.dtype), unpack_state(carry)
 
 
-def _full_precision(x: torch.Tensor) -> AbstractContextManager[None]:
-    """Autocast off: sums over thousands of tokens and exponentials do not survive half precision."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _block_size(v: torch.Tensor) -> int:
-    """Tokens of a block, whole chunks."""
-    rows = _CPU_BLOCK_ROWS if v.device.type == "cpu" else _BLOCK_ROWS
-    return max(_MIN_BLOCK, rows // (v.shape[0] * v.shape[1]) // _CHUNK * _CHUNK)
-
-
-def _attend(
+def _traced(
     q_map: Callable[[int, int], Features],
     k_map: Callable[[int, int], Features],
     q_len: int,
@@ -274,28 +315,21 @@ def _attend(
     is_causal: bool,
     state: State | None,
 ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
-    """Attention in blocks of tokens; `q_map` and `k_map` give the features of a range of positions."""
-    k_len, dtype, block = v.shape[2], accumulation_dtype(v.dtype), _block_size(v)
-    if is_causal and q_len > k_len:
-        raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
-    if state is not None and (not is_causal or q_len != k_len):
-        raise ValueError(
-            "A decode state needs causal attention over the new tokens only, got "
-            f"is_causal={is_causal}, {q_len} queries and {k_len} keys."
-        )
+    """Attention in blocks, differentiated by autograd; `q_map` and `k_map` give features of a range of positions."""
+    k_len, dtype, block = v.shape[2], accumulation_dtype(v.dtype), block_size(v)
 
     def keys(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         features, weight = k_map(start, stop)
         if weight is None and state is not None:  # the state may hold weighted keys
             weight = torch.zeros_like(features[..., 0], dtype=dtype)
         padding = None if key_padding is None else key_padding[:, start:stop]
-        return features.to(dtype), *_prepare_keys(v[:, :, start:stop], weight, padding, dtype)
+        return features.to(dtype), *prepare_keys(v[:, :, start:stop], weight, padding, dtype)
 
-    carry = None if state is None else _pack(state)
+    carry = None if state is None else pack_state(state)
     # Keys before the first query's own position (all of them when bidirectional) are only summed.
     offset = k_len - q_len if is_causal else k_len
     for start in range(0, offset, block):
-        carry = _accumulate(carry, *keys(start, min(start + block, offset)))
+        carry = accumulate(carry, *keys(start, min(start + block, offset)))
     outputs, normalizers = [], []
     for start in range(0, q_len, block):
         stop = min(start + block, q_len)
@@ -305,111 +339,15 @@ def _attend(
             assert carry is not None
             sums, peak = queries @ carry[0], carry[1][..., None]
         elif stop - start == 1 and carry is not None:
-            carry = _accumulate(carry, *keys(offset + start, offset + stop))
+            carry = accumulate(carry, *keys(offset + start, offset + stop))
             sums, peak = queries @ carry[0], carry[1][..., None]
         else:
-            sums, peak, carry = _chunk_block(queries, *keys(offset + start, offset + stop), carry, _CHUNK)
-        outputs.append(_divide(sums, v.dtype))
+            sums, peak, carry = chunk_block(queries, *keys(offset + start, offset + stop), carry, CHUNK)
+        outputs.append(divide(sums, v.dtype))
         peak = peak if log_scale is None else peak + log_scale
-        normalizers.append(sums[..., -1].clamp(min=_TINY).log() + peak)
+        normalizers.append(sums[..., -1].clamp(min=TINY).log() + peak)
     output = outputs[0]
     if len(outputs) > 1:
         # [B, T, H, D] in memory: what the output projection reads next
         output = torch.cat([o.transpose(1, 2) for o in outputs], 1).transpose(1, 2)
-    return output, torch.cat(normalizers, 2), None if state is None or carry is None else _unpack(carry)
-
-
-def _prepare_keys(
-    v: torch.Tensor, log_weight: torch.Tensor | None, key_padding: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Values with a column of ones, whose sum is the denominator; 0 and weight nothing at padded keys."""
-    v1 = F.pad(v.to(dtype), (0, 1), value=1.0)  # [B, H, T, D+1]
-    if log_weight is not None:
-        log_weight = log_weight.to(dtype)
-    if key_padding is not None:
-        v1 = v1.masked_fill(~key_padding[:, None, :, None], 0)
-        if log_weight is not None:
-            log_weight = log_weight.masked_fill(~key_padding[:, None, :], LOG_ZERO)
-    return v1, log_weight
-
-
-def _accumulate(carry: _Carry | None, k: torch.Tensor, v1: torch.Tensor, log_weight: torch.Tensor | None) -> _Carry:
-    """Add keys to the sums, kept relative to the largest log weight so far (0 for unweighted keys)."""
-    if log_weight is None:
-        # v^T k: its long dimension is F, which suits matrix products better than D + 1
-        sums = (v1.mT @ k).mT
-        return (sums if carry is None else carry[0] + sums), sums.new_zeros(sums.shape[:2])
-    peak = log_weight.detach().amax(-1)  # [B, H]
-    if carry is not None:
-        peak = torch.maximum(peak, carry[1])
-    sums = ((v1 * (log_weight - peak[..., None]).exp()[..., None]).mT @ k).mT
-    if carry is not None:
-        sums = sums + carry[0] * (carry[1] - peak).exp()[..., None, None]
-    return sums, peak
-
-
-def _chunk_block(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v1: torch.Tensor,
-    log_weight: torch.Tensor | None,
-    carry: _Carry | None,
-    chunk_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, _Carry]:
-    """Causal sums [B, H, T, D+1] of a block after the keys in `carry`, their log scale [B, H, T], the carry after."""
-    batch, heads, length, num_features = k.shape
-    size = min(chunk_size, length)
-    chunks = -(-length // size)
-    missing = chunks * size - length
-    if missing:
-        q, k, v1 = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v1))
-        log_weight = None if log_weight is None else F.pad(log_weight, (0, missing), value=LOG_ZERO)
-    q, k, v1 = (x.reshape(batch, heads, chunks, size, -1) for x in (q, k, v1))  # [B, H, N, C, *]
-    scores = q @ k.mT  # [B, H, N, C, C]
-    if log_weight is None:
-        sums = scores.tril() @ v1
-        states = (v1.mT @ k).mT  # [B, H, N, F, D+1]
-        before = F.pad(states.cumsum(2), (0, 0, 0, 0, 1, 0))  # [B, H, N+1, F, D+1]
-        if carry is not None:
-            before = before + carry[0][:, :, None]
-        sums = sums + q @ before[:, :, :-1]
-        last: _Carry = (before[:, :, -1], before.new_zeros(batch, heads))
-        return sums.reshape(batch, heads, chunks * size, -1)[:, :, :length], last[1][..., None], last
-
-    # Running maxima: of each row, and of everything before each chunk.
-    start = log_weight.new_full((batch, heads), LOG_ZERO) if carry is None else carry[1]
-    row_peak = torch.maximum(log_weight.detach().cummax(-1).values, start[..., None])
-    row_peak = row_peak.reshape(batch, heads, chunks, size)
-    log_weight = log_weight.reshape(batch, heads, chunks, size)
-    chunk_peak = row_peak[..., -1]  # [B, H, N]
-    peak_before = torch.cat([start[..., None], chunk_peak[..., :-1]], -1)
-
-    future = causal_mask(size, size, q.device).logical_not()
-    weight = log_weight[..., None, :] - row_peak[..., :, None]  # at most 0 where visible
-    sums = (scores * weight.masked_fill(future, LOG_ZERO).exp()) @ v1
-    states = ((v1 * (log_weight - chunk_peak[..., None]).exp()[..., None]).mT @ k).mT
-    # Sums before chunk c: earlier chunks rescaled from their own running maximum to that of chunk c - 1.
-    earlier = torch.ones(chunks, chunks, dtype=torch.bool, device=q.device).tril(-1)
-    mixing = (chunk_peak[..., None, :] - peak_before[..., :, None]).masked_fill(~earlier, LOG_ZERO).exp()
-    before = (mixing @ states.flatten(3)).unflatten(3, (num_features, -1))
-    if carry is not None:
-        before = before + carry[0][:, :, None] * (start[..., None] - peak_before).exp()[..., None, None]
-    sums = sums + (q @ before) * (peak_before[..., None] - row_peak).exp()[..., None]
-    decay = (peak_before[..., -1] - chunk_peak[..., -1]).exp()[..., None, None]
-    last = (before[:, :, -1] * decay + states[:, :, -1], chunk_peak[..., -1])
-    return sums.reshape(batch, heads, chunks * size, -1)[:, :, :length], row_peak.flatten(2)[..., :length], last
-
-
-def _divide(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Numerator over denominator, the latter kept away from 0 with its sign (Fourier features have both)."""
-    numerator, denominator = sums[..., :-1], sums[..., -1:]
-    tiny = torch.full_like(denominator, _TINY).copysign(denominator)
-    return (numerator / torch.where(denominator.abs() < _TINY, tiny, denominator)).to(dtype)
-
-
-def _pack(state: State) -> _Carry:
-    return torch.cat([state["kv"], state["z"][..., None]], -1), state["log_scale"]
-
-
-def _unpack(carry: _Carry) -> State:
-    return {"kv": carry[0][..., :-1], "z": carry[0][..., -1], "log_scale": carry[1]}
+    return output, torch.cat(normalizers, 2), None if state is None or carry is None else unpack_state(carry)

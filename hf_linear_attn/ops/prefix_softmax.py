@@ -2,7 +2,10 @@
 
 Every feature f is a query shared by all rows: its attention over the keys has its own normaliser. Bidirectional rows
 see all keys; causal rows see the keys up to their own, so that each feature needs a normaliser per prefix. Sums are
-kept relative to the running maximum of each feature: no exponential overflows, and no later key reaches a row.
+kept relative to a maximum of each feature: no exponential overflows, and no later key reaches a row.
+
+`ops.prefix_blocks` computes causal calls; what stands here is a decode step, the bidirectional form, and the form that
+torch.compile traces.
 
 Shapes: query weights and key logits `[B, H, T, F]`, values `[B, H, T, D]`, key_padding bool `[B, T]`. Sums are float32
 (float64 for float64 input); the output has the dtype of `v`.
@@ -14,13 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.feature_maps import accumulation_dtype
-from hf_linear_attn.ops.linear_attention import LOG_ZERO
+from hf_linear_attn.ops.linear_sums import LOG_ZERO, State
 from hf_linear_attn.ops.masking import safe_masked_fill
+from hf_linear_attn.ops.prefix_blocks import prefix_block_attention
 
 __all__ = ["State", "init_prefix_softmax_state", "naive_prefix_softmax", "prefix_softmax_attention"]
-
-# {"kv": [B, H, F, D], "z": [B, H, F], "log_scale": [B, H, F]}: sums over past keys / exp(log_scale).
-State = dict[str, torch.Tensor]
 
 _CHUNK = 8  # tokens: all pairs of a chunk are held for every feature, and a state of F x D per chunk
 _BLOCK = 128  # tokens held at once; all pairs of its chunks are held for every feature
@@ -77,6 +78,9 @@ def prefix_softmax_attention(
     dtype = accumulation_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
         a, logits = q_weights.to(dtype), k_logits.to(dtype)
+        if is_causal and q_len > 1 and not torch.compiler.is_compiling():
+            output, after = prefix_block_attention(a, logits, v, key_padding, state)
+            return output, None if state is None else after
         v1 = safe_masked_fill(F.pad(v.to(dtype), (0, 1), value=1.0), key_padding)  # [B, H, T, D+1]
         if key_padding is not None:
             logits = logits.masked_fill(~key_padding[:, None, :, None], LOG_ZERO)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
 from hf_linear_attn.ops.feature_maps import accumulation_dtype
-from hf_linear_attn.ops.linear_attention import _divide
+from hf_linear_attn.ops.linear_sums import divide
 
 __all__ = [
     "SegmentLayout",
@@ -137,7 +137,7 @@ def memory_attention(
         sums = k.mT @ values  # [B, H, N, F, D + 1]
         sums = torch.cat([sums[:, :, :1] + pending[:, :, None], sums[:, :, 1:]], 2)
         before = torch.cat([memory[:, :, None], sums[:, :, :-1]], 2).cumsum(2)
-        output = _divide(q @ before, dtype)
+        output = divide(q @ before, dtype)
         finished = (layout.begin + layout.size <= layout.total[:, None])[:, None, :, None, None]
         memory = memory + sums.masked_fill(~finished, 0).sum(2)
         return output, memory, sums.masked_fill(finished, 0).sum(2)

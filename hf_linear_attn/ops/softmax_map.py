@@ -45,10 +45,13 @@ def softmax_map(
     dtype = accumulation_dtype(x.dtype)
     u = x.to(dtype) @ weight.to(dtype).mT + bias.to(dtype)[:, None]
     u = u.unflatten(-1, (2, -1))
-    halves = u.logsumexp(-1)  # [B, H, T, 2]
-    whole = halves.logsumexp(-1)
+    peak = u.detach().amax(-1)  # [B, H, T, 2]; it cancels
+    terms = (u - peak[..., None]).exp()  # the only exponentials of F numbers a token
+    halves = terms.sum(-1)
+    whole = (halves.log() + peak).logsumexp(-1)
     split = (form == PUBLISHED)[:, None, None]
-    features = (u - torch.where(split, halves, whole[..., None])[..., None]).exp().flatten(-2)
+    factor = torch.where(split, halves.reciprocal(), (peak - whole[..., None]).exp())
+    features = (terms * factor[..., None]).flatten(-2)
     return features, torch.where((form == exp_form)[:, None], whole, 0.0)
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops.feature_maps import FeatureMap, Features, accumulation_dtype
+from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, accumulation_dtype, mean_logit
 from hf_linear_attn.ops.linear_attention import LOG_ZERO, State, feature_map_attention_with_normalizer
 from hf_linear_attn.ops.masking import causal_mask
+from hf_linear_attn.ops.window_blocks import window_block_softmax
 
 __all__ = ["centered_features", "naive_window_tail_attention", "window_softmax", "window_tail_attention"]
 
@@ -71,24 +72,25 @@ def window_tail_attention(
         output, normalizer, peak = window_softmax(
             q, k, wide, left=left, right=right, scaling=scaling, key_allowed=key_real
         )
-        parts = [(output, normalizer + window_log_factor.to(dtype)[:, None])]
-        tails = []
+        part = output, normalizer + window_log_factor.to(dtype)[:, None]
+        shift = None if relative is None else torch.where(relative[:, None], peak, 0.0)
         if state is not None or k_len - left - 1 > 0:
-            late = _late(k, wide, key_real, q_len, left + 1)
+            # Rows whose window reaches the first key have no tail.
+            first = 0 if state is not None or key_real is not None else max(q_len - (k_len - left - 1), 0)
+            late = _late(k, wide, key_real, q_len - first, left + 1)
             out, log, state = feature_map_attention_with_normalizer(
-                q, late[0], late[1], q_map, k_map, key_padding=late[2], is_causal=True, state=state
+                q[:, :, first:], late[0], late[1], q_map, k_map, key_padding=late[2], is_causal=True, state=state
             )
-            tails.append((out, log))
+            part = _merge(part, out, log, shift, slice(first, q_len))
         if not is_causal and q_len - right - 1 > 0:
             real = None if key_real is None else key_real[:, k_len - q_len :].flip(1)
-            late = _late(k[:, :, k_len - q_len :].flip(2), wide[:, :, k_len - q_len :].flip(2), real, q_len, right + 1)
+            count = q_len if real is not None else q_len - right - 1
+            late = _late(k[:, :, k_len - q_len :].flip(2), wide[:, :, k_len - q_len :].flip(2), real, count, right + 1)
             out, log, _ = feature_map_attention_with_normalizer(
-                q.flip(2), late[0], late[1], q_map, k_map, key_padding=late[2], is_causal=True
+                q[:, :, :count].flip(2), late[0], late[1], q_map, k_map, key_padding=late[2], is_causal=True
             )
-            tails.append((out.flip(2), log.flip(2)))
-        shift = 0.0 if relative is None else torch.where(relative[:, None], peak, 0.0)
-        parts += [(out, log + shift) for out, log in tails]
-        return _merge(parts), state
+            part = _merge(part, out.flip(2), log.flip(2), shift, slice(0, count))
+        return part[0], state
 
 
 def naive_window_tail_attention(
@@ -144,6 +146,8 @@ def window_softmax(
     """
     (B, H, q_len, D), k_len = q.shape, k.shape[2]
     left, right = min(left, k_len - 1), min(right, q_len - 1)
+    if not torch.compiler.is_compiling():
+        return window_block_softmax(q, k, v, left=left, right=right, scaling=scaling, key_allowed=key_allowed)
     block = min(_BLOCK, q_len)
     num_blocks, width = -(-q_len // block), block + left + right
     first = k_len - q_len - left  # position of the first key of the first block
@@ -182,14 +186,17 @@ def centered_features(
         raw: whether x is multiplied by `other` before it is centred: once in the pair, here for the keys.
     """
 
-    def features(x: torch.Tensor) -> Features:
+    given = feature_map.parameters if isinstance(feature_map, ParametricMap) else ()
+    function = feature_map.function if isinstance(feature_map, ParametricMap) else feature_map
+
+    def features(x: torch.Tensor, center: torch.Tensor, other: torch.Tensor, *parameters: torch.Tensor) -> Features:
         x = x.to(accumulation_dtype(x.dtype))
         centered = x - center.to(x.dtype)[:, None]
-        shared = ((x if raw else centered) @ (other.to(x.dtype) * scaling)[..., None])[..., 0]  # [B, H, T]
-        phi, log_scale = feature_map(centered)
+        shared = mean_logit(x if raw else centered, other, scaling)  # [B, H, T]
+        phi, log_scale = function(centered, *parameters)
         return phi, shared if log_scale is None else shared + log_scale
 
-    return features
+    return ParametricMap(features, (center, other, *given))
 
 
 def _late(
@@ -210,9 +217,13 @@ def _late(
     return F.pad(k, (0, 0, missing, 0)), F.pad(v, (0, 0, missing, 0)), F.pad(real, (missing, 0))
 
 
-def _merge(parts: list[_Part]) -> torch.Tensor:
-    """The attention over the keys of all parts together."""
-    if len(parts) == 1:
-        return parts[0][0]
-    share = torch.stack([log for _, log in parts]).softmax(0)[..., None]
-    return torch.stack([weight * out for (out, _), weight in zip(parts, share, strict=True)]).sum(0)
+def _merge(part: _Part, output: torch.Tensor, log: torch.Tensor, shift: torch.Tensor | None, rows: slice) -> _Part:
+    """The attention over the keys of a part and those of another `output` of these rows, its log raised by `shift`."""
+    mine, my_log = part[0][:, :, rows], part[1][:, :, rows]
+    if shift is not None:
+        log = log + shift[:, :, rows]
+    both = torch.lerp(output, mine, (my_log - log).sigmoid()[..., None]), torch.logaddexp(my_log, log)
+    first, second = (
+        torch.cat([x[:, :, : rows.start], y, x[:, :, rows.stop :]], 2) for x, y in zip(part, both, strict=True)
+    )
+    return first, second

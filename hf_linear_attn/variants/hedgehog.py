@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from torch import nn
 from hf_linear_attn.ops import calibration as measure
 from hf_linear_attn.ops import softmax_map as maps
 from hf_linear_attn.ops.attention_rows import attended_share, attention_cross_entropy
-from hf_linear_attn.ops.feature_maps import Features
+from hf_linear_attn.ops.feature_maps import ParametricMap
 from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -108,8 +109,7 @@ class HedgehogAttention(AttentionVariant):
         return attention_cross_entropy(
             inputs.query,
             inputs.key,
-            self._query_features,
-            self._key_features,
+            *self._feature_maps(),
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             scaling=inputs.scaling,
@@ -124,16 +124,18 @@ class HedgehogAttention(AttentionVariant):
             inputs.query,
             inputs.key,
             inputs.value,
-            self._query_features,
-            self._key_features,
+            *self._feature_maps(),
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,
         )
         return output.to(inputs.query.dtype), state
 
-    def _query_features(self, x: torch.Tensor) -> Features:
-        return maps.softmax_map(x, self.query_weight, self.query_bias, self.form, maps.KEY_CENTROIDS)
-
-    def _key_features(self, x: torch.Tensor) -> Features:
-        return maps.softmax_map(x, self.key_weight, self.key_bias, self.form, maps.QUERY_CENTROIDS)
+    def _feature_maps(self) -> tuple[ParametricMap, ParametricMap]:
+        """Of queries and of keys."""
+        q_map = partial(maps.softmax_map, form=self.form, exp_form=maps.KEY_CENTROIDS)
+        k_map = partial(maps.softmax_map, form=self.form, exp_form=maps.QUERY_CENTROIDS)
+        return (
+            ParametricMap(q_map, (self.query_weight, self.query_bias)),
+            ParametricMap(k_map, (self.key_weight, self.key_bias)),
+        )

@@ -22,7 +22,7 @@ from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_toke
 from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, accumulation_dtype
 from hf_linear_attn.ops.linear_attention import bidirectional_linear_attention
 from hf_linear_attn.ops.masking import query_padding, safe_masked_fill
-from hf_linear_attn.ops.sequence_projection import SequenceProjection, check_projection_options
+from hf_linear_attn.ops.sequence_projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -58,6 +58,9 @@ class KernelLinformerConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
+        for name, allowed in PROJECTION_CHOICES.items():
+            self.require_choice(name, allowed)
+        self.require_integer("seed", at_least=0)
         check_projection_options(self)
         self.require_choice("feature_map", sorted(FEATURE_MAPS))
         self.require_bool("variance_reducer")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from hf_linear_attn.ops import calibration as measure
 from hf_linear_attn.ops import softmax_map as maps
 from hf_linear_attn.ops.attention_rows import attended_share
 from hf_linear_attn.ops.compaction import compact
-from hf_linear_attn.ops.feature_maps import Features, taylor_features
+from hf_linear_attn.ops.feature_maps import Features, ParametricMap, taylor_features
 from hf_linear_attn.ops.linear_attention import init_linear_state
 from hf_linear_attn.ops.window_tail import centered_features, window_tail_attention
 from hf_linear_attn.registry import register_variant
@@ -170,8 +171,8 @@ class LolcatsAttention(AttentionVariant):
             call.q,
             call.k,
             call.v,
-            centered_features(lambda x: self._features(x, "query", s), self.query_center, self.key_center, s),
-            centered_features(lambda x: self._features(x, "key", s), self.key_center, self.query_center, s, raw=True),
+            centered_features(self._feature_map("query", s), self.query_center, self.key_center, s),
+            centered_features(self._feature_map("key", s), self.key_center, self.query_center, s, raw=True),
             left=w - 1 if inputs.is_causal else w // 2,
             right=0 if inputs.is_causal else w // 2,
             is_causal=inputs.is_causal,
@@ -188,9 +189,14 @@ class LolcatsAttention(AttentionVariant):
         window["count"] = (call.rank[:, -1] + 1).expand(len(output))
         return output, {**{name: x.contiguous() for name, x in window.items()}, **sums}
 
-    def _features(self, x: torch.Tensor, side: str, scaling: float) -> Features:
+    def _feature_map(self, side: str, scaling: float) -> ParametricMap:
         weight = getattr(self, f"{side}_weight")
         if self.taylor:
-            return taylor_features(x @ (weight.to(x.dtype).mT * scaling**0.5), order=2)
+            return ParametricMap(partial(_taylor_map, scaling=scaling), (weight,))
         exp_form = maps.KEY_CENTROIDS if side == "query" else maps.QUERY_CENTROIDS
-        return maps.softmax_map(x, weight, getattr(self, f"{side}_bias"), self.form, exp_form)
+        softmax_map = partial(maps.softmax_map, form=self.form, exp_form=exp_form)
+        return ParametricMap(softmax_map, (weight, getattr(self, f"{side}_bias")))
+
+
+def _taylor_map(x: torch.Tensor, weight: torch.Tensor, *, scaling: float) -> Features:
+    return taylor_features(x @ (weight.to(x.dtype).mT * scaling**0.5), order=2)

@@ -77,6 +77,7 @@ class MemoryConfig(VariantConfig):
         {"form": "infini", "segment_size": 8},
         {"form": "transformer_xl", "segment_size": 8, "mem_length": 12},
     ),
+    linear_cost=lambda config: config.form != "chunked",
     quadratic="form='chunked', the default: n^2 time, though never n x n memory",
 )
 class MemoryAttention(AttentionVariant):

@@ -158,7 +158,7 @@ class PerformerAttention(AttentionVariant):
         x = x.to(maps.accumulation_dtype(x.dtype))
         shared = None  # what the reducer takes out of all logits of a key
         if self.config.variance_reducer:
-            shared = (x @ (self.query_mean.to(x.dtype) * scaling)[..., None])[..., 0]  # [B, H, T]
+            shared = maps.mean_logit(x, self.query_mean, scaling)  # [B, H, T]
             if self.config.kernel != "relu":
                 x = (x - self.key_mean.to(x.dtype)[:, None]) @ self.key_map.to(x.dtype)
         projected = x @ (self.omega.to(x.dtype).mT * scaling**0.5)  # [B, H, T, m]

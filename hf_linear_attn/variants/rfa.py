@@ -131,7 +131,10 @@ class RFAAttention(AttentionVariant):
 
         errors = measure.error_meter(attend, rows, is_causal=self.context.is_causal, scaling=scaling)
         measure.choose_start(present, starts, errors)
-        features = [(self._features(q, is_key=False)[0], *self._key_features(k, scaling)) for q, k, _ in rows]
+        features = [
+            (self._features(q, self.sigma, is_key=False)[0], *self._key_features(k, self.sigma, scaling=scaling))
+            for q, k, _ in rows
+        ]
         share = measure.nonpositive_share(features, is_causal=self.context.is_causal)
         if share:
             warnings.warn(
@@ -153,31 +156,30 @@ class RFAAttention(AttentionVariant):
         self, inputs: AttentionInputs, state: State | None, gate: torch.Tensor | None
     ) -> tuple[torch.Tensor, State | None]:
         q, k, v, real, causal = inputs.query, inputs.key, inputs.value, inputs.key_padding, inputs.is_causal
-        q_map = partial(self._features, is_key=False)
+        q_map = maps.ParametricMap(partial(self._features, is_key=False), (self.sigma,))
+        if gate is None:
+            k_map = maps.ParametricMap(partial(self._key_features, scaling=inputs.scaling), (self.sigma,))
+            return feature_map_attention(q, k, v, q_map, k_map, key_padding=real, is_causal=causal, state=state)
 
-        def k_map(x: torch.Tensor) -> maps.Features:
-            features, log_weight = self._key_features(x, inputs.scaling)
-            if gate is None:
-                return features, log_weight
+        def gated(x: torch.Tensor) -> maps.Features:
+            features, log_weight = self._key_features(x, self.sigma, scaling=inputs.scaling)
             taken = F.logsigmoid(-gate)
             return features, taken if log_weight is None else log_weight + taken
 
-        if gate is None:
-            return feature_map_attention(q, k, v, q_map, k_map, key_padding=real, is_causal=causal, state=state)
         decay = F.logsigmoid(gate)
-        return feature_map_decay_attention(q, k, v, decay, q_map, k_map, key_padding=real, state=state)
+        return feature_map_decay_attention(q, k, v, decay, q_map, gated, key_padding=real, state=state)
 
-    def _key_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
-        features = self._features(x, is_key=True)
+    def _key_features(self, x: torch.Tensor, sigma: torch.Tensor, *, scaling: float) -> maps.Features:
+        features = self._features(x, sigma, is_key=True)
         if self.config.variance_reducer:
             features = maps.weighted_by_mean_logit(features, x, self.query_mean, scaling)
         return features
 
-    def _features(self, x: torch.Tensor, *, is_key: bool) -> maps.Features:
+    def _features(self, x: torch.Tensor, sigma: torch.Tensor, *, is_key: bool) -> maps.Features:
         x = x.to(maps.accumulation_dtype(x.dtype))
         if self.config.variance_reducer:
             x = x - (self.key_center if is_key else self.query_center).to(x.dtype)[:, None]
-        x = F.normalize(x, dim=-1) * (self.sigma / self.tau[:, None]).to(x.dtype)[:, None]
+        x = F.normalize(x, dim=-1) * (sigma / self.tau[:, None]).to(x.dtype)[:, None]
         projected = x @ self.omega.to(x.dtype).mT  # [B, H, T, m]
         if self.config.kernel == "positive" and is_key:
             return maps.key_random_features(projected, x, 1.0, "positive")

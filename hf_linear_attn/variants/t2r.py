@@ -110,8 +110,8 @@ class T2RAttention(AttentionVariant):
         return init_linear_state(batch_size, heads, self.num_features, dim, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        def key_features(x: torch.Tensor) -> maps.Features:
-            features = _features(x, self.key_weight, self.key_bias)
+        def key_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> maps.Features:
+            features = _features(x, weight, bias)
             if self.config.variance_reducer:
                 features = maps.weighted_by_mean_logit(features, x, self.query_mean, inputs.scaling)
             return features
@@ -120,8 +120,8 @@ class T2RAttention(AttentionVariant):
             inputs.query,
             inputs.key,
             inputs.value,
-            lambda x: _features(x, self.query_weight, self.query_bias),
-            key_features,
+            maps.ParametricMap(_features, (self.query_weight, self.query_bias)),
+            maps.ParametricMap(key_features, (self.key_weight, self.key_bias)),
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,

@@ -129,8 +129,11 @@ class TaylorAttention(AttentionVariant):
         return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        def key_features(x: torch.Tensor) -> maps.Features:
-            features = self._features(x, self.key_weight, self.key_bias, inputs.scaling)
+        def query_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> maps.Features:
+            return self._features(x, weight, bias, inputs.scaling)
+
+        def key_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> maps.Features:
+            features = query_features(x, weight, bias)
             if self.config.variance_reducer:
                 features = maps.weighted_by_mean_logit(features, x, self.query_mean, inputs.scaling)
             return features
@@ -139,8 +142,8 @@ class TaylorAttention(AttentionVariant):
             inputs.query,
             inputs.key,
             inputs.value,
-            lambda x: self._features(x, self.query_weight, self.query_bias, inputs.scaling),
-            key_features,
+            maps.ParametricMap(query_features, (self.query_weight, self.query_bias)),
+            maps.ParametricMap(key_features, (self.key_weight, self.key_bias)),
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,

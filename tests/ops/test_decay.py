@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import hf_linear_attn.ops.linear_attention as linear
+from hf_linear_attn.ops import linear_sums
 from hf_linear_attn.ops.decay import (
     chunk_decay_linear_attention,
     decay_linear_attention,
@@ -127,8 +127,8 @@ def test_any_split_with_a_state_is_the_whole(split, options, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("queries", [1, 7, 64])
 def test_fewer_queries_than_keys_are_the_last(queries, kind, monkeypatch):
-    monkeypatch.setattr(linear, "_CPU_BLOCK_ROWS", 1)
-    monkeypatch.setattr(linear, "_MIN_BLOCK", 16)  # and blocks join exactly
+    monkeypatch.setattr(linear_sums, "_CPU_BLOCK_ROWS", 1)
+    monkeypatch.setattr(linear_sums, "_MIN_BLOCK", 16)  # and blocks join exactly
     q, k, v, decay, weight = draw(70, kind)
     whole = decay_linear_attention(q, k, v, decay, key_log_weight=weight)[0]
     torch.testing.assert_close(whole, dense(q, k, v, decay, weight))

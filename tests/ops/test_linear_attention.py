@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import hf_linear_attn.ops.linear_attention as ops
+from hf_linear_attn.ops import linear_sums as sums
 from hf_linear_attn.ops.linear_attention import (
     bidirectional_linear_attention,
     chunk_linear_attention,
@@ -76,8 +76,8 @@ def test_every_form_is_the_dense_formula(length, causal, weighted):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_blocks_of_a_long_sequence_join_exactly(causal, monkeypatch):
-    monkeypatch.setattr(ops, "_CPU_BLOCK_ROWS", 1)
-    monkeypatch.setattr(ops, "_MIN_BLOCK", 64)
+    monkeypatch.setattr(sums, "_CPU_BLOCK_ROWS", 1)
+    monkeypatch.setattr(sums, "_MIN_BLOCK", 64)
     for length in (64, 65, 129, 300):
         q, k, v, weight = draw(length)
         padding = masks(length)["interior"]
@@ -201,7 +201,7 @@ def test_a_common_factor_of_the_weights_cancels(shift, causal):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_gradcheck(causal, monkeypatch):
-    monkeypatch.setattr(ops, "_CHUNK", 4)
+    monkeypatch.setattr(sums, "CHUNK", 4)
     for length in (1, 10):
         q, k, v, weight = (x.requires_grad_() for x in draw(length, batch=1, heads=2, spread=1.0))
         padding = torch.arange(length)[None] != 1
@@ -314,3 +314,19 @@ def test_compiles_to_one_graph(causal):
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, weight), run(q, k, v, weight))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_the_traced_form_is_the_eager_one(causal, weighted, monkeypatch):
+    """Two forms of one sum: with a backward pass of its own, and the one that torch.compile traces."""
+    inputs, results = [x.requires_grad_() for x in draw(300)], []
+    padding = masks(300)["left"]
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        output = linear_attention(
+            *inputs[:3], key_log_weight=inputs[3] if weighted else None, key_padding=padding, is_causal=causal
+        )[0]
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs[: 4 if weighted else 3])])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)

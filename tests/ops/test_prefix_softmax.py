@@ -42,6 +42,9 @@ def test_is_the_dense_formula(length, causal):
 def test_blocks_do_not_show(monkeypatch):
     a, logits, v = draw(100)
     expected = prefix_softmax_attention(a, logits, v, is_causal=True)[0]
+    for form in (False, True):  # with a backward pass of its own, and as torch.compile traces it
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda form=form: form)
+        torch.testing.assert_close(prefix_softmax_attention(a, logits, v, is_causal=True)[0], expected)
     monkeypatch.setattr(prefix_softmax, "_BLOCK", 24)
     torch.testing.assert_close(prefix_softmax_attention(a, logits, v, is_causal=True)[0], expected)
 
