@@ -22,7 +22,7 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-conformance bench bench-gpu quality style notebook readme clean
+.PHONY: help install demo test test-conformance test-gpu bench bench-gpu quality style notebook readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite a
 
 test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance $(ARGS)
+
+test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make test-gpu PYTHON=python3
+	$(PYTHON) .ci/gpu.py test $(ARGS)
 
 bench: $(STAMP)-bench ## speed and memory on this CPU, for recipes/bench/results (half an hour on 2 cores)
 	$(PY) -m hf_linear_attn bench recipes/bench/cpu.yaml --output recipes/bench/results $(ARGS)

@@ -82,7 +82,7 @@ def convert_model(
     _check_selection(model, variant, layers, keep_softmax, calibration)
     spec = _resolve(model, variant, None if layers == "auto" else layers, options)
     positions = _check_extension(model, max_length, extend)
-    _check_kernels(check_backend(backend), {layer.variant for layer in spec.layers if layer is not None})
+    _check_kernels(model, check_backend(backend), {layer.variant for layer in spec.layers if layer is not None})
     batches = None if calibration is None else check_batches(calibration)
 
     upstream_config = model.config
@@ -169,7 +169,7 @@ def set_backend(model: PreTrainedModel, backend: str) -> PreTrainedModel:
     if not isinstance(model, LinearAttnPreTrainedModel):
         raise ValueError(f"set_backend takes a converted model; {type(model).__name__} was not converted.")
     variants = [module for module in model.modules() if isinstance(module, AttentionVariant)]
-    _check_kernels(check_backend(backend), {variant.spec.key for variant in variants})
+    _check_kernels(model, check_backend(backend), {variant.spec.key for variant in variants})
     for variant in variants:
         variant.backend = backend
     return model
@@ -260,10 +260,14 @@ def _resolve(
     return LinearAttentionConfig(layers=tuple(resolved))
 
 
-def _check_kernels(backend: str, keys: Iterable[str]) -> None:
-    missing = sorted(key for key in keys if not get_variant(key).kernel)
+def _check_kernels(model: PreTrainedModel, backend: str, keys: Iterable[str]) -> None:
+    causal = get_patcher(_family(model)).is_causal(model.config)
+    missing = sorted(key for key in keys if not get_variant(key).has_kernel(causal))
     if backend == "triton" and missing:
-        raise ValueError(f"backend='triton': {', '.join(missing)} has no Triton kernel. Allowed: 'auto', 'torch'.")
+        side = "decoders" if causal else "encoders"
+        raise ValueError(
+            f"backend='triton': {', '.join(missing)} has no Triton kernel for {side}. Allowed: 'auto', 'torch'."
+        )
 
 
 def _check_calibration(calibration: Any, steps: Any, lr: Any) -> None:

@@ -53,6 +53,7 @@ class VariantSpec:
             the options where they decide.
         quadratic: what of it takes time quadratic in the length, for the table of methods: options, or "always".
         kernel: the Triton kernel that can run it on a GPU, e.g. `"linear_attention"`; "" where there is none.
+        kernel_sides: the sides whose attention the kernel runs.
     """
 
     key: str
@@ -71,6 +72,11 @@ class VariantSpec:
     linear_cost: bool | Callable[[Any], bool] = True
     quadratic: str = ""
     kernel: Literal["", "linear_attention", "gated_linear_attention", "block_sparse"] = ""
+    kernel_sides: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
+
+    def has_kernel(self, is_causal: bool) -> bool:
+        """Whether Triton can run it in a decoder (True) or an encoder (False)."""
+        return bool(self.kernel) and ("decoder" if is_causal else "encoder") in self.kernel_sides
 
     def claims_linear_cost(self, options: dict[str, Any]) -> bool:
         """`linear_cost` under these options."""

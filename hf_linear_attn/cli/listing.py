@@ -65,5 +65,8 @@ def all_facts(spec: VariantSpec) -> dict[str, str]:
         "generation keeps": KEEPS[spec.state],
         "equals softmax": "\n".join(limits) + " at 128 tokens" if limits else "never",
         "quadratic in length": spec.quadratic or "nothing",
+        "Triton kernel": f"{spec.kernel} ({' and '.join(f'{side}s' for side in spec.kernel_sides)})"
+        if spec.kernel
+        else "none: plain PyTorch",
         "options": "\n".join(spell_defaults(spec)),
     }

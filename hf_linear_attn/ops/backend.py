@@ -8,6 +8,7 @@ what `"auto"` means. A backend is a property of a running model, not of a checkp
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -76,7 +77,7 @@ def machine_refusal(device_type: str, index: int | None = None, *, interpreter: 
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type == "cpu" and interpreter and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
+        return _load_kernels()
     if device_type != "cuda":
         return f"the tensors are on device {device_type!r}, the kernels need a GPU"
     return _gpu_refusal(index)
@@ -85,11 +86,18 @@ def machine_refusal(device_type: str, index: int | None = None, *, interpreter: 
 @functools.cache
 def _gpu_refusal(index: int | None) -> str | None:
     if torch.version.hip is not None:
-        return None
+        return _load_kernels()
     capability = torch.cuda.get_device_capability(index)
     if capability < _LEAST_CAPABILITY:
         return f"{torch.cuda.get_device_name(index)} has compute capability {capability}, the kernels need (8, 0)"
-    return None
+    return _load_kernels()
+
+
+@functools.cache
+def _load_kernels() -> None:
+    """Register the kernels' operators now: torch.compile would otherwise do so while it traces."""
+    for name in ("linear_attention", "gated_linear_attention", "block_sparse"):
+        importlib.import_module(f"hf_linear_attn.kernels.{name}")
 
 
 @functools.cache

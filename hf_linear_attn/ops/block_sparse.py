@@ -6,11 +6,13 @@ never held in memory, and what is gathered at once is bounded, so that memory st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.block_patterns import CAUSAL, FULL, TAIL, BlockLists
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
 
@@ -131,20 +133,39 @@ def segment_rows(row_elements: int, input_elements: int) -> int:
 
 
 def block_sparse_attention(
-    call: CompactedCall, grid: BlockGrid, lists: BlockLists, *, scaling: float, extra: Extra | None = None
+    call: CompactedCall,
+    grid: BlockGrid,
+    lists: BlockLists | Callable[[], BlockLists],
+    *,
+    scaling: float,
+    extra: Extra | None = None,
+    kept_as: tuple[object, ...] | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention of every query over the real keys of the blocks listed for its own block.
 
     Args:
         call: queries, keys and values with their padding in front.
         grid: of that call.
-        lists: for the R query blocks of the grid.
+        lists: for the R query blocks of the grid, or what makes them.
         scaling: factor of the logits.
         extra: columns seen in addition to the listed blocks; not by `full_rows`.
+        kept_as: a key under which the kernels' form of the lists is kept and found, if they follow from it, the lengths
+            and the device; None keeps nothing.
+        backend: what runs it, see `ops.backend`.
 
     Returns:
         `[B, H, Tq, D]` in the compacted order. Rows of padding are finite.
+
+    Raises:
+        RuntimeError: for `backend="triton"` where the kernels cannot run.
     """
+    if use_triton(backend, call.q):
+        from hf_linear_attn.ops import fused_block_sparse as fused  # which takes grids from here
+
+        if use_triton(backend, call.q, fused.refusal(call.q)):
+            return fused.block_sparse_attention(call, grid, lists, scaling=scaling, extra=extra, kept_as=kept_as)
+    lists = lists() if callable(lists) else lists
     q, k, v = grid.tiles(call.q), call.k, call.v
     (B, R, H, _, D), L = q.shape, lists.columns.shape[-1]
     width = L * grid.block_size + (0 if extra is None else extra.key.shape[2])

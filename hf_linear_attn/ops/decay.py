@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops import fused_linear_attention
+from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.feature_maps import FeatureMap, accumulation_dtype
 from hf_linear_attn.ops.linear_attention import init_linear_state
 from hf_linear_attn.ops.linear_sums import (
@@ -73,6 +75,7 @@ def decay_linear_attention(
     is_causal: bool = True,
     normalised: bool = True,
     state: State | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, State | None]:
     """Linear attention with decay in the form that fits the call: blocks of chunks, or one decode step.
 
@@ -87,6 +90,7 @@ def decay_linear_attention(
         is_causal: must be True.
         normalised: False gives phi(q_i) S_i as it is, and a state of S alone.
         state: sums over earlier keys (`init_decay_state`); needs Tq == Tk.
+        backend: what runs it, see `ops.backend`.
 
     Returns:
         output `[B, H, Tq, D]` in v's dtype, 0 in rows that see no key, and the state after these keys (None if
@@ -95,6 +99,7 @@ def decay_linear_attention(
     Raises:
         ValueError: when not causal, for more queries than keys, a state that does not fit the call, or key
             weights without a normaliser.
+        RuntimeError: for `backend="triton"` where the kernels cannot run.
 
     Sources: retention arXiv:2307.08621, gated linear attention arXiv:2312.06635.
     """
@@ -105,6 +110,22 @@ def decay_linear_attention(
         raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
     if state is not None and q_len != k_len:
         raise ValueError(f"A decode state needs as many queries as new keys, got {q_len} and {k_len}.")
+    if not normalised and key_log_weight is not None:
+        raise ValueError("key_log_weight needs normalised=True: without a normaliser its scale does not cancel.")
+    refused = fused_linear_attention.refusal(k_features.shape[-1], v, gated=log_decay.ndim == 4)
+    if use_triton(backend, v, refused):
+        output, _, state = fused_linear_attention.attend(
+            q_features,
+            k_features,
+            v,
+            log_decay=log_decay,
+            log_weight=key_log_weight,
+            key_real=key_padding,
+            is_causal=True,
+            normalised=normalised,
+            state=state,
+        )
+        return output, state
     block, outputs = block_size(v), []
     with full_precision(v):
         carry, peak = _start(q_features, v, normalised, state)
@@ -143,6 +164,7 @@ def feature_map_decay_attention(
     is_causal: bool = True,
     normalised: bool = True,
     state: State | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, State | None]:
     """`decay_linear_attention(q_map(q), k_map(k), v, log_decay)`, with padded tokens of any content, be it nan.
 
@@ -162,6 +184,7 @@ def feature_map_decay_attention(
         is_causal=is_causal,
         normalised=normalised,
         state=state,
+        backend=backend,
     )
 
 
@@ -278,8 +301,6 @@ def _prepare(
     peak when features decay alike; when they are reset one by one it may fall below it, so weights per key
     should then stay within e^80 of each other.
     """
-    if not normalised and log_weight is not None:
-        raise ValueError("key_log_weight needs normalised=True: without a normaliser its scale does not cancel.")
     decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
     decay = safe_masked_fill(decay.to(dtype), key_padding).clamp(min=_LEAST_GIVEN)
     k = k.to(dtype)

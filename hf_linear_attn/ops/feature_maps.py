@@ -21,6 +21,7 @@ __all__ = [
     "FeatureMap",
     "Features",
     "ParametricMap",
+    "ScaledMap",
     "accumulation_dtype",
     "elu_features",
     "exp_features",
@@ -210,6 +211,35 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
     "softmax": softmax_features,
     "squared_relu": squared_relu_features,
 }
+
+
+@dataclass(frozen=True)
+class ScaledMap:
+    """The feature map phi(x * multiplier) of `FEATURE_MAPS`, with an optional weight exp(scaling * a . x) of keys.
+
+    Spelled out so that kernels can apply it as they read x, where they know phi.
+
+    Attributes:
+        name: of phi.
+        multiplier: factor inside phi.
+        query_mean: a, `[H, D]`; None for no weight.
+        scaling: factor of the logits.
+    """
+
+    name: str
+    multiplier: float
+    query_mean: torch.Tensor | None = None
+    scaling: float = 1.0
+
+    def __call__(self, x: torch.Tensor) -> Features:
+        features = FEATURE_MAPS[self.name](_full(x) * self.multiplier)
+        if self.query_mean is None:
+            return features
+        return weighted_by_mean_logit(features, x, self.query_mean, self.scaling)
+
+    def log_weight(self, x: torch.Tensor) -> torch.Tensor | None:
+        """scaling * a . x, `[B, H, T]`, or None."""
+        return None if self.query_mean is None else mean_logit(x, self.query_mean, self.scaling)
 
 
 def gaussian_orthogonal(

@@ -11,10 +11,13 @@ Sums are float32 (float64 for float64 input); the output has the dtype of `v`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, accumulation_dtype
+from hf_linear_attn.ops import fused_linear_attention
+from hf_linear_attn.ops.backend import use_triton
+from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, ScaledMap, accumulation_dtype
 from hf_linear_attn.ops.linear_blocks import block_linear_attention
 from hf_linear_attn.ops.linear_sums import (
     CHUNK,
@@ -72,6 +75,7 @@ def linear_attention(
     key_padding: torch.Tensor | None = None,
     is_causal: bool,
     state: State | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, State | None]:
     """Linear attention in the form that fits the call: two matmuls, chunks, or one decode step.
 
@@ -83,17 +87,17 @@ def linear_attention(
         key_padding: bool `[B, Tk]`, True for a real key.
         is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
         state: sums over earlier keys; needs is_causal and Tq == Tk.
+        backend: what runs it, see `ops.backend`.
 
     Returns:
         output `[B, H, Tq, D]`, 0 in rows that see no key, and the state after these keys (None if none came).
 
     Raises:
         ValueError: for causal attention with more queries than keys, or a state that does not fit the call.
+        RuntimeError: for `backend="triton"` where the kernels cannot run.
     """
-
-    return _attend(
-        q_features, k_features, v, _as_they_are, _as_they_are, key_log_weight, key_padding, None, is_causal, state
-    )[::2]
+    maps = _as_they_are, _as_they_are
+    return _attend(q_features, k_features, v, *maps, key_log_weight, key_padding, None, is_causal, state, backend)[::2]
 
 
 def feature_map_attention(
@@ -106,6 +110,7 @@ def feature_map_attention(
     key_padding: torch.Tensor | None = None,
     is_causal: bool,
     state: State | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, State | None]:
     """`linear_attention(q_map(q), k_map(k), v)` without ever holding the features of a long sequence at once.
 
@@ -113,10 +118,10 @@ def feature_map_attention(
         q: `[B, H, Tq, D]`; k, v: `[B, H, Tk, D]`. What stands at padded tokens has no effect, be it nan.
         q_map: `x -> (features, log scale)`; the log scale cancels.
         k_map: `x -> (features, log weight [B, H, T] or None)`.
-        key_padding, is_causal, state: as for `linear_attention`.
+        key_padding, is_causal, state, backend: as for `linear_attention`.
     """
     output, _, state = feature_map_attention_with_normalizer(
-        q, k, v, q_map, k_map, key_padding=key_padding, is_causal=is_causal, state=state
+        q, k, v, q_map, k_map, key_padding=key_padding, is_causal=is_causal, state=state, backend=backend
     )
     return output, state
 
@@ -131,6 +136,7 @@ def feature_map_attention_with_normalizer(
     key_padding: torch.Tensor | None = None,
     is_causal: bool,
     state: State | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
     """`feature_map_attention` with the log of each row's denominator, by which it can be merged with other keys.
 
@@ -139,7 +145,7 @@ def feature_map_attention_with_normalizer(
         (about `LOG_ZERO` in rows that see no key); and the state.
     """
     query_real = query_padding(key_padding, q.shape[2], is_causal)
-    return _attend(q, k, v, q_map, k_map, None, key_padding, query_real, is_causal, state)
+    return _attend(q, k, v, q_map, k_map, None, key_padding, query_real, is_causal, state, backend)
 
 
 def _as_they_are(features: torch.Tensor) -> Features:
@@ -157,8 +163,9 @@ def _attend(
     query_real: torch.Tensor | None,
     is_causal: bool,
     state: State | None,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
-    """Attention in blocks of tokens, by the form that fits the call."""
+    """Attention by the form that fits the call: kernels, or blocks of tokens."""
     q_len, k_len = q.shape[2], v.shape[2]
     if is_causal and q_len > k_len:
         raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
@@ -167,6 +174,10 @@ def _attend(
             "A decode state needs causal attention over the new tokens only, got "
             f"is_causal={is_causal}, {q_len} queries and {k_len} keys."
         )
+    if use_triton(backend, v):
+        fused = _attend_fused(q, k, v, q_map, k_map, log_weight, key_real, query_real, is_causal, state, backend)
+        if fused is not None:
+            return fused
     # A traced graph has no reentrant backward, a decode step no use for one, and a map that trains tensors which it
     # does not name needs autograd to find them.
     if q_len > 1 and not torch.compiler.is_compiling() and not _trains_unnamed((q_map, q), (k_map, k)):
@@ -197,6 +208,36 @@ def _attend(
 
     with full_precision(v):
         return _traced(map_queries, map_keys, q_len, v, key_real, is_causal, state)
+
+
+def _attend_fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_map: FeatureMap,
+    k_map: FeatureMap,
+    log_weight: torch.Tensor | None,
+    key_real: torch.Tensor | None,
+    query_real: torch.Tensor | None,
+    is_causal: bool,
+    state: State | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, State | None] | None:
+    """Attention by the Triton kernels; None for features that they do not take."""
+    call: dict[str, Any] = {"key_real": key_real, "query_real": query_real, "is_causal": is_causal, "state": state}
+    if isinstance(q_map, ScaledMap) and isinstance(k_map, ScaledMap) and k_map.name in fused_linear_attention.MAPS:
+        if not use_triton(backend, v, fused_linear_attention.refusal(q.shape[-1], v)):
+            return None
+        call |= {"feature_map": k_map.name, "multipliers": (q_map.multiplier, k_map.multiplier)}
+        return fused_linear_attention.attend(q, k, v, log_weight=k_map.log_weight(k), **call)
+    k_features, weight = k_map(safe_masked_fill(k, key_real))
+    if not use_triton(backend, v, fused_linear_attention.refusal(k_features.shape[-1], v)):
+        return None
+    q_features, log_scale = q_map(safe_masked_fill(q, query_real))
+    if log_weight is not None:
+        weight = log_weight if weight is None else weight + log_weight
+    output, normalizer, state = fused_linear_attention.attend(q_features, k_features, v, log_weight=weight, **call)
+    return output, normalizer if log_scale is None else normalizer + log_scale, state
 
 
 def _trains_unnamed(*maps: tuple[FeatureMap, torch.Tensor]) -> bool:
@@ -244,10 +285,15 @@ def bidirectional_linear_attention(
     *,
     key_log_weight: torch.Tensor | None = None,
     key_padding: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Every query sees every real key: two matmuls. Arguments as `linear_attention`."""
     return linear_attention(
-        q_features, k_features, v, key_log_weight=key_log_weight, key_padding=key_padding, is_causal=False
+        *(q_features, k_features, v),
+        key_log_weight=key_log_weight,
+        key_padding=key_padding,
+        is_causal=False,
+        backend=backend,
     )[0]
 
 

@@ -6,6 +6,7 @@ into is not in use.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.masking import gather_tokens, pads_first_permutation, safe_masked_fill
 from hf_linear_attn.ops.pooling import even_segment_starts, segment_max, segment_mean
 
-__all__ = ["SequenceProjection", "check_projection_options"]
+__all__ = ["PROJECTION_CHOICES", "SequenceProjection", "check_projection_options"]
 
-SHARING = ("none", "headwise", "key_value", "layerwise")
-PROJECTIONS = ("linear", "mean_pool", "max_pool", "conv")
-INITS = ("mean_pool", "random")
+# Option and the values that it may have.
+PROJECTION_CHOICES = {
+    "sharing": ("none", "headwise", "key_value", "layerwise"),
+    "projection": ("linear", "mean_pool", "max_pool", "conv"),
+    "init": ("mean_pool", "random"),
+}
 
 
 class ProjectionOptions(Protocol):
@@ -49,15 +53,10 @@ class ProjectionOptions(Protocol):
 
 
 def check_projection_options(options: ProjectionOptions) -> None:
-    """Raise `ValueError` for a bad option, naming what was given and what is allowed."""
+    """Raise `ValueError` for a bad k or options that do not go together, each of `PROJECTION_CHOICES`."""
     sizes = options.k if isinstance(options.k, tuple) else (options.k,)
     if not sizes or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in sizes):
-        raise ValueError(f"k={options.k!r}: must be a positive int, or a tuple with one per layer.")
-    for name, allowed in (("sharing", SHARING), ("projection", PROJECTIONS), ("init", INITS)):
-        if getattr(options, name) not in allowed:
-            raise ValueError(f"{name}={getattr(options, name)!r}: must be one of {', '.join(allowed)}.")
-    if isinstance(options.seed, bool) or not isinstance(options.seed, int) or options.seed < 0:
-        raise ValueError(f"seed={options.seed!r}: must be an int of at least 0.")
+        raise ValueError(f"k={options.k!r}; allowed: an integer of at least 1, or a list with one per layer.")
     if options.sharing == "layerwise" and len(set(sizes)) > 1:
         raise ValueError(f"sharing='layerwise' needs one k for all layers, got k={list(sizes)}.")
     if options.init == "random" and options.projection.endswith("pool"):
@@ -98,6 +97,16 @@ class SequenceProjection:
         sizes = self.options.k
         return min(sizes[self.layer_idx] if isinstance(sizes, tuple) else sizes, self.max_length)
 
+    @functools.cached_property
+    def is_linear(self) -> bool:
+        """Whether E is a learned matrix."""
+        return self.options.projection == "linear"
+
+    @functools.cached_property
+    def is_convolution(self) -> bool:
+        """Whether E is a learned convolution."""
+        return self.options.projection == "conv"
+
     @property
     def kernel_size(self) -> int:
         """Tokens of a slot, rounded up."""
@@ -107,9 +116,9 @@ class SequenceProjection:
     def weight_shape(self) -> tuple[int, ...] | None:
         """Shape of E: `[H or 1, k, n_max]`, `[H or 1, kernel, D, D]` for a convolution; None for pooling."""
         heads = self.num_heads if self.options.sharing == "none" else 1
-        if self.options.projection == "linear":
+        if self.is_linear:
             return heads, self.k, self.max_length
-        if self.options.projection == "conv":
+        if self.is_convolution:
             return heads, self.kernel_size, self.head_dim, self.head_dim
         return None
 
@@ -134,9 +143,9 @@ class SequenceProjection:
             raise ValueError(f"projection={self.options.projection!r} has no weights.")
         if self.options.init == "random":
             # Variance 1/k in the paper's E; for the convolution one over the terms of its sum.
-            terms = self.k if self.options.projection == "linear" else self.kernel_size * self.head_dim
+            terms = self.k if self.is_linear else self.kernel_size * self.head_dim
             return torch.randn(shape, generator=generator, device="cpu") * terms**-0.5
-        if self.options.projection == "conv":
+        if self.is_convolution:
             return (torch.eye(shape[-1], device="cpu") / self.kernel_size).expand(shape)
         segment = torch.arange(shape[2], device="cpu") * self.k // shape[2]
         member = (segment == torch.arange(self.k, device="cpu")[:, None]).float()
@@ -176,7 +185,7 @@ class SequenceProjection:
             key = gather_tokens(safe_masked_fill(key, padding), order)
             value = gather_tokens(safe_masked_fill(value, padding), order)
             n_real = padding.sum(-1)
-        slots = -(-length // self.kernel_size) if self.options.projection == "conv" else self.k
+        slots = -(-length // self.kernel_size) if self.is_convolution else self.k
         starts = self._segment_starts(n_real, slots)  # [B, slots + 1]
         counts = starts.minimum(n_real[:, None]).diff()  # real tokens per slot
         if key_weight is None:
@@ -188,7 +197,7 @@ class SequenceProjection:
             # The last slot in use may be half full: its mean is over the tokens that are there.
             fill = (starts.diff() / counts.clamp(min=1))[:, None, :, None].to(key.dtype)
             key, value = key * fill, value * fill
-        elif self.options.projection == "linear":
+        elif self.is_linear:
             counts = n_real[:, None].expand_as(counts)  # slots have no segments: all are in use
         return key, value, counts > 0
 
@@ -197,12 +206,11 @@ class SequenceProjection:
         if self.options.projection.endswith("pool"):
             return even_segment_starts(n_real, slots)
         slot = torch.arange(slots + 1, device=n_real.device).expand(n_real.shape[0], -1)
-        conv = self.options.projection == "conv"
-        return slot * self.kernel_size if conv else -(-slot * self.max_length // self.k)
+        return slot * self.kernel_size if self.is_convolution else -(-slot * self.max_length // self.k)
 
     def _project(self, x: torch.Tensor, weight: torch.Tensor, slots: int) -> torch.Tensor:
         weight = weight.to(x.dtype)
-        if self.options.projection == "linear":
+        if self.is_linear:
             return weight[:, :, : x.shape[2]] @ x  # [h, k, n] @ [B, H, n, D]
         x = F.pad(x, (0, 0, 0, slots * self.kernel_size - x.shape[2]))
         return x.unflatten(2, (slots, self.kernel_size)).flatten(3) @ weight.flatten(1, 2)

@@ -7,8 +7,13 @@ never held in memory, and on CPU it measured faster than explicit matmuls at eve
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+
+from hf_linear_attn.ops.backend import use_triton
+from hf_linear_attn.ops.band_attention import attend_band, serves
 
 __all__ = ["Extra", "attend_projected", "naive_sliding_window_attention", "sliding_window_attention"]
 
@@ -61,6 +66,7 @@ def sliding_window_attention(
     key_allowed: torch.Tensor | None = None,
     extra: Extra | None = None,
     block_size: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention where query position i sees keys i + d m for -left <= m <= right (d the dilation).
 
@@ -77,13 +83,15 @@ def sliding_window_attention(
         dilation: tokens between neighbouring keys of the window, plus one; for all heads, or one per head.
         key_allowed: bool `[B or 1, Tk]`, False for keys that no window may contain; None when all may.
         extra: keys, values and mask of columns seen in addition to the window.
-        block_size: queries per block, in tokens; None chooses by the window.
+        block_size: queries per block, in tokens; None chooses by the window. The kernels choose themselves.
+        backend: what runs it, see `ops.backend`.
 
     Returns:
         `[B, H, Tq, D]`; rows that may see no key are 0.
 
     Raises:
         ValueError: for Tq > Tk, a negative window, dilation < 1 or a dilation list of the wrong length.
+        RuntimeError: for `backend="triton"` where the kernels cannot run.
     """
     H, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
     steps = dilation if isinstance(dilation, tuple) else (dilation,) * H
@@ -93,6 +101,12 @@ def sliding_window_attention(
         raise ValueError(f"Need left, right >= 0 and dilation >= 1, got {left=}, {right=}, {dilation=}.")
     if len(steps) != H:
         raise ValueError(f"dilation names {len(steps)} heads, the queries have {H}.")
+    if use_triton(backend, q):
+        from hf_linear_attn.ops import fused_block_sparse as fused  # which takes lists from here
+
+        if use_triton(backend, q, fused.refusal(q)):
+            given: dict[str, Any] = {"dilation": dilation, "key_allowed": key_allowed, "extra": extra}
+            return fused.sliding_window_attention(q, k, v, left=left, right=right, scaling=scaling, **given)
     groups = {d: [h for h in range(H) if steps[h] == d] for d in dict.fromkeys(steps)}
     if len(groups) == 1:
         return _dilated(q, k, v, left, right, scaling, steps[0], key_allowed, extra, block_size)
@@ -158,6 +172,10 @@ def _band_attention(
     B, H, q_len, D = q.shape
     k_len = k.shape[2]
     left, right = min(left, k_len - 1), min(right, q_len - 1)
+    on_views = serves(q, v)
+    if on_views and block_size is None:
+        # Windows cost nothing there, but for the gradients: the wider they are, the more passes (measured).
+        block_size = 128 if D >= 64 and left + right >= 256 else 64
     block = min(block_size or _default_block(left + right), q_len)
     width = block + left + right
     if k_len <= width:  # one block sees everything
@@ -166,6 +184,10 @@ def _band_attention(
             allowed = allowed & key_allowed[:, None, None, :]
         columns = None if extra is None else (extra[0], extra[1], extra[2][:, None])
         return _attend_blocks(q[:, None], k[:, None], v[:, None], allowed, columns, scaling).transpose(1, 2)
+
+    if on_views:
+        where = {"left": left, "right": right, "key_allowed": key_allowed, "extra": extra}
+        return attend_band(q, k, v, scaling=scaling, block=block, **where)  # type: ignore[arg-type]
 
     num_blocks = -(-q_len // block)
     tail = num_blocks * block - q_len

@@ -7,9 +7,12 @@ column. Their logits meet in one softmax, segment by segment of query blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.block_sparse import segment_rows
 from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
@@ -26,6 +29,7 @@ def strided_attention(
     scaling: float,
     is_causal: bool,
     key_allowed: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention where position i sees j with |i - j| <= l or (i - j) mod l = 0 (causal: and j <= i).
 
@@ -38,10 +42,17 @@ def strided_attention(
         scaling: factor of the logits.
         is_causal: see above.
         key_allowed: bool `[B or 1, Tk]`, False for keys that nobody may see; None when all may be.
+        backend: what runs it, see `ops.backend`.
 
     Returns:
         `[B, H, Tq, D]`; a row that may see no key is finite.
     """
+    if use_triton(backend, q):
+        from hf_linear_attn.ops import fused_block_sparse as fused
+
+        if use_triton(backend, q, fused.refusal(q)):
+            given: dict[str, Any] = {"scaling": scaling, "is_causal": is_causal, "key_allowed": key_allowed}
+            return fused.strided_attention(q, k, v, stride=stride, **given)
     (B, H, q_len, _), k_len, device = q.shape, k.shape[2], q.device
     if stride >= k_len - 1:
         right = 0 if is_causal else k_len
@@ -102,8 +113,15 @@ def column_attention(
     scaling: float,
     is_causal: bool,
     key_allowed: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The second part alone: position i sees j with (i - j) mod l = 0; arguments as in `strided_attention`."""
+    if use_triton(backend, q):
+        from hf_linear_attn.ops import fused_block_sparse as fused
+
+        if use_triton(backend, q, fused.refusal(q)):
+            given: dict[str, Any] = {"scaling": scaling, "is_causal": is_causal, "key_allowed": key_allowed}
+            return fused.column_attention(q, k, v, stride=stride, **given)
     B, q_len, k_len, device = q.shape[0], q.shape[2], k.shape[2], q.device
     num_rows, num_columns = -(-q_len // stride), -(-k_len // stride)
     if key_allowed is None:

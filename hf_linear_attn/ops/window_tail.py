@@ -43,6 +43,7 @@ def window_tail_attention(
     relative: torch.Tensor | None = None,
     key_real: torch.Tensor | None = None,
     state: State | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, State | None]:
     """Attend. Query row r sits at position Tk - Tq + r; padded keys come before all real ones.
 
@@ -61,6 +62,7 @@ def window_tail_attention(
             defines it; the features of the others, or of all heads without it, estimate e^{l_ij} itself.
         key_real: bool `[B or 1, Tk]`, or None when all keys are real.
         state: linear attention's state over keys older than `k`; then Tk = Tq + left + 1, causal.
+        backend: what runs the linear attention, see `ops.backend`.
 
     Returns:
         `[B, H, Tq, D]`, and the state with the keys that the last query's window has left (None if none came).
@@ -79,7 +81,15 @@ def window_tail_attention(
             first = 0 if state is not None or key_real is not None else max(q_len - (k_len - left - 1), 0)
             late = _late(k, wide, key_real, q_len - first, left + 1)
             out, log, state = feature_map_attention_with_normalizer(
-                q[:, :, first:], late[0], late[1], q_map, k_map, key_padding=late[2], is_causal=True, state=state
+                q[:, :, first:],
+                late[0],
+                late[1],
+                q_map,
+                k_map,
+                key_padding=late[2],
+                is_causal=True,
+                state=state,
+                backend=backend,
             )
             part = _merge(part, out, log, shift, slice(first, q_len))
         if not is_causal and q_len - right - 1 > 0:
@@ -87,7 +97,14 @@ def window_tail_attention(
             count = q_len if real is not None else q_len - right - 1
             late = _late(k[:, :, k_len - q_len :].flip(2), wide[:, :, k_len - q_len :].flip(2), real, count, right + 1)
             out, log, _ = feature_map_attention_with_normalizer(
-                q[:, :, :count].flip(2), late[0], late[1], q_map, k_map, key_padding=late[2], is_causal=True
+                q[:, :, :count].flip(2),
+                late[0],
+                late[1],
+                q_map,
+                k_map,
+                key_padding=late[2],
+                is_causal=True,
+                backend=backend,
             )
             part = _merge(part, out.flip(2), log.flip(2), shift, slice(0, count))
         return part[0], state

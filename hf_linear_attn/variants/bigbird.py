@@ -16,14 +16,16 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdRef
 
-from hf_linear_attn.ops.block_patterns import bigbird_lists, hashed, random_blocks
-from hf_linear_attn.ops.block_sparse import block_grid, block_sparse_attention, global_columns
-from hf_linear_attn.ops.calibration import Row, choose_start, collect_rows, error_meter
+from hf_linear_attn.ops.block_patterns import BlockLists, bigbird_lists, hashed, random_blocks
+from hf_linear_attn.ops.block_sparse import BlockGrid, block_grid, block_sparse_attention, global_columns
+from hf_linear_attn.ops.calibration import choose_start, collect_rows
 from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
 from hf_linear_attn.registry import register_variant
@@ -84,6 +86,7 @@ def _note_full(limit: int) -> None:
     paper="Big Bird: Transformers for Longer Sequences, arXiv:2007.14062",
     cost="n (g+w+r) b d",
     state="kv",
+    kernel="block_sparse",
     exact_limit=_exact_limit,
     test_options=(
         {"block_size": 4},
@@ -153,12 +156,8 @@ class BigBirdAttention(AttentionVariant):
         for shift in (0.0, 1.5, 3.0):
             starts.append({"tokens": real[:, :, places], "shift": torch.full_like(self.global_shift, shift)})
 
-        def attend(row: Row) -> torch.Tensor:
-            q, k, v = (x.to(self.global_tokens) for x in row)
-            return self(AttentionInputs(q, k, v, scaling=batches[0].scaling))[0]
-
-        errors = error_meter(attend, rows, is_causal=False, scaling=batches[0].scaling)
-        choose_start({"tokens": self.global_tokens, "shift": self.global_shift}, starts, errors)
+        present = {"tokens": self.global_tokens, "shift": self.global_shift}
+        choose_start(present, starts, self.error_meter(rows, batches[0].scaling))
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         return init_kv_state(batch_size, self.context.num_heads, self.context.head_dim, dtype, device)
@@ -169,9 +168,14 @@ class BigBirdAttention(AttentionVariant):
 
     def random_blocks(self, row: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The random blocks of query blocks `row` in sequences of `blocks` blocks; see the op of this name."""
-        number, window, is_causal = self.config.num_random_blocks, self.config.num_window_blocks, self.context.is_causal
-        given: dict[str, Any] = {"number": number, "num_window_blocks": window, "is_causal": is_causal}
-        return random_blocks(row, blocks, codes=self.codes, **given)
+        number, window = self.config.num_random_blocks, self.config.num_window_blocks
+        given: dict[str, Any] = {"num_window_blocks": window, "is_causal": self.context.is_causal}
+        return random_blocks(row, blocks, codes=self.codes, number=number, **given)
+
+    def lists(self, grid: BlockGrid) -> BlockLists:
+        """The key blocks of each query block of a grid."""
+        drawn = self.random_blocks(grid.row, grid.blocks)
+        return bigbird_lists(grid.row, grid.blocks, drawn, self.config.num_window_blocks, self.context.is_causal)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         past = None if state is None else (state["key"], state["value"], state["count"])
@@ -181,15 +185,16 @@ class BigBirdAttention(AttentionVariant):
         if k_len <= limit and not self.num_global_tokens:  # by the shape of this call alone: nothing is remembered
             if not torch.compiler.is_compiling():
                 _note_full(limit)
-            where: dict[str, Any] = {"left": k_len, "right": 0 if inputs.is_causal else k_len, "scaling": scaling}
-            out = sliding_window_attention(call.q, call.k, call.v, key_allowed=call.rank >= 0, **where)
+            where: dict[str, Any] = {"left": k_len, "right": 0 if inputs.is_causal else k_len, "backend": self.backend}
+            where |= {"key_allowed": call.rank >= 0, "scaling": scaling}
+            out = sliding_window_attention(call.q, call.k, call.v, **where)
         else:
             aligned = inputs.key_padding is None and state is None and inputs.query.shape[2] == k_len
-            grid = block_grid(call, self.config.block_size, aligned=aligned)
-            drawn = self.random_blocks(grid.row, grid.blocks)
-            lists = bigbird_lists(grid.row, grid.blocks, drawn, self.config.num_window_blocks, inputs.is_causal)
-            extra = None
+            grid, extra, kept_as = block_grid(call, self.config.block_size, aligned=aligned), None, None
             if self.num_global_tokens:
                 extra = global_columns(call, self.global_tokens, self.global_shift, scaling)
-            out = block_sparse_attention(call, grid, lists, scaling=scaling, extra=extra)
+            if aligned and not torch.compiler.is_compiling() and not self.codes.is_inference():
+                kept_as = "bigbird", self.config, inputs.is_causal, WeakIdRef(self.codes), self.codes._version
+            given: dict[str, Any] = {"extra": extra, "kept_as": kept_as, "backend": self.backend}
+            out = block_sparse_attention(call, grid, partial(self.lists, grid), scaling=scaling, **given)
         return call.restore(out), None if state is None else kv_state_after(call)

@@ -48,6 +48,7 @@ class CosformerConfig(VariantConfig):
     paper="cosFormer: Rethinking Softmax in Attention, arXiv:2202.08791",
     cost="n 2d d",
     state="constant",
+    kernel="linear_attention",
     test_options=({"variance_reducer": False},),
 )
 class CosformerAttention(AttentionVariant):
@@ -110,6 +111,7 @@ class CosformerAttention(AttentionVariant):
             key_padding=real,
             is_causal=inputs.is_causal,
             state=sums,
+            backend=self.backend,
         )
         if state is None or sums is None:
             return output.to(inputs.query.dtype), None

@@ -71,6 +71,7 @@ class GatedConfig(VariantConfig):
     paper="Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635",
     cost="n f d",
     state="constant",
+    kernel="gated_linear_attention",
     encoder=False,
     refusal=REFUSAL,
     test_options=(
@@ -153,6 +154,7 @@ class GatedLinearAttention(AttentionVariant):
             is_causal=inputs.is_causal,
             normalised=self.normalised,
             state=state,
+            backend=self.backend,
         )
         return output.to(inputs.query.dtype), state
 

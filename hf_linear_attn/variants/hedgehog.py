@@ -52,6 +52,7 @@ class HedgehogConfig(VariantConfig):
     paper="The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry, arXiv:2402.04347",
     cost="n 2d d",
     state="constant",
+    kernel="linear_attention",
     test_options=({"num_features": 48},),
 )
 class HedgehogAttention(AttentionVariant):
@@ -128,6 +129,7 @@ class HedgehogAttention(AttentionVariant):
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,
+            backend=self.backend,
         )
         return output.to(inputs.query.dtype), state
 

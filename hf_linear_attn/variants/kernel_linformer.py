@@ -167,6 +167,9 @@ class KernelLinformerAttention(AttentionVariant):
         else:
             log_weight = log_weight + shared
         output = bidirectional_linear_attention(
-            feature_map(query * scale)[0], key_features, value, key_log_weight=log_weight, key_padding=in_use
+            *(feature_map(query * scale)[0], key_features, value),
+            key_log_weight=log_weight,
+            key_padding=in_use,
+            backend=self.backend,
         )
         return output.to(inputs.query.dtype), None

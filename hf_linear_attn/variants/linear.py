@@ -18,8 +18,9 @@ import torch
 from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.ops.feature_maps import (
     FEATURE_MAPS,
+    FeatureMap,
     Features,
-    accumulation_dtype,
+    ScaledMap,
     laplace_features,
     weighted_by_mean_logit,
 )
@@ -61,6 +62,7 @@ class LinearConfig(VariantConfig):
     paper="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, arXiv:2006.16236",
     cost="n f d",
     state="constant",
+    kernel="linear_attention",
     test_options=(
         {"feature_map": "exp"},
         {"feature_map": "softmax", "variance_reducer": False},
@@ -109,27 +111,29 @@ class LinearAttention(AttentionVariant):
         return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        scale = inputs.scaling**0.5
         output, state = feature_map_attention(
             inputs.query,
             inputs.key,
             inputs.value,
-            lambda x: self._features(x, scale),
-            lambda x: self._key_features(x, inputs.scaling),
+            *self._feature_maps(inputs.scaling),
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,
+            backend=self.backend,
         )
         return output.to(inputs.query.dtype), state
 
-    def _features(self, x: torch.Tensor, scale: float) -> Features:
-        x = x.to(accumulation_dtype(x.dtype)) * scale
-        if self.config.feature_map == "laplace":
-            return laplace_features(x, self.omega)
-        return FEATURE_MAPS[self.config.feature_map](x)
+    def _feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
+        """Of queries and of keys."""
+        scale, name = scaling**0.5, self.config.feature_map
+        query_mean = self.query_mean if self.config.variance_reducer else None
+        if name != "laplace":
+            return ScaledMap(name, scale), ScaledMap(name, scale, query_mean, scaling)
 
-    def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
-        features = self._features(x, scaling**0.5)
-        if self.config.variance_reducer:
-            features = weighted_by_mean_logit(features, x, self.query_mean, scaling)
-        return features
+        def features(x: torch.Tensor) -> Features:
+            return laplace_features(x * scale, self.omega)
+
+        def key_features(x: torch.Tensor) -> Features:
+            return features(x) if query_mean is None else weighted_by_mean_logit(features(x), x, query_mean, scaling)
+
+        return features, key_features

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops.pooling import attend_segments
-from hf_linear_attn.ops.sequence_projection import SequenceProjection, check_projection_options
+from hf_linear_attn.ops.sequence_projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -48,6 +48,9 @@ class LinformerConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
+        for name, allowed in PROJECTION_CHOICES.items():
+            self.require_choice(name, allowed)
+        self.require_integer("seed", at_least=0)
         check_projection_options(self)
 
 

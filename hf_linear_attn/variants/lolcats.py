@@ -130,9 +130,6 @@ class LolcatsAttention(AttentionVariant):
         causal, scaling = self.context.is_causal, batches[0].scaling
         rows = measure.collect_rows(batches)
 
-        def attend(row: measure.Row) -> torch.Tensor:
-            return self(AttentionInputs(*row, is_causal=causal, scaling=scaling))[0]
-
         q, k = measure.head_tokens(rows)
         a, c = q.mean(1), (attended_share(rows, is_causal=causal, scaling=scaling)[..., None] * k).sum(1)
         q, k = q - a[:, None], k - c[:, None]
@@ -143,7 +140,7 @@ class LolcatsAttention(AttentionVariant):
         elif self.config.tail == "centroids":
             starts = maps.centroid_starts(q, k, self.num_features, scaling)
         centers = {} if self.config.tail == "hedgehog" else {"query_center": a, "key_center": c}
-        errors = measure.error_meter(attend, rows, is_causal=causal, scaling=scaling)
+        errors = self.error_meter(rows, scaling)
         present = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         starts = [{**start, **centers, "window_log_factor": torch.zeros_like(a[:, 0])} for start in starts]
         measure.choose_start(present, [{}, *starts], errors)
@@ -181,6 +178,7 @@ class LolcatsAttention(AttentionVariant):
             relative=None if self.taylor else self.form == maps.PUBLISHED,
             key_real=None if inputs.key_padding is None and state is None else held,
             state=None if state is None else {name: state[name] for name in ("kv", "z", "log_scale")},
+            backend=self.backend,
         )
         output = call.restore(output.to(inputs.query.dtype))
         if state is None or sums is None:

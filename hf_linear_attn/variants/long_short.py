@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops import dynamic_projection as landmark
+from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, kmeans
 from hf_linear_attn.ops.compaction import compact
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
@@ -73,6 +74,8 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     paper="Long-Short Transformer: Efficient Transformers for Language and Vision, arXiv:2107.02192",
     cost="n (w + r) d",
     state="kv",
+    kernel="block_sparse",
+    kernel_sides=("encoder",),
     quadratic="decoder: n^2 r / c time, over the landmarks of past segments",
     exact_limit=_exact_limit,
     test_options=(
@@ -162,11 +165,13 @@ class LongShortAttention(AttentionVariant):
         left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
         allowed = None if inputs.key_padding is None and state is None else call.rank >= 0
         window: dict[str, Any] = {"left": left, "right": right, "key_allowed": allowed, "scaling": inputs.scaling}
+        window["backend"] = self.backend
         q, k, v = call.q, self.window_norm(call.k), self.window_norm(call.v)
         after: State = {} if state is None else landmark.window_state(call, w - 1)
         if self.r:
             q, k, v = landmark.with_channel(q, 1.0), landmark.with_channel(k, 0.0), landmark.with_channel(v, 0.0)
         if self.r and inputs.is_causal:
+            use_triton(self.backend, call.q, "there is no kernel for the segments of long_short")
             sizes = {"segment_size": self.c, "window_size": w}
             pooled, after = landmark.pool_segments(call, self.projection, state=state, **sizes)
             marks = self._landmarks(*pooled, inputs.scaling)

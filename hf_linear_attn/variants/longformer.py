@@ -57,6 +57,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     paper="Longformer: The Long-Document Transformer, arXiv:2004.05150",
     cost="n w d",
     state="window",
+    kernel="block_sparse",
     exact_limit=_exact_limit,
     uses_global_mask=True,
     test_options=(
@@ -161,6 +162,7 @@ class LongformerAttention(AttentionVariant):
         w, d = self.window_size, self.config.dilation
         left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
         where: dict[str, Any] = {"left": left, "right": right, "dilation": d, "key_allowed": in_window, "extra": extra}
+        where["backend"] = self.backend
         out = sliding_window_attention(call.q, call.k, call.v, scaling=inputs.scaling, **where)
         if tokens is not None and rows is not None:
             out = tokens.place_rows(rows, out)

@@ -60,6 +60,7 @@ class PerformerConfig(VariantConfig):
     paper="Rethinking Attention with Performers, arXiv:2009.14794",
     cost="n m d",
     state="constant",
+    kernel="linear_attention",
     test_options=(
         {"kernel": "hyperbolic", "num_features": 24},
         {"kernel": "relu", "variance_reducer": False, "orthogonal": False},
@@ -143,6 +144,7 @@ class PerformerAttention(AttentionVariant):
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,
+            backend=self.backend,
         )
         return output.to(inputs.query.dtype), state
 

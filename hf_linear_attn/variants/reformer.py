@@ -5,9 +5,9 @@ them by its own bucket and position and sees its chunk of keys and the one befor
 over the union of what they show. Cost n log n for the sort, 4 n c d a round for chunks of c keys.
 
 A pretrained checkpoint has queries that are not its keys. They are hashed apart with the same R, keys stay as they
-are, and a token may attend to itself; `share_qk=True` is the paper's form. In a decoder, chunks of sorted keys depend
-on later tokens and leak even when masked: a query sees the last 2 c keys of its own bucket before it, and the last
-2 c of all, itself included.
+are, and a token may attend to itself; `share_qk=True` is the paper's form. In a decoder, chunks of all sorted keys
+depend on later tokens and leak even when masked: each bucket is cut into chunks from its first key on, which no later
+token moves, and one more round goes by position alone, so that a query always sees c + 1 to 2 c tokens up to itself.
 
 With calibration a head may centre its keys, or queries and keys, balance their second moments, and take normalized
 keys of its own for the directions R: what lowers its output error on the calibration data.
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.calibration import balancing_maps, choose_start, collect_rows, head_tokens
 from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
-from hf_linear_attn.ops.lsh import hash_buckets, interval_attention, visible
+from hf_linear_attn.ops.lsh import hash_buckets, round_attention, visible
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -36,7 +36,9 @@ class ReformerConfig(VariantConfig):
     """Options of `reformer`.
 
     Attributes:
-        num_hashes: rounds of hashing.
+        num_hashes: rounds of hashing, 1 to 8 in the literature. More are closer to softmax and cost as much each. None
+            means what is faster than softmax from 2,048 tokens on: 2 on encoders, 1 on decoders, beside the round by
+            position.
         num_buckets: buckets of a round, an even number, or 1 for sorting by position alone. None chooses by the
             model's `max_length`: as many as fill two chunks each, from 4 to 16.
         chunk_size: keys per chunk, c.
@@ -45,15 +47,15 @@ class ReformerConfig(VariantConfig):
         seed: of the random directions, which are saved with the model.
     """
 
-    num_hashes: int = 4
+    num_hashes: int | None = None
     num_buckets: int | None = None
     chunk_size: int = 64
     share_qk: bool = False
     seed: int = 0
 
     def validate(self) -> None:
-        self.require_integer("num_hashes", "chunk_size")
-        self.require_integer("num_buckets", optional=True)
+        self.require_integer("chunk_size")
+        self.require_integer("num_hashes", "num_buckets", optional=True)
         self.require_integer("seed", at_least=0)
         self.require_bool("share_qk")
         if self.num_buckets is not None and self.num_buckets > 1 and self.num_buckets % 2:
@@ -77,7 +79,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
 class ReformerAttention(AttentionVariant):
     """LSH attention of one layer. Position means rank among the real tokens.
 
-    Buffers (persistent): `rotations [H, D, num_hashes, num_buckets / 2]`; unless queries are keys `query_mean`,
+    Buffers (persistent): `rotations [H, D, rounds, num_buckets / 2]`; unless queries are keys `query_mean`,
     `key_mean [H, D]` and `query_map`, `key_map [H, D, D]`, applied as `(q - query_mean) @ query_map` before hashing.
     The decode state holds all keys and values, and the buckets of the keys.
     """
@@ -94,7 +96,8 @@ class ReformerAttention(AttentionVariant):
         buckets, heads, dim = config.num_buckets, context.num_heads, context.head_dim
         if buckets is None:
             buckets = min(max(4, context.max_length // (4 * config.chunk_size) * 2), 16)
-        self.register_buffer("rotations", torch.empty(heads, dim, config.num_hashes, buckets // 2))
+        rounds = config.num_hashes if config.num_hashes is not None else 1 if context.is_causal else 2
+        self.register_buffer("rotations", torch.empty(heads, dim, rounds, buckets // 2))
         if not config.share_qk:
             for name, shape in (("mean", (heads, dim)), ("map", (heads, dim, dim))):
                 self.register_buffer(f"query_{name}", torch.empty(shape))
@@ -138,7 +141,7 @@ class ReformerAttention(AttentionVariant):
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
-        bucket = torch.zeros(batch_size, heads, 0, self.config.num_hashes, dtype=torch.long, device=device)
+        bucket = torch.zeros(batch_size, heads, 0, self.rotations.shape[2], dtype=torch.long, device=device)
         return {**init_kv_state(batch_size, heads, dim, dtype, device), "bucket": bucket}
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
@@ -155,9 +158,11 @@ class ReformerAttention(AttentionVariant):
             past_bucket = state["bucket"], state["bucket"], state["count"]
         call = compact(query, key, inputs.value, inputs.key_padding, past)
         bucket = compact(q_bucket, k_bucket, k_bucket, inputs.key_padding, past_bucket)
-        intervals = visible(bucket.q, bucket.k, call.rank >= 0, self.config.chunk_size, is_causal=inputs.is_causal)
+        real = None if inputs.key_padding is None and state is None else call.rank >= 0
+        buckets = max(2 * self.rotations.shape[3], 1)
+        rounds = visible(bucket.q, bucket.k, real, self.config.chunk_size, buckets, is_causal=inputs.is_causal)
         keys = F.normalize(call.k, dim=-1) / inputs.scaling if share else call.k
-        output = interval_attention(call.q, keys, call.v, intervals, scaling=inputs.scaling, self_penalty=share)
+        output = round_attention(call.q, keys, call.v, rounds, scaling=inputs.scaling, self_penalty=share)
         after = None if state is None else {**kv_state_after(call), "bucket": bucket.k}
         return call.restore(output).to(inputs.query.dtype), after
 

@@ -66,6 +66,7 @@ class RetentionConfig(VariantConfig):
     paper="Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621",
     cost="n f d",
     state="constant",
+    kernel="linear_attention",
     encoder=False,
     refusal=REFUSAL,
     test_options=(
@@ -139,6 +140,7 @@ class RetentionAttention(AttentionVariant):
             is_causal=inputs.is_causal,
             normalised=self.normalised,
             state=state,
+            backend=self.backend,
         )
         return output.to(inputs.query.dtype), state
 

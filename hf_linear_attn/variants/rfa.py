@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,7 @@ class RFAConfig(VariantConfig):
     paper="Random Feature Attention, arXiv:2103.02143",
     cost="n m d",
     state="constant",
+    kernel="linear_attention",
     test_options=({"kernel": "positive", "num_features": 24, "gate": True}, {"variance_reducer": False}),
 )
 class RFAAttention(AttentionVariant):
@@ -155,19 +157,19 @@ class RFAAttention(AttentionVariant):
     def _attend(
         self, inputs: AttentionInputs, state: State | None, gate: torch.Tensor | None
     ) -> tuple[torch.Tensor, State | None]:
-        q, k, v, real, causal = inputs.query, inputs.key, inputs.value, inputs.key_padding, inputs.is_causal
+        q, k, v = inputs.query, inputs.key, inputs.value
+        given: dict[str, Any] = {"key_padding": inputs.key_padding, "state": state, "backend": self.backend}
         q_map = maps.ParametricMap(partial(self._features, is_key=False), (self.sigma,))
         if gate is None:
             k_map = maps.ParametricMap(partial(self._key_features, scaling=inputs.scaling), (self.sigma,))
-            return feature_map_attention(q, k, v, q_map, k_map, key_padding=real, is_causal=causal, state=state)
+            return feature_map_attention(q, k, v, q_map, k_map, is_causal=inputs.is_causal, **given)
 
         def gated(x: torch.Tensor) -> maps.Features:
             features, log_weight = self._key_features(x, self.sigma, scaling=inputs.scaling)
             taken = F.logsigmoid(-gate)
             return features, taken if log_weight is None else log_weight + taken
 
-        decay = F.logsigmoid(gate)
-        return feature_map_decay_attention(q, k, v, decay, q_map, gated, key_padding=real, state=state)
+        return feature_map_decay_attention(q, k, v, F.logsigmoid(gate), q_map, gated, **given)
 
     def _key_features(self, x: torch.Tensor, sigma: torch.Tensor, *, scaling: float) -> maps.Features:
         features = self._features(x, sigma, is_key=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     paper="Generating Long Sequences with Sparse Transformers, arXiv:1904.10509",
     cost="n sqrt(n) d",
     state="kv",
+    kernel="block_sparse",
     exact_limit=_exact_limit,
     test_options=(
         {"stride": 8, "num_summary_tokens": 3, "heads": ["far", "near", "far", "union"]},
@@ -118,7 +120,7 @@ class SparseAttention(AttentionVariant):
     def _strided(self, call: CompactedCall, inputs: AttentionInputs, part: str, is_first: bool) -> torch.Tensor:
         # The pattern knows distances only, and with the padding in front places differ as ranks do.
         stride, is_causal = self.stride, inputs.is_causal
-        where: dict[str, Any] = {"scaling": inputs.scaling, "key_allowed": call.rank >= 0}
+        where: dict[str, Any] = {"scaling": inputs.scaling, "key_allowed": call.rank >= 0, "backend": self.backend}
         if part == "near":
             where.update(left=stride, right=0 if is_causal else stride)
             return sliding_window_attention(call.q, call.k, call.v, **where)
@@ -129,10 +131,12 @@ class SparseAttention(AttentionVariant):
         k_len = call.k.shape[2]
         aligned = is_first and inputs.key_padding is None and inputs.query.shape[2] == k_len
         grid = block_grid(call, min(self.stride, k_len), aligned=aligned)  # one block: as many tokens as there are
-        lists = own_block_lists(grid.row, grid.blocks, inputs.is_causal)
         alone = part == "near" or self.config.pattern == "block_local" or self.stride >= k_len
         extra = None if alone else self._summaries(call, grid)
-        return block_sparse_attention(call, grid, lists, scaling=inputs.scaling, extra=extra)
+        lists = partial(own_block_lists, grid.row, grid.blocks, inputs.is_causal)
+        kept_as = ("own block", inputs.is_causal) if aligned else None
+        given: dict[str, Any] = {"extra": extra, "kept_as": kept_as, "backend": self.backend}
+        return block_sparse_attention(call, grid, lists, scaling=inputs.scaling, **given)
 
     def _summaries(self, call: CompactedCall, grid: BlockGrid) -> Extra:
         """The last c tokens of each block, as columns for the others; of the last block its last real ones."""

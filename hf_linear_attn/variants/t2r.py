@@ -53,6 +53,7 @@ class T2RConfig(VariantConfig):
     paper="Finetuning Pretrained Transformers into RNNs, arXiv:2103.13076",
     cost="n f d",
     state="constant",
+    kernel="linear_attention",
     test_options=({"num_features": 9}, {"num_features": 40, "variance_reducer": False}),
 )
 class T2RAttention(AttentionVariant):
@@ -125,6 +126,7 @@ class T2RAttention(AttentionVariant):
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,
+            backend=self.backend,
         )
         return output.to(inputs.query.dtype), state
 

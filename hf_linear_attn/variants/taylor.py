@@ -62,6 +62,7 @@ class TaylorConfig(VariantConfig):
     "order 1: Linear Attention Mechanism, arXiv:2007.14902",
     cost="n f d",
     state="constant",
+    kernel="linear_attention",
     test_options=({"num_features": 6}, {"order": 1, "variance_reducer": False}),
 )
 class TaylorAttention(AttentionVariant):
@@ -147,6 +148,7 @@ class TaylorAttention(AttentionVariant):
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             state=state,
+            backend=self.backend,
         )
         return output.to(inputs.query.dtype), state
 

@@ -63,8 +63,8 @@ def inputs_of(layer, hidden, padding=None, is_causal=False):
 def beyond_the_first_chunk(x, rotations, chunk=CHUNK):
     """Which tokens are past the first chunk in every round: bool `[B, H, T]`."""
     found = hash_buckets(x, rotations)
-    where = visible(found, found, torch.ones(1, x.shape[2], dtype=torch.bool), chunk, is_causal=False)
-    return (where.order.argsort(-1) >= chunk).all(1).view(x.shape[:3])
+    where = visible(found, found, None, chunk, 2 * rotations.shape[3], is_causal=False)
+    return (where.k_chunk > 1).all(0).view(x.shape[:3])
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops.lsh import hash_buckets, interval_attention, naive_interval_attention, visible
+from hf_linear_attn.ops import chunk_attention
+from hf_linear_attn.ops.chunk_attention import attend_chunks
+from hf_linear_attn.ops.lsh import hash_buckets, naive_round_attention, round_attention, visible
 
 
 def draw(q_len, k_len, heads=2, dim=5):
@@ -45,7 +47,21 @@ CASES = [
     (7, 7, 64, 6, 4),
     (64, 64, 8, 1, 1),
     (33, 33, 16, 4, 5),
+    (300, 300, 40, 4, 2),
 ]
+
+
+def where_to_look(q, k, given, real, chunk_size, is_causal):
+    buckets = max(1, 2 * given.shape[3])
+    return visible(hash_buckets(q, given), hash_buckets(k, given), real, chunk_size, buckets, is_causal=is_causal)
+
+
+def outcome(function, leaves, *args, **options):
+    """Output and gradients."""
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    output = function(*leaves, *args, **options)
+    output.sin().sum().backward()
+    return [output.detach(), *(x.grad for x in leaves)]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -55,41 +71,90 @@ CASES = [
 def test_blocks_equal_the_dense_form(is_causal, share, q_len, k_len, chunk_size, buckets, rounds, padded):
     q, k, v = draw(q_len, k_len)
     q = k[:, :, k_len - q_len :].clone() if share else q
-    given = rotations(buckets, rounds)
-    real = torch.arange(k_len) >= torch.tensor([[k_len // 3], [k_len]]) if padded else torch.ones(1, k_len).bool()
-    where = visible(hash_buckets(q, given), hash_buckets(k, given), real, chunk_size, is_causal=is_causal)
-    results = []
-    for function in (interval_attention, naive_interval_attention):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        output = function(*leaves, where, scaling=0.7, self_penalty=share)
-        output.sin().sum().backward()
-        results.append([output.detach(), *(x.grad for x in leaves)])
+    real = torch.arange(k_len) >= torch.tensor([[k_len // 3], [k_len]]) if padded else None
+    where = where_to_look(q, k, rotations(buckets, rounds), real, chunk_size, is_causal)
+    results = [
+        outcome(function, (q, k, v), where, scaling=0.7, self_penalty=share)
+        for function in (round_attention, naive_round_attention)
+    ]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("group", [1, 1 << 20])
+def test_kernels_matmuls_and_groups_agree(is_causal, fused, group, monkeypatch):
+    monkeypatch.setattr(chunk_attention, "GROUP_ELEMENTS", group)
+    q, k, v = draw(90, 90)
+    real = torch.arange(90) >= torch.tensor([[7], [0]])
+    where = where_to_look(q, k, rotations(6, 3), real, 8, is_causal)
+    expected = outcome(naive_round_attention, (q, k, v), where, scaling=0.7)
+
+    def attend(q, k, v):
+        out = attend_chunks(
+            *(x.flatten(0, 1) for x in (q, k, v)),
+            *(where.q_chunk, where.k_chunk, where.k_place, where.real),
+            num_chunks=where.num_chunks,
+            chunk_size=where.chunk_size,
+            is_causal=is_causal,
+            scaling=0.7,
+            self_bias=0.0,
+            fused=fused,
+        )
+        return out.unflatten(0, (2, 2))
+
+    for actual, wanted in zip(outcome(attend, (q, k, v)), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("length", [33, 64])
+def test_the_round_by_position_gathers_nothing_and_is_the_same(length):
+    q, k, v = draw(length, length)
+    given = rotations(4, 2)
+    results = []
+    for real in (None, torch.ones(1, length, dtype=torch.bool)):
+        where = where_to_look(q, k, given, real, 8, True)
+        assert where.by_position == (real is None)
+        results.append(outcome(round_attention, (q, k, v), where, scaling=1.0))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_values_may_have_a_width_of_their_own():
+    q, k, v = draw(40, 40)
+    where = where_to_look(q, k, rotations(4, 2), None, 8, False)
+    v = torch.cat([v, v[..., :2]], -1)
+    actual = outcome(round_attention, (q, k, v), where, scaling=1.0)
+    for x, y in zip(actual, outcome(naive_round_attention, (q, k, v), where, scaling=1.0), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("chunks", [200, 300])
+def test_many_chunks_are_told_apart(chunks):
+    """Above 255 of them their numbers no longer fit a byte."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 2 * chunks, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    where = where_to_look(q, k, rotations(4, 3, heads=1, dim=4), None, 2, False)
+    actual = round_attention(q, k, v, where, scaling=1.0)
+    torch.testing.assert_close(actual, naive_round_attention(q, k, v, where, scaling=1.0))
 
 
 @pytest.mark.parametrize("rounds", [1, 4, 32])
 def test_rounds_that_show_the_same_keys_count_them_once(rounds):
     """With as many rounds as we like, a key shown by all of them weighs as much as one shown by a single round."""
     q, k, v = draw(40, 40)
-    given = rotations(2, rounds)
-    real = torch.ones(1, 40, dtype=torch.bool)
-    where = visible(hash_buckets(q, given), hash_buckets(k, given), real, 16, is_causal=False)
-    places = where.order.argsort(-1)
-    seen = [
-        (places[:, r, None] >= where.low[:, r, :, None]) & (places[:, r, None] < where.high[:, r, :, None])
-        for r in range(rounds)
-    ]
-    union = torch.stack(seen).any(0).unflatten(0, (2, 2))
+    where = where_to_look(q, k, rotations(2, rounds), None, 16, False)
+    distance = where.q_chunk[..., None] - where.k_chunk[..., None, :]
+    union = ((distance == 0) | (distance == 1)).any(0).unflatten(0, (2, 2))
     expected = (q @ k.mT).masked_fill(~union, -torch.inf).softmax(-1) @ v
-    torch.testing.assert_close(interval_attention(q, k, v, where, scaling=1.0), expected)
+    torch.testing.assert_close(round_attention(q, k, v, where, scaling=1.0), expected)
 
 
-def test_all_queries_may_want_the_same_chunk():
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_all_queries_may_want_the_same_chunk(is_causal):
     q, k, v = draw(64, 64)
     q = q[:, :, :1].expand(-1, -1, 64, -1).contiguous()
-    given = rotations(8, 2)
-    real = torch.ones(1, 64, dtype=torch.bool)
-    where = visible(hash_buckets(q, given), hash_buckets(k, given), real, 4, is_causal=False)
-    actual = interval_attention(q, k, v, where, scaling=1.0)
-    torch.testing.assert_close(actual, naive_interval_attention(q, k, v, where, scaling=1.0))
+    where = where_to_look(q, k, rotations(8, 2), None, 4, is_causal)
+    actual = round_attention(q, k, v, where, scaling=1.0)
+    torch.testing.assert_close(actual, naive_round_attention(q, k, v, where, scaling=1.0))

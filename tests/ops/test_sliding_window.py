@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_linear_attn.ops.sliding_window as ops
+from hf_linear_attn.ops import band_attention, sliding_window
 from hf_linear_attn.ops.sliding_window import attend_projected, sliding_window_attention
 
 
@@ -154,3 +155,27 @@ def test_attend_projected_equals_projecting_first(count):
     logits = (q @ k.transpose(-1, -2) * 0.5).masked_fill(~allowed, float("-inf"))
     actual = attend_projected(q, hidden, (w_k, b_k), (w_v, b_v), allowed, 0.5)
     torch.testing.assert_close(actual, logits.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("on_views", [True, False])
+@pytest.mark.parametrize("segment", [1, 1 << 22])
+@pytest.mark.parametrize(("left", "right"), [(9, 0), (5, 70)])
+def test_views_and_gathered_blocks_agree_with_the_dense_form(on_views, segment, left, right, monkeypatch):
+    """The first path is that of a CPU, the second one that of other devices."""
+    monkeypatch.setattr(sliding_window, "serves", lambda q, v: on_views)
+    for module in (band_attention, sliding_window):
+        monkeypatch.setattr(module, "SEGMENT_ELEMENTS", segment)
+    generator = torch.Generator().manual_seed(left)
+    q, k, v = (torch.randn(2, 2, n, 6, generator=generator, dtype=torch.float64) for n in (200, 230, 230))
+    extra = [torch.randn(2, 2, 3, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+    seen = torch.rand(2, 200, 3, generator=generator) < 0.5
+    allowed = torch.arange(230) >= torch.tensor([[60], [0]])
+    results = []
+    for function in (sliding_window.sliding_window_attention, sliding_window.naive_sliding_window_attention):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, *extra)]
+        more = (leaves[3], leaves[4], seen)
+        out = function(*leaves[:3], left=left, right=right, scaling=0.4, key_allowed=allowed, extra=more)
+        out.sin().sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)

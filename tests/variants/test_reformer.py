@@ -41,15 +41,16 @@ def keys_seen(module, q, k, h, chunk, is_causal):
             k_bucket = [bucket((x - module.key_mean[h]) @ module.key_map[h], rotations) for x in k]
         ordered = sorted(range(n), key=lambda j: (k_bucket[j], j))
         for i in range(n):
-            if is_causal:
-                seen[i] |= set([j for j in range(i) if k_bucket[j] == q_bucket[i]][-2 * chunk :])
+            if is_causal:  # chunks of the bucket, cut from its first key on: the one begun last and the one before
+                before = [j for j in range(i) if k_bucket[j] == q_bucket[i]]
+                seen[i] |= set(before[max(0, len(before) // chunk - 1) * chunk :])
             else:
                 before = sum((k_bucket[j], j) < (q_bucket[i], i) for j in range(n))
                 own = min(before, n - 1) // chunk
                 seen[i] |= set(ordered[max(0, own - 1) * chunk : (own + 1) * chunk])
     if is_causal:
         for i in range(n):
-            seen[i] |= set(range(max(0, i + 1 - 2 * chunk), i + 1))
+            seen[i] |= set(range(max(0, i // chunk - 1) * chunk, i + 1))
     return [sorted(x) for x in seen]
 
 
@@ -89,7 +90,7 @@ def test_one_chunk_is_softmax(is_causal):
     torch.testing.assert_close(many(inputs)[0], exact, rtol=1e-5, atol=1e-5)
 
 
-def test_the_last_keys_of_a_bucket_do_not_depend_on_what_follows():
+def test_the_chunks_of_a_bucket_do_not_depend_on_what_follows():
     """Chunks of the sorted whole would: one token more moves every boundary after it."""
     module = build(True, chunk_size=2, num_hashes=3, num_buckets=4)
     inputs = draw(60, True)
@@ -160,6 +161,12 @@ def test_buckets_by_the_length_of_the_model(max_length, chunk, buckets):
     assert build(max_length=max_length, chunk_size=chunk).rotations.shape[-1] == buckets // 2
 
 
+@pytest.mark.parametrize(("is_causal", "rounds"), [(False, 2), (True, 1)], ids=["encoder", "decoder"])
+def test_rounds_unless_they_are_given(is_causal, rounds):
+    assert build(is_causal).rotations.shape[2] == rounds
+    assert build(is_causal, num_hashes=5).rotations.shape[2] == 5
+
+
 def test_the_decode_state_holds_keys_values_and_buckets():
     module = build(True, num_hashes=3)
     state = module(draw(9, True), module.init_state(2, torch.float64, torch.device("cpu")))[1]
@@ -174,7 +181,7 @@ def test_the_decode_state_holds_keys_values_and_buckets():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_hashes": 0}, "num_hashes=0; allowed: an integer of at least 1"),
+        ({"num_hashes": 0}, "num_hashes=0; allowed: an integer of at least 1, or None"),
         ({"chunk_size": 2.5}, "chunk_size=2.5; allowed"),
         ({"seed": -1}, "seed=-1; allowed: an integer of at least 0"),
         ({"num_buckets": 7}, "num_buckets=7; allowed: None, 1 or an even integer of at least 2"),

@@ -1,0 +1,185 @@
+"""Configurations of the linear attention kernels: tiles by dimensions and device, segments by occupancy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+__all__ = [
+    "DELTA_ROWS",
+    "FEATURE_MAPS",
+    "SCAN_BLOCK",
+    "Tiles",
+    "backward_constants",
+    "block_of",
+    "device_limits",
+    "dot_constants",
+    "forward_constants",
+    "precision_of",
+    "segments_for",
+    "step_constants",
+    "sums_constants",
+    "sums_tiles_for",
+    "tiles_for",
+]
+
+# Name to the code that the kernels know it by.
+FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2}
+
+SCAN_BLOCK = 1024
+DELTA_ROWS = 32
+
+# A segment of at least this many tokens: fewer cost more for their states than they bring in parallel programs. With
+# decay the log-decay's gradient is a running sum over a segment, which a bound keeps accurate.
+_LEAST_SEGMENT = 256
+_LONGEST_DECAY_SEGMENT = 512
+_PROGRAMS_PER_PROCESSOR = 3  # below that many, sequences are cut
+
+_HOPPER = 200_000  # bytes of shared memory: that much and tensor cores read their operands from it
+_AMPERE = 150_000
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Constants of a configuration.
+
+    Attributes:
+        tokens: tokens of a chunk.
+        values: columns of values that a program of the forward pass or of the values' gradient owns.
+        features: columns of features that a program of the queries' or keys' gradient owns.
+        num_warps, num_stages: as Triton has them. Eight warps even for small tiles: four have read outside their
+            memory on Hopper in kernels of this kind.
+    """
+
+    tokens: int
+    values: int
+    features: int
+    num_warps: int
+    num_stages: int
+
+
+def block_of(size: int) -> int:
+    """Size of the tile that holds `size` columns."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def tiles_for(
+    num_features: int,
+    head_dim: int,
+    precision: str,
+    shared_bytes: int,
+    *,
+    is_causal: bool,
+    backward: bool,
+    has_decay: bool,
+) -> Tiles:
+    """The configuration of a pass: as large as registers and shared memory allow, without spills.
+
+    Args:
+        num_features: F.
+        head_dim: D.
+        precision: of dot products with sums: `"bf16"`, or of float32: `"tf32"`, `"tf32x3"`, `"ieee"`.
+        shared_bytes: shared memory that one program can have.
+        is_causal: a bidirectional pass only multiplies by one state.
+        backward: of the backward pass, which holds tiles of values and of features.
+        has_decay: log-decays take registers of their own.
+    """
+    features, values = block_of(num_features), block_of(head_dim)
+    widest, hopper = max(features, values), shared_bytes >= _HOPPER
+    stages = 2 if shared_bytes >= _AMPERE else 1
+    if precision != "bf16":
+        tokens, wide, stages = 32, 32, 1
+        if hopper:
+            tokens, wide = (32, 64) if precision == "tf32" else (16, 32)
+        elif precision == "tf32x3" and not backward:
+            wide = 16
+        if widest > 64:
+            tokens, wide = 16, 16
+    elif not is_causal:
+        wide = 64 if stages == 2 else 32
+        return Tiles(64, min(values, wide), min(features, wide), 8, stages)
+    elif not hopper:
+        tokens, wide = 32, 32 if backward else 64
+        if widest > 64:
+            tokens, wide = 32 if widest <= 128 else 16, 32 if widest <= 128 and stages == 2 and not backward else 16
+    elif widest <= 64:
+        tokens, wide = 64, 64
+    elif widest <= 128:
+        tokens, wide = 64, 32 if backward or has_decay else 64
+    else:
+        tokens, wide = 32 if has_decay and not backward else 64, 16
+    return Tiles(tokens, min(values, wide), min(features, 2 * wide if widest > 128 else wide), 8, stages)
+
+
+def sums_tiles_for(num_features: int, head_dim: int, precision: str) -> Tiles:
+    """The configuration of the sums, which hold nothing but one state."""
+    tokens, stages = (64, 2) if precision == "bf16" else (32, 1)
+    return Tiles(tokens, min(block_of(head_dim), 64), min(block_of(num_features), 64), 8, stages)
+
+
+def segments_for(length: int, programs: int, tiles: Tiles, processors: int, *, has_decay: bool) -> tuple[int, int]:
+    """Number of segments and their length in tokens (whole chunks) for `programs` per segment."""
+    wanted = max(1, -(-processors * _PROGRAMS_PER_PROCESSOR // max(programs, 1)))
+    wanted = min(wanted, max(1, length // _LEAST_SEGMENT))
+    if has_decay:
+        wanted = max(wanted, -(-length // _LONGEST_DECAY_SEGMENT))
+    chunks = -(-length // tiles.tokens)
+    size = -(-chunks // min(wanted, chunks))
+    return -(-chunks // size), size * tiles.tokens
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Shared memory of a program in bytes, and number of processors."""
+    if device.type != "cuda":  # the interpreter
+        return 232_448, 1
+    properties: Any = torch.cuda.get_device_properties(device)
+    shared = 65_536 if torch.version.hip else properties.shared_memory_per_block_optin
+    return shared, properties.multi_processor_count
+
+
+def precision_of(*dtypes: torch.dtype, is_amd: bool | None = None) -> str:
+    """Precision of dot products with sums, for inputs of these dtypes.
+
+    Sums are held in bfloat16 only where every input is. float16 would overflow in sums over long sequences, so they
+    are float32 there, in tf32 products, which are exact for float16 factors. float32 inputs take three such products;
+    AMD has no such split and takes exact ones.
+    """
+    if all(dtype == torch.bfloat16 for dtype in dtypes):
+        return "bf16"
+    if torch.version.hip is not None if is_amd is None else is_amd:
+        return "ieee"
+    return "tf32x3" if all(dtype == torch.float32 for dtype in dtypes) else "tf32"
+
+
+def dot_constants(precision: str) -> dict[str, Any]:
+    """The kernels' constants for a precision."""
+    half = precision == "bf16"
+    return {"BF16_DOTS": half, "PRECISION": "tf32" if half else precision}
+
+
+def sums_constants(num_features: int, head_dim: int, tiles: Tiles, **flags: Any) -> dict[str, Any]:
+    """Constants of `linear_attention_sums_kernel`; `flags` are those of the call."""
+    tile = {"BT": tiles.tokens, "BN": tiles.features, "BC": tiles.values}
+    return {"N": num_features, "C": head_dim, **tile, **flags}
+
+
+def forward_constants(num_features: int, head_dim: int, tiles: Tiles, **flags: Any) -> dict[str, Any]:
+    """Constants of `linear_attention_fwd_kernel`."""
+    tile = {"BT": tiles.tokens, "BF": block_of(num_features), "BD": tiles.values}
+    return {"F": num_features, "D": head_dim, **tile, **flags}
+
+
+def backward_constants(num_features: int, head_dim: int, tiles: Tiles, **flags: Any) -> dict[str, Any]:
+    """Constants of `linear_attention_bwd_kernel`."""
+    tile = {"BT": tiles.tokens, "BF": block_of(num_features), "BD": block_of(head_dim)}
+    return {"F": num_features, "D": head_dim, **tile, "TILE_F": tiles.features, "TILE_D": tiles.values, **flags}
+
+
+def step_constants(num_features: int, head_dim: int, **flags: Any) -> dict[str, Any]:
+    """Constants of `linear_attention_step_kernel`, whose state stays in registers."""
+    features = block_of(num_features)
+    tile = {"BF": features, "BD": min(block_of(head_dim), max(16, 4096 // features))}
+    return {"F": num_features, "D": head_dim, **tile, **flags}

@@ -1,0 +1,385 @@
+"""Attention of queries over two neighbouring chunks of keys each, in several rounds of sorting.
+
+The queries of one chunk are cut into blocks of equally many rows, so that a block attends to one piece of sorted keys.
+Forward and backward go through a few blocks at a time: what a block gathers stays near the cache and is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["attend_chunks"]
+
+# Rows of a block of queries; more rows leave more of them empty (measured on CPU).
+BLOCK_ROWS = 32
+# Upper bound on the logits of the blocks in hand (1 MiB in fp32): with more, memory is mapped anew for every group.
+GROUP_ELEMENTS = 1 << 18
+# Added to the logit of a key that a query does not see: finite, so that a row without keys stays finite too.
+UNSEEN = -1e30
+_NOTHING = UNSEEN / 2  # a log-sum-exp below this is that of a row without keys
+
+
+def attend_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_chunk: torch.Tensor,
+    k_chunk: torch.Tensor,
+    k_place: torch.Tensor,
+    real: torch.Tensor,
+    *,
+    num_chunks: int,
+    chunk_size: int,
+    is_causal: bool,
+    scaling: float,
+    self_bias: float,
+    by_position: bool = False,
+    fused: bool | None = None,
+) -> torch.Tensor:
+    """Softmax over the keys j of query i with q_chunk[r, i] - k_chunk[r, j] in {0, 1} for some round r, each once.
+
+    Args:
+        q: `[N, Tq, D]`, row r at position Tk - Tq + r.
+        k: `[N, Tk, D]`.
+        v: `[N, Tk, D]`, of the same dtype.
+        q_chunk: long `[rounds, N, Tq]`, from 1 to num_chunks - 1.
+        k_chunk: long `[rounds, N, Tk]`, from 1 to num_chunks - 1.
+        k_place: long `[rounds, N, Tk]`, below `chunk_size`: no two real keys of a chunk share a place.
+        real: bool `[N, Tk]`, False for keys that nobody sees.
+        num_chunks: number of chunks.
+        chunk_size: places of a chunk.
+        is_causal: a query does not see later keys.
+        scaling: factor of the logits.
+        self_bias: added to the logit of a token with itself, unless 0.
+        by_position: whether the first round's chunks are those of the positions, of queries and keys alike, and all
+            keys are real (causal only): nothing needs to be gathered then.
+        fused: whether to use the attention kernels of the CPU; None uses them where they can run.
+
+    Returns:
+        `[N, Tq, D]`, in the dtype of the inputs; 0 where a query sees nothing.
+    """
+    can_fuse = q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+    settings = (is_causal, scaling, self_bias, by_position, can_fuse if fused is None else fused)
+    with torch.autocast(q.device.type, enabled=False):
+        where = q_chunk, k_chunk, k_place, real, num_chunks, chunk_size
+        out: torch.Tensor = _AttendChunks.apply(q, k, v, *where, settings)  # type: ignore[no-untyped-call]
+    return out
+
+
+_Settings = tuple[bool, float, float, bool, bool]  # is_causal, scaling, self_bias, by_position, fused
+
+
+class _Plan:
+    """Where the blocks of one round find their queries and keys, C = num_chunks.
+
+    Attributes:
+        slot: long `[N * Tq]`, the row of each query among the rows of all blocks.
+        query: long `[blocks * rows]`, the query of each row, N * Tq for a row without one.
+        chunk: long `[blocks]`, the row n * C + c of each block's own chunk.
+        key: long `[N * C, chunk_size]`, the key at each place of each chunk, N * Tk for none.
+        place: long `[N * Tk]`, the place of each key; some place for keys that are not real.
+    """
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.slot, self.query, self.chunk, self.key, self.place = tensors
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.slot, self.query, self.chunk, self.key, self.place
+
+
+def _plan(
+    q_chunk: torch.Tensor,
+    k_chunk: torch.Tensor,
+    k_place: torch.Tensor,
+    real: torch.Tensor,
+    num_chunks: int,
+    chunk_size: int,
+) -> _Plan:
+    (N, q_len), k_len, device = q_chunk.shape, k_chunk.shape[1], q_chunk.device
+    first_chunk = torch.arange(N, device=device)[:, None] * num_chunks
+    # A place more takes the keys that are not real.
+    places = N * num_chunks * chunk_size
+    place = torch.where(real, (first_chunk + k_chunk) * chunk_size + k_place, places).flatten()
+    key = torch.full((places + 1,), N * k_len, device=device)
+    key = key.scatter_(0, place, torch.arange(N * k_len, device=device))[:-1].view(-1, chunk_size)
+    place = place.clamp(max=places - 1)
+
+    rows = min(BLOCK_ROWS, q_len)
+    ordered, order = (first_chunk + q_chunk).flatten().sort(stable=True)
+    chunks = torch.arange(N * num_chunks + 1, device=device)
+    first = torch.searchsorted(ordered, chunks)  # first query of each chunk
+    needed = -(-first.diff() // rows)
+    end = needed.cumsum(0)
+    # At most one block per chunk is not full. Read what is needed from the CPU, where that costs nothing.
+    blocks = N * min(q_len, q_len // rows + num_chunks)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        blocks = int(end[-1])
+    row = ((end - needed) * rows - first[:-1]).index_select(0, ordered) + torch.arange(N * q_len, device=device)
+    slot = torch.empty_like(row).scatter_(0, order, row)
+    query = torch.full((blocks * rows,), N * q_len, device=device).scatter_(0, row, order)
+    chunk = torch.searchsorted(end, torch.arange(blocks, device=device), right=True).clamp(max=N * num_chunks - 1)
+    return _Plan((slot, query, chunk, key, place))
+
+
+class _AttendChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_chunk: torch.Tensor,
+        k_chunk: torch.Tensor,
+        k_place: torch.Tensor,
+        real: torch.Tensor,
+        num_chunks: int,
+        chunk_size: int,
+        settings: _Settings,
+    ) -> torch.Tensor:
+        plans = [
+            _plan(*x, real, num_chunks, chunk_size)
+            for x in list(zip(q_chunk.unbind(), k_chunk.unbind(), k_place.unbind(), strict=True))[settings[3] :]
+        ]
+        ids = _compact_ids(q_chunk, num_chunks), _compact_ids(k_chunk, num_chunks)
+        out = total = None
+        for number in range(q_chunk.shape[0]):
+            if settings[3] and number == 0:
+                part, lse = _forward_by_position(q, k, v, chunk_size, settings)
+            else:
+                part, lse = _round_forward(_Round(number, plans[number - settings[3]], q, k, v, ids, settings))
+            if out is None or total is None:
+                out, total = part, lse
+                continue
+            both = torch.logaddexp(total, lse)
+            out = out * (total - both).exp()[:, None] + part * (lse - both).exp()[:, None]
+            total = both
+        assert out is not None
+        assert total is not None
+        out = out.masked_fill((total < _NOTHING)[:, None], 0).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, total, real, *ids, *(x for plan in plans for x in plan.tensors()))
+        ctx.settings, ctx.chunk_size = settings, chunk_size
+        return out.view(*q.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, total, real, q_ids, k_ids, *rest = ctx.saved_tensors
+        plans = [_Plan(tuple(rest[i : i + 5])) for i in range(0, len(rest), 5)]
+        dead = total < _NOTHING
+        grad, total = grad.flatten(0, 1).masked_fill(dead[:, None], 0), total.masked_fill(dead, -UNSEEN)
+        grads: tuple[torch.Tensor, ...] = ()
+        for number in range(q_ids.shape[0]):
+            if ctx.settings[3] and number == 0:
+                new = _backward_by_position(q, k, v, out, total, grad, ctx.chunk_size, ctx.settings)
+            else:
+                plan = plans[number - ctx.settings[3]]
+                new = _round_backward(_Round(number, plan, q, k, v, (q_ids, k_ids), ctx.settings), out, total, grad)
+            grads = tuple(a + b for a, b in zip(grads, new, strict=True)) if grads else new
+        dq, dk, dv = (x.view_as(y).to(y.dtype) for x, y in zip(grads, (q, k, v), strict=True))
+        dk, dv = (x.masked_fill(~real[..., None], 0) for x in (dk, dv))
+        return (dq, dk, dv, *[None] * 7)
+
+
+def _compact_ids(chunk: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """Chunk numbers `[rounds, N, T]` in the smallest type in which differences can be told apart: `[rounds, N * T]`."""
+    kind = torch.uint8 if num_chunks < 256 else torch.int16 if num_chunks < 1 << 15 else torch.int32
+    return chunk.flatten(1).to(kind)
+
+
+def _shown(q_id: torch.Tensor, k_id: torch.Tensor) -> torch.Tensor:
+    """bool: whether a chunk is the query's own or the one before."""
+    distance = q_id - k_id
+    if distance.dtype == torch.uint8:
+        return distance <= 1  # negative ones wrap around to large ones
+    return distance.bitwise_and(-2) == 0
+
+
+class _Round:
+    """What the blocks of one round gather, a group of blocks at a time."""
+
+    def __init__(
+        self,
+        number: int,
+        plan: _Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ids: tuple[torch.Tensor, torch.Tensor],
+        settings: _Settings,
+    ) -> None:
+        self.is_causal, self.scaling, self.self_bias, _, self.fused = settings
+        self.plan, self.q, self.q_ids = plan, q.flatten(0, 1), ids[0]
+        self.q_len, self.offset = q.shape[1], k.shape[1] - q.shape[1]
+        self.rows = plan.query.shape[0] // max(plan.chunk.shape[0], 1)
+        key = plan.key.flatten()
+        self.dead = (key == k.shape[0] * k.shape[1]).view_as(plan.key)
+        key = key.clamp(max=k.shape[0] * k.shape[1] - 1)
+        # Rows of whole chunks `[N * C, ...]`: copying one moves chunk_size tokens at once.
+        self.k, self.v = (x.flatten(0, 1).index_select(0, key).view(plan.key.shape[0], -1) for x in (k, v))
+        self.positions = (key % k.shape[1]).int().view_as(plan.key) if self.is_causal or self.self_bias else None
+        self.ids = [x.index_select(0, key).view_as(plan.key) for x in ids[1][:number]]
+        self.bias_dtype = torch.promote_types(q.dtype, torch.float32)
+
+    def groups(self) -> Iterator[slice]:
+        blocks = self.plan.chunk.shape[0]
+        step = max(1, GROUP_ELEMENTS // (self.rows * 2 * self.plan.key.shape[1]))
+        for start in range(0, blocks, step):
+            yield slice(start, min(start + step, blocks))
+
+    def queries(self, group: slice) -> torch.Tensor:
+        """long `[blocks * rows]`: the query of each row, N * Tq for none."""
+        return self.plan.query[group.start * self.rows : group.stop * self.rows]
+
+    def pairs(self, group: slice) -> torch.Tensor:
+        """long `[blocks * 2]`: the chunk before and the own one."""
+        chunk = self.plan.chunk[group]
+        return torch.stack([chunk - 1, chunk], 1).clamp(min=0).flatten()
+
+    def bias(self, query: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
+        """`[blocks, 1, rows or 1, 2 * chunk_size]`, `UNSEEN` for keys that the round does not show first."""
+
+        def of_keys(x: torch.Tensor) -> torch.Tensor:  # [N * C, chunk_size] to [blocks, 1, 2 * chunk_size]
+            return x.index_select(0, pair).view(pair.shape[0] // 2, 1, -1)
+
+        query = query.clamp(max=self.q.shape[0] - 1)
+        unseen, itself = of_keys(self.dead), None
+        if self.positions is not None:
+            at = (query % self.q_len + self.offset).int().view(unseen.shape[0], -1, 1)
+            positions = of_keys(self.positions)
+            if self.is_causal:
+                unseen = unseen | (positions > at)
+            itself = positions == at if self.self_bias else None
+        for q_id, k_id in zip(self.q_ids, self.ids, strict=False):
+            unseen = unseen | _shown(q_id.index_select(0, query).view(unseen.shape[0], -1, 1), of_keys(k_id))
+        zero = torch.zeros((), dtype=self.bias_dtype, device=unseen.device)
+        bias = torch.where(unseen, zero + UNSEEN, zero)
+        if itself is not None:
+            bias = torch.where(itself & ~unseen, zero + self.self_bias, bias)
+        return bias[:, None]
+
+    def tokens(self, x: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
+        """Keys or values `[N * C, chunk_size * D]` as `[blocks, 1, 2 * chunk_size, D]`."""
+        return x.index_select(0, pair).view(pair.shape[0] // 2, 1, 2 * self.plan.key.shape[1], -1)
+
+    def of_queries(self, x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Rows of `x` `[N * Tq, ...]` as `[blocks, 1, rows, ...]`, some row where there is no query."""
+        taken = x.index_select(0, query.clamp(max=x.shape[0] - 1))
+        return taken.view(-1, 1, self.rows, *x.shape[1:])
+
+
+def _round_forward(this: _Round) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[N * Tq, D]` and log-sum-exp `[N * Tq]` of one round."""
+    outputs, sums = [], []
+    for group in this.groups():
+        query, pair = this.queries(group), this.pairs(group)
+        q, k, v = this.of_queries(this.q, query), this.tokens(this.k, pair), this.tokens(this.v, pair)
+        out, lse = _attend(q, k, v, this.bias(query, pair), this.scaling, this.fused)
+        outputs.append(out.flatten(0, 2))
+        sums.append(lse.flatten())
+    slot = this.plan.slot
+    return torch.cat(outputs).index_select(0, slot), torch.cat(sums).index_select(0, slot)
+
+
+def _round_backward(this: _Round, out: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradients `[N * Tq, D]` of the queries and `[N * Tk, D]` of keys and values, through one round."""
+    grads, dk, dv = [], torch.zeros_like(this.k), torch.zeros_like(this.v)
+    for group in this.groups():
+        query, pair = this.queries(group), this.pairs(group)
+        q, k, v = this.of_queries(this.q, query), this.tokens(this.k, pair), this.tokens(this.v, pair)
+        empty = (query == this.q.shape[0]).view(-1, 1, this.rows)
+        of_rows = [this.of_queries(x, query) for x in (out, lse, grad)]
+        # Their weights must be 0: those of some other query on these keys may be too large for a number.
+        of_rows[1].masked_fill_(empty, -UNSEEN)
+        of_rows[2].masked_fill_(empty[..., None], 0)
+        bias = this.bias(query, pair)
+        new = _attend_backward(q, k, v, bias, of_rows[0], of_rows[1], of_rows[2], this.scaling, this.fused)
+        grads.append(new[0].flatten(0, 2))
+        for total, part in ((dk, new[1]), (dv, new[2])):
+            total.index_add_(0, pair, part.reshape(pair.shape[0], -1))
+    places = this.plan.key.numel()
+    dk, dv = (x.view(places, -1).index_select(0, this.plan.place) for x in (dk, dv))
+    return torch.cat(grads).index_select(0, this.plan.slot), dk, dv
+
+
+def _windows(x: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Each chunk of `x` `[N, T, D]` behind the one before it (0 if there is none): `[N, chunks, 2 * chunk, D]`."""
+    return F.pad(x, (0, 0, chunk, -x.shape[1] % chunk)).unfold(1, 2 * chunk, chunk).mT
+
+
+def _bias_by_position(x: torch.Tensor, chunk: int, settings: _Settings) -> torch.Tensor:
+    """Bias `[chunks, chunk, 2 * chunk]` for `_windows` of `x`: a causal mask."""
+    row, column = torch.arange(chunk, device=x.device)[:, None], torch.arange(-chunk, chunk, device=x.device)
+    bias = torch.zeros(chunk, 2 * chunk, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    bias = bias.masked_fill(column == row, settings[2]).masked_fill(column > row, UNSEEN)
+    first = bias.masked_fill(column < 0, UNSEEN)
+    return torch.cat([first[None], bias.expand(-(-x.shape[1] // chunk) - 1, -1, -1)])
+
+
+def _forward_by_position(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int, settings: _Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_round_forward` of the round whose chunks are those of the positions."""
+    (N, T, _), bias = q.shape, _bias_by_position(q, chunk, settings)
+    q = F.pad(q, (0, 0, 0, -T % chunk)).unflatten(1, (-1, chunk))
+    out, lse = _attend(q, _windows(k, chunk), _windows(v, chunk), bias.expand(N, -1, -1, -1), settings[1], settings[4])
+    return out.flatten(1, 2)[:, :T].flatten(0, 1), lse.flatten(1)[:, :T].flatten()
+
+
+def _backward_by_position(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    chunk: int,
+    settings: _Settings,
+) -> tuple[torch.Tensor, ...]:
+    """`_round_backward` of the round whose chunks are those of the positions."""
+    (N, T, _), bias = q.shape, _bias_by_position(q, chunk, settings)
+    of_rows = (x.unflatten(0, (N, T)) for x in (out, lse[:, None], grad))
+    q, out, lse, grad = (F.pad(x, (0, 0, 0, -T % chunk)).unflatten(1, (-1, chunk)) for x in (q, *of_rows))
+    given = bias.expand(N, -1, -1, -1), out, lse[..., 0], grad
+    dq, *rest = _attend_backward(q, _windows(k, chunk), _windows(v, chunk), *given, settings[1], settings[4])
+
+    def of_keys(x: torch.Tensor) -> torch.Tensor:  # [N, chunks, 2 * chunk, D]: what a chunk gets, and the one before
+        before, own = x.chunk(2, 2)
+        return (own + F.pad(before[:, 1:], (0, 0, 0, 0, 0, 1))).flatten(1, 2)[:, :T].flatten(0, 1)
+
+    return dq.flatten(1, 2)[:, :T].flatten(0, 1), *(of_keys(x) for x in rest)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scaling: float, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with a bias on the logits: output `[blocks, 1, rows, D]` and log-sum-exp `[blocks, 1, rows]`."""
+    if fused:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scaling)
+    logits = (q @ k.mT).to(bias.dtype) * scaling + bias
+    lse = logits.logsumexp(-1)
+    return (logits - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _attend_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    scaling: float,
+    fused: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, given the output and the log-sum-exp over all rounds and the output's gradient."""
+    if fused:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scaling
+        )
+    weights = ((q @ k.mT).to(bias.dtype) * scaling + bias - lse[..., None]).exp()
+    delta = (grad.to(bias.dtype) * out.to(bias.dtype)).sum(-1, keepdim=True)
+    slope = (weights * ((grad @ v.mT).to(bias.dtype) - delta) * scaling).to(q.dtype)
+    return slope @ k, slope.mT @ q, weights.to(grad.dtype).mT @ grad
