@@ -18,6 +18,7 @@ import torch.nn.functional as F
 __all__ = [
     "FEATURE_MAPS",
     "RANDOM_FEATURE_KERNELS",
+    "ExponentialMap",
     "FeatureMap",
     "Features",
     "ParametricMap",
@@ -211,6 +212,24 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
     "softmax": softmax_features,
     "squared_relu": squared_relu_features,
 }
+
+
+@dataclass(frozen=True)
+class ExponentialMap:
+    """The feature map exp(x W + b), spelled out so that a kernel can compute it as it reads x.
+
+    Attributes:
+        function: the same in plain PyTorch.
+        exponent: `() -> (W, b)`, float32 `[H or 1, D, F]` and `[H or 1, F]` or None; called only where it is used.
+        rest: `x -> [B, H, T]`, the log weight of keys beside their largest exponent; None for queries.
+    """
+
+    function: FeatureMap
+    exponent: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+    rest: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def __call__(self, x: torch.Tensor) -> Features:
+        return self.function(x)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
+from hf_linear_attn.ops.feature_maps import ExponentialMap, FeatureMap, Features
 from hf_linear_attn.ops.linear_sums import LOG_ZERO, TINY, State
 from hf_linear_attn.ops.masking import safe_masked_fill
 
-__all__ = ["MAPS", "attend", "refusal"]
+__all__ = ["MAPS", "attend", "map_features", "refusal"]
 
 MAPS = ("elu", "relu")  # of `feature_maps.FEATURE_MAPS`, those that the kernels apply as they read
 
 _MOST_FEATURES, _MOST_GATED, _MOST_DIM = 256, 128, 128
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST = -120.0  # a log-decay after which nothing is left in float32
 _STEP_TOKENS = 4  # so many new tokens are decoded one by one, in one launch
 
@@ -32,11 +34,24 @@ def refusal(num_features: int, v: torch.Tensor, *, gated: bool = False) -> str |
         gated: whether every feature has a log-decay of its own.
     """
     most = _MOST_GATED if gated else _MOST_FEATURES
-    if v.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if v.dtype not in _DTYPES:
         return f"the kernels take float32, float16 and bfloat16, got {v.dtype}"
     if num_features > most or v.shape[-1] > _MOST_DIM:
         return f"the kernels take up to {most} features and head_dim {_MOST_DIM}, got {num_features}, {v.shape[-1]}"
     return None
+
+
+def map_features(feature_map: FeatureMap, x: torch.Tensor) -> Features:
+    """Features of tokens `[B, H, T, D]` and their log weight, exponential ones by one pass of a kernel."""
+    if not isinstance(feature_map, ExponentialMap) or x.dtype not in _DTYPES:
+        return feature_map(x)
+    weight, bias = feature_map.exponent()
+    if weight.shape[2] > _MOST_FEATURES or x.shape[-1] > _MOST_DIM:
+        return feature_map(x)
+    from hf_linear_attn.kernels.exp_features import exp_features
+
+    features, peak = exp_features(x, weight, bias)
+    return features, peak if feature_map.rest is None else peak + feature_map.rest(x)
 
 
 def attend(

@@ -230,10 +230,10 @@ def _attend_fused(
             return None
         call |= {"feature_map": k_map.name, "multipliers": (q_map.multiplier, k_map.multiplier)}
         return fused_linear_attention.attend(q, k, v, log_weight=k_map.log_weight(k), **call)
-    k_features, weight = k_map(safe_masked_fill(k, key_real))
+    k_features, weight = fused_linear_attention.map_features(k_map, safe_masked_fill(k, key_real))
     if not use_triton(backend, v, fused_linear_attention.refusal(k_features.shape[-1], v)):
         return None
-    q_features, log_scale = q_map(safe_masked_fill(q, query_real))
+    q_features, log_scale = fused_linear_attention.map_features(q_map, safe_masked_fill(q, query_real))
     if log_weight is not None:
         weight = log_weight if weight is None else weight + log_weight
     output, normalizer, state = fused_linear_attention.attend(q_features, k_features, v, log_weight=weight, **call)

@@ -15,6 +15,8 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -76,17 +78,15 @@ class PerformerAttention(AttentionVariant):
     omega: torch.Tensor
     query_mean: torch.Tensor
     key_mean: torch.Tensor
-    query_map: torch.Tensor
-    key_map: torch.Tensor
 
     def __init__(self, config: PerformerConfig, context: LayerContext) -> None:
         super().__init__(config, context)
         heads, dim = context.num_heads, context.head_dim
         self.register_buffer("omega", torch.empty(config.num_features, dim))
         if config.variance_reducer:
-            for name, shape in (("mean", (heads, dim)), ("map", (heads, dim, dim))):
-                self.register_buffer(f"query_{name}", torch.empty(shape))
-                self.register_buffer(f"key_{name}", torch.empty(shape))
+            for side in ("query", "key"):
+                self.register_buffer(f"{side}_mean", torch.empty(heads, dim))
+                self.register_buffer(f"{side}_map", torch.empty(heads, dim, dim))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -102,23 +102,19 @@ class PerformerAttention(AttentionVariant):
     def redraw(self, seed: int) -> None:
         """Draw new directions in place, on request during training; they are saved with the model."""
         generator = torch.Generator(device="cpu").manual_seed(seed * 100_003 + self.context.layer_idx)
-        num_features, dim = self.config.num_features, self.context.head_dim
-        omega = maps.gaussian_orthogonal(num_features, dim, generator, orthogonal=self.config.orthogonal)
-        self.omega.copy_(omega)
+        given = *self.omega.shape, generator
+        self.omega.copy_(maps.gaussian_orthogonal(*given, orthogonal=self.config.orthogonal))
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
-        """Choose each head's start by its output error against softmax on these inputs.
-
-        Warns when the spread of the logits says that m features cannot estimate them.
-        """
+        """Choose each head's start by its error against softmax on these inputs; warn where m features are too few."""
         if not self.config.variance_reducer:
             return
         rows, scaling = measure.collect_rows(batches), batches[0].scaling
         q, k = measure.head_tokens(rows)
         identity = torch.eye(q.shape[-1], device=q.device).expand(q.shape[0], -1, -1)
         a, c = q.mean(1), k.mean(1)
-        moves = [(0 * a, 0 * c, identity, identity), (a, c, identity, identity)]
+        moves = [(x * a, x * c, identity, identity) for x in (0, 1)]
         if self.config.kernel != "relu":
             moves.append((a, c, *measure.balancing_maps(q - a[:, None], k - c[:, None])))
         present = {name: self.get_buffer(name) for name in ("query_mean", "key_mean", "query_map", "key_map")}
@@ -130,44 +126,64 @@ class PerformerAttention(AttentionVariant):
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         num_features = self.config.num_features * (2 if self.config.kernel in ("hyperbolic", "trig") else 1)
-        heads, dim = self.context.num_heads, self.context.head_dim
-        return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
+        sizes = self.context.num_heads, num_features, self.context.head_dim
+        return init_linear_state(batch_size, *sizes, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        scaling = inputs.scaling
+        feature_maps = self._feature_maps(inputs.scaling)
+        given: dict[str, Any] = {"key_padding": inputs.key_padding, "is_causal": inputs.is_causal, "state": state}
         output, state = feature_map_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            lambda x: self._query_features(x, scaling),
-            lambda x: self._key_features(x, scaling),
-            key_padding=inputs.key_padding,
-            is_causal=inputs.is_causal,
-            state=state,
-            backend=self.backend,
+            inputs.query, inputs.key, inputs.value, *feature_maps, **given, backend=self.backend
         )
         return output.to(inputs.query.dtype), state
+
+    def _feature_maps(self, s: float) -> tuple[maps.FeatureMap, maps.FeatureMap]:
+        """Of queries and of keys."""
+        query, key = partial(self._query_features, scaling=s), partial(self._key_features, scaling=s)
+        if self.config.kernel in ("relu", "trig"):
+            return query, key
+        q_map = maps.ExponentialMap(query, partial(self._exponent, "query", s))
+        return q_map, maps.ExponentialMap(key, partial(self._exponent, "key", s), partial(self._key_rest, scaling=s))
+
+    def _exponent(self, side: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W `[H or 1, D, F]` and b `[H, F]` of exp(x W + b)."""
+        weight, bias = self.omega.float().mT[None] * scaling**0.5, None
+        if self.config.variance_reducer:
+            weight = self.get_buffer(f"{side}_map").float() @ weight
+            bias = -(self.get_buffer(f"{side}_mean").float()[:, None] @ weight)[:, 0]
+        if self.config.kernel == "positive":
+            return weight, bias
+        return torch.cat([weight, -weight], -1), None if bias is None else torch.cat([bias, -bias], -1)
 
     def _query_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
         x = x.to(maps.accumulation_dtype(x.dtype))
         directions = self.omega.to(x.dtype).mT * scaling**0.5  # [D, m]
         if self.config.variance_reducer and self.config.kernel != "relu":
             x = x - self.query_mean.to(x.dtype)[:, None]
-            directions = self.query_map.to(x.dtype) @ directions  # [H, D, m]
+            directions = self.get_buffer("query_map").to(x.dtype) @ directions  # [H, D, m]
         return maps.query_random_features(x @ directions, self.config.kernel), None  # [B, H, T, m]
 
     def _key_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
-        x = x.to(maps.accumulation_dtype(x.dtype))
-        shared = None  # what the reducer takes out of all logits of a key
-        if self.config.variance_reducer:
-            shared = maps.mean_logit(x, self.query_mean, scaling)  # [B, H, T]
-            if self.config.kernel != "relu":
-                x = (x - self.key_mean.to(x.dtype)[:, None]) @ self.key_map.to(x.dtype)
+        x, shared = self._balanced(x, scaling)
         projected = x @ (self.omega.to(x.dtype).mT * scaling**0.5)  # [B, H, T, m]
         features, log_weight = maps.key_random_features(projected, x, scaling, self.config.kernel)
-        if shared is None or log_weight is None:
-            return features, log_weight if shared is None else shared
-        return features, log_weight + shared
+        given = [x for x in (log_weight, shared) if x is not None]
+        return features, sum(given[1:], given[0]) if given else None
+
+    def _key_rest(self, x: torch.Tensor, scaling: float) -> torch.Tensor:
+        """What a key's log weight has beside its largest exponent, `[B, H, T]`."""
+        x, shared = self._balanced(x, scaling)
+        return (0 if shared is None else shared) - 0.5 * scaling * x.square().sum(-1)
+
+    def _balanced(self, x: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Centred and balanced keys, and what the reducer takes out of all logits of a key."""
+        x = x.to(maps.accumulation_dtype(x.dtype))
+        if not self.config.variance_reducer:
+            return x, None
+        shared = maps.mean_logit(x, self.query_mean, scaling)  # [B, H, T]
+        if self.config.kernel != "relu":
+            x = (x - self.key_mean.to(x.dtype)[:, None]) @ self.get_buffer("key_map").to(x.dtype)
+        return x, shared
 
     def _warn_if_hopeless(self, q: torch.Tensor, k: torch.Tensor, scaling: float) -> None:
         """Variance of an estimate over its square: (exp(|q'+k'|^2) - 1) / m, or with q' - k' for `trig`."""

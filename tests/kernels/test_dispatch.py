@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ LENGTH = 21
 
 
 def _subjects() -> list[Subject]:
-    """Every variant with a kernel, each side, with the options that make short inputs exercise the method."""
+    """Every variant with a kernel, each side, with options that make short inputs exercise the method, and as it is."""
     found = []
     for spec in (get_variant(key) for key in list_variants()):
         for causal in (False, True):
             if spec.has_kernel(causal) and Subject(spec, causal).served:
-                found.append(next(s for o in (*spec.test_options, {}) if _builds(s := Subject(spec, causal, o))))
+                subjects = [Subject(spec, causal, options) for options in (*spec.test_options, {})]
+                subjects = [subject for subject in subjects if _builds(subject)]
+                found += [subjects[0], *(s for s in subjects[1:] if not s.options)]
     return found
 
 
@@ -35,7 +38,8 @@ def _builds(subject: Subject) -> bool:
 
 
 def _name(subject: Subject) -> str:
-    return f"{subject.spec.key}-{'decoder' if subject.is_causal else 'encoder'}"
+    side, options = "decoder" if subject.is_causal else "encoder", "options" if subject.options else "defaults"
+    return f"{subject.spec.key}-{side}-{options}"
 
 
 def _attend(module: Any, inputs: Any, state: Any = None) -> tuple[list[torch.Tensor], Any]:
@@ -82,15 +86,24 @@ def test_decoding_is_the_twins(subject: Subject) -> None:
     torch.testing.assert_close(outputs["triton"], outputs["torch"], rtol=1e-3, atol=1e-4)
 
 
-def test_kernels_really_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "variant"),
+    [
+        ("linear_attention", "linear"),
+        ("gated_linear_attention", "gated"),
+        ("exp_features", "performer"),
+        ("block_sparse", "longformer"),
+    ],
+)
+def test_kernels_really_ran(kernel: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above would be one of the twin with itself if the dispatch never chose the kernels."""
-    from hf_linear_attn.kernels import linear_attention
+    module = importlib.import_module(f"hf_linear_attn.kernels.{kernel}")
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the kernel was called")
 
-    monkeypatch.setattr(linear_attention, "linear_attention", broken)
-    module = Subject(get_variant("linear"), True).build(dtype=torch.float32)
+    monkeypatch.setattr(module, "block_sparse_attention" if kernel == "block_sparse" else kernel, broken)
+    module = Subject(get_variant(variant), True).build(dtype=torch.float32)
     module.backend = "triton"
     with pytest.raises(AssertionError, match="the kernel was called"):
         module(draw(module.context, 9, dtype=torch.float32))
