@@ -34,11 +34,11 @@ demo: $(STAMP)-demo $(STAMP)-weights ## convert, fine-tune and compare on long d
 
 # One thread per worker: the workers share the cores, and results do not depend on the thread count.
 test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite and the notebooks
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu" \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu and not conformance" \
 		--ignore=tests/conformance --nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
 
 test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/evaluation/test_peers.py $(ARGS)
 
 test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make test-gpu PYTHON=python3
 	$(PYTHON) .ci/gpu.py test $(ARGS)
