@@ -14,6 +14,7 @@ from hf_linear_attn.ops.block_patterns import BlockLists
 from hf_linear_attn.ops.block_sparse import BlockGrid, Extra
 from hf_linear_attn.ops.compaction import CompactedCall
 from hf_linear_attn.ops.sliding_window import Extra as WindowExtra
+from hf_linear_attn.ops.sliding_window import by_dilation
 
 __all__ = [
     "block_sparse_attention",
@@ -61,30 +62,12 @@ def sliding_window_attention(
     extra: WindowExtra | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """`ops.sliding_window.sliding_window_attention`: the same arguments, but the tiles of the lists.
+    """`ops.sliding_window.sliding_window_attention` of checked arguments, which are the same, but the tiles."""
 
-    Raises:
-        ValueError: for Tq > Tk, a negative window, dilation < 1 or a dilation list of the wrong length.
-    """
-    H, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
-    steps = dilation if isinstance(dilation, tuple) else (dilation,) * H
-    if q_len > k_len:
-        raise ValueError(f"Sliding-window attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
-    if left < 0 or right < 0 or min(steps) < 1:
-        raise ValueError(f"Need left, right >= 0 and dilation >= 1, got {left=}, {right=}, {dilation=}.")
-    if len(steps) != H:
-        raise ValueError(f"dilation names {len(steps)} heads, the queries have {H}.")
-    q, k, v = _one_dtype(q, k, v)
-    groups = {d: [h for h in range(H) if steps[h] == d] for d in dict.fromkeys(steps)}
-    if len(groups) == 1:
-        return _dilated(q, k, v, left, right, scaling, steps[0], key_allowed, extra, tiles)
-    outputs = []
-    for d, heads in groups.items():
-        part = None if extra is None else (extra[0][:, heads], extra[1][:, heads], extra[2])
-        qkv = q[:, heads], k[:, heads], v[:, heads]
-        outputs.append(_dilated(*qkv, left, right, scaling, d, key_allowed, part, tiles))
-    order = [h for heads in groups.values() for h in heads]
-    return torch.cat(outputs, dim=1)[:, [order.index(h) for h in range(H)]]
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d: int, part: WindowExtra | None) -> torch.Tensor:
+        return _dilated(q, k, v, left, right, scaling, d, key_allowed, part, tiles)
+
+    return by_dilation(attend, *_one_dtype(q, k, v), dilation, extra)
 
 
 def _dilated(

@@ -7,6 +7,7 @@ never held in memory, and on CPU it measured faster than explicit matmuls at eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.band_attention import attend_band, serves
 
-__all__ = ["Extra", "attend_projected", "naive_sliding_window_attention", "sliding_window_attention"]
+__all__ = ["Extra", "attend_projected", "by_dilation", "naive_sliding_window_attention", "sliding_window_attention"]
 
 # Extra columns: keys `[B, H, G, D]`, values `[B, H, G, D]`, and which row sees which, bool broadcastable to
 # `[B, Tq, G]`. A key that the windows hold as well must be left out of `key_allowed`, else it counts twice.
@@ -107,16 +108,31 @@ def sliding_window_attention(
         if use_triton(backend, q, fused.refusal(q)):
             given: dict[str, Any] = {"dilation": dilation, "key_allowed": key_allowed, "extra": extra}
             return fused.sliding_window_attention(q, k, v, left=left, right=right, scaling=scaling, **given)
-    groups = {d: [h for h in range(H) if steps[h] == d] for d in dict.fromkeys(steps)}
+    return by_dilation(
+        lambda q, k, v, d, part: _dilated(q, k, v, left, right, scaling, d, key_allowed, part, block_size),
+        *(q, k, v, dilation, extra),
+    )
+
+
+def by_dilation(
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, Extra | None], torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dilation: int | tuple[int, ...],
+    extra: Extra | None,
+) -> torch.Tensor:
+    """`attend(q, k, v, dilation, extra)` for the heads of each dilation, put together again."""
+    steps = dilation if isinstance(dilation, tuple) else (dilation,) * q.shape[1]
+    groups = {d: [h for h, step in enumerate(steps) if step == d] for d in dict.fromkeys(steps)}
     if len(groups) == 1:
-        return _dilated(q, k, v, left, right, scaling, steps[0], key_allowed, extra, block_size)
+        return attend(q, k, v, steps[0], extra)
     outputs = []
     for d, heads in groups.items():
         part = None if extra is None else (extra[0][:, heads], extra[1][:, heads], extra[2])
-        qkv = q[:, heads], k[:, heads], v[:, heads]
-        outputs.append(_dilated(*qkv, left, right, scaling, d, key_allowed, part, block_size))
+        outputs.append(attend(q[:, heads], k[:, heads], v[:, heads], d, part))
     order = [h for heads in groups.values() for h in heads]
-    return torch.cat(outputs, dim=1)[:, [order.index(h) for h in range(H)]]
+    return torch.cat(outputs, dim=1)[:, [order.index(h) for h in range(len(steps))]]
 
 
 def _dilated(
