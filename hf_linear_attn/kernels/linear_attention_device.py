@@ -47,9 +47,10 @@ def feature_map(x, multiplier, MAP: tl.constexpr):
     if MAP == ELU:
         x = x * multiplier
         return tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
-    if MAP == RELU:
+    elif MAP == RELU:
         return tl.maximum(x * multiplier, 0.0)
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -58,9 +59,10 @@ def feature_map_slope(x, multiplier, MAP: tl.constexpr):
     x = x.to(tl.float32)
     if MAP == ELU:
         return tl.exp(tl.minimum(x * multiplier, 0.0)) * multiplier
-    if MAP == RELU:
+    elif MAP == RELU:
         return tl.where(x * multiplier > 0, multiplier, 0.0)
-    return x * 0.0 + 1.0
+    else:
+        return x * 0.0 + 1.0
 
 
 @triton.jit
@@ -104,7 +106,8 @@ def to_dot(x, BF16_DOTS: tl.constexpr):
     """Operand of a dot product that holds sums: bfloat16, or float32 where float16 could overflow."""
     if BF16_DOTS:
         return x.to(tl.bfloat16)
-    return x.to(tl.float32)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit

@@ -67,7 +67,8 @@ def sliding_window_attention(
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d: int, part: WindowExtra | None) -> torch.Tensor:
         return _dilated(q, k, v, left, right, scaling, d, key_allowed, part, tiles)
 
-    return by_dilation(attend, *_one_dtype(q, k, v), dilation, extra)
+    q, k, v = _one_dtype(q, k, v)
+    return by_dilation(attend, q, k, v, dilation, extra)
 
 
 def _dilated(

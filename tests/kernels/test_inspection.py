@@ -92,6 +92,19 @@ def test_the_command_fails_for_default_configurations_alone(
     assert ("error: " in printed.err, "note: " in printed.err) == (only == "small-tile", only == "large")
 
 
+def _forward(module: str) -> Launch:
+    """The first forward kernel in bfloat16 that a module ships for sm_90 by default."""
+    launches = [x for x in inspection._launches(module) if x.is_default and "bf16" in x.name]
+    launches = [x for x in launches if not x.targets or "sm_90" in x.targets]
+    return next(x for x in launches if inspection._jit_function(x.kernel).__name__.endswith("_fwd_kernel"))
+
+
+@pytest.mark.parametrize("module", inspection.kernel_modules())
+def test_a_forward_kernel_of_each_family_compiles(module: str) -> None:
+    """The interpreter runs what the compiler refuses: returns of two dtypes, say."""
+    assert inspection.inspect_launch(_forward(module), "sm_90").problems == []
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(3600)
 def test_every_shipped_configuration(tmp_path: Path) -> None:
