@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["UNSEEN", "attend_band", "serves"]
+__all__ = ["UNSEEN", "attend_backward", "attend_band", "attend_with_sums", "serves"]
 
 # Upper bound on the elements of the gradients of keys that are in hand at once (16 MiB in fp32).
 SEGMENT_ELEMENTS = 1 << 22
@@ -136,14 +136,14 @@ class _AttendBand(torch.autograd.Function):
             rows = windows.rows(q[b].transpose(0, 1))
             keys, values = (windows.keys(x[b].transpose(0, 1)) for x in (k, v))
             parts = [
-                _attend(rows[s], keys[s], values[s], windows.bias(_row(key_allowed, b), s, q), scaling)
+                attend_with_sums(rows[s], keys[s], values[s], windows.bias(_row(key_allowed, b), s, q), scaling)
                 for s in windows.segments()
             ]
             outputs.append(torch.cat([out.transpose(1, 2).flatten(0, 1) for out, _ in parts])[:q_len])  # [Tq, H, D]
             sums.append(torch.cat([lse.transpose(1, 2).flatten(0, 1) for _, lse in parts])[:q_len])
         out, total = torch.stack(outputs), torch.stack(sums)  # [B, Tq, H, D], [B, Tq, H]
         if more_k is not None and more_v is not None and more_seen is not None:
-            part, lse = _attend(q, more_k, more_v, _bias_of_more(more_seen, q), scaling)
+            part, lse = attend_with_sums(q, more_k, more_v, _bias_of_more(more_seen, q), scaling)
             lse, both = lse.transpose(1, 2), torch.logaddexp(total, lse.transpose(1, 2))
             out = out * (total - both).exp()[..., None] + part.transpose(1, 2) * (lse - both).exp()[..., None]
             total = both
@@ -171,7 +171,7 @@ class _AttendBand(torch.autograd.Function):
             dq = []
             for s in windows.segments():
                 bias = windows.bias(_row(key_allowed, b), s, q)
-                new = _attend_backward(of_grad[s], rows[s], keys[s], values[s], of_out[s], lse[s], bias, scaling)
+                new = attend_backward(of_grad[s], rows[s], keys[s], values[s], of_out[s], lse[s], bias, scaling)
                 dq.append(new[0].transpose(1, 2).flatten(0, 1))
                 windows.add_up(dk, new[1], s)
                 windows.add_up(dv, new[2], s)
@@ -183,7 +183,7 @@ class _AttendBand(torch.autograd.Function):
         if more_k is None:
             return (q_grad, k_grad, v_grad, *[None] * 8)
         grad, out, lse = (x.transpose(1, 2) for x in (grad, out, total))
-        new = _attend_backward(grad, q, more_k, more_v, out, lse, _bias_of_more(more_seen, q), scaling)
+        new = attend_backward(grad, q, more_k, more_v, out, lse, _bias_of_more(more_seen, q), scaling)
         return (q_grad + new[0], k_grad, v_grad, new[1], new[2], *[None] * 6)
 
 
@@ -198,7 +198,7 @@ def _bias_of_more(seen: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.where(seen, zero, zero + UNSEEN)[:, None].expand(q.shape[0], 1, q.shape[2], -1)
 
 
-def _attend(
+def attend_with_sums(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[N, H, T, D]` and log-sum-exp `[N, H, T]`."""
@@ -208,7 +208,7 @@ def _attend(
     return result
 
 
-def _attend_backward(
+def attend_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,

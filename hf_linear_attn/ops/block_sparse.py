@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.backend import use_triton
-from hf_linear_attn.ops.block_patterns import CAUSAL, FULL, TAIL, BlockLists
+from hf_linear_attn.ops.block_patterns import CAUSAL, EMPTY, FULL, TAIL, BlockLists
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
 
 __all__ = [
@@ -35,6 +35,8 @@ ANYONE, NOBODY = -1, -2
 # allocator and cost page faults at each use: smaller segments measured up to 100 times faster to gather.
 SEGMENT_ELEMENTS = 1 << 22
 SEGMENT_PER_INPUT = 4
+# All keys are read behind a mask, not gathered, while they are at most so many times as many (measured on CPU).
+DENSE_FACTOR = 1.2
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ def block_sparse_attention(
     lists = lists() if callable(lists) else lists
     q, k, v = grid.tiles(call.q), call.k, call.v
     (B, R, H, _, D), L = q.shape, lists.columns.shape[-1]
+    if extra is None and _dense_is_cheaper(lists, R, -(-k.shape[2] // grid.block_size)):
+        return grid.untile(_attend_behind_mask(q, call, grid, lists, scaling), call.q.shape[2])
     width = L * grid.block_size + (0 if extra is None else extra.key.shape[2])
     step = segment_rows(B * H * D * width, call.q.numel())
     shift = None
@@ -209,6 +213,37 @@ def global_columns(call: CompactedCall, tokens: torch.Tensor, shift: torch.Tenso
     mask = (real | ~real.any(-1, keepdim=True)).expand(B, -1)[:, None, None, :]
     read = F.scaled_dot_product_attention(query, call.k, call.v, attn_mask=mask, scale=scaling)
     return Extra(key, read, torch.full((1, key.shape[2]), ANYONE, device=key.device), shift)
+
+
+def _dense_is_cheaper(lists: BlockLists, rows: int, blocks: int) -> bool:
+    """Whether `rows` tiles of queries over all of so many key blocks cost less than gathering what their lists name."""
+    full = 0 if lists.full_rows is None else lists.full_rows.shape[1]
+    listed = rows * lists.columns.shape[-1] + full * blocks
+    return not lists.is_causal and rows * blocks <= DENSE_FACTOR * listed
+
+
+def _attend_behind_mask(
+    q: torch.Tensor, call: CompactedCall, grid: BlockGrid, lists: BlockLists, scaling: float
+) -> torch.Tensor:
+    """Tiles of queries `[B, R, H, t, D]` over all keys, those of blocks not listed hidden; returns their shape."""
+    B, _, H, _, _ = q.shape
+    T = call.k.shape[2]
+    blocks = -(-T // grid.block_size)
+    listed = (lists.kind != EMPTY)[:, None]  # [B or 1, 1, R, L]
+    column, listed = torch.broadcast_tensors(lists.columns.masked_fill(~listed, blocks), listed)
+    seen = torch.zeros(*column.shape[:3], blocks + 1, dtype=torch.bool, device=q.device).scatter_(-1, column, True)
+    if lists.full_rows is not None:
+        seen = seen | (grid.row[..., None] == lists.full_rows[:, None]).any(-1)[:, None, :, None]
+    block = call.rank.div(grid.block_size, rounding_mode="floor").clamp(min=0)[:, None, None]
+    batch = max(seen.shape[0], block.shape[0])
+    seen = seen.expand(batch, -1, -1, -1).gather(-1, block.expand(batch, *seen.shape[1:3], -1))
+    seen = seen & (call.rank >= 0)[:, None, None]  # [B or 1, H or 1, R, Tk]
+    seen = (seen | ~seen.any(-1, keepdim=True)).expand(B, H, -1, -1)
+    out = [
+        F.scaled_dot_product_attention(tile, call.k, call.v, attn_mask=seen[:, :, r : r + 1], scale=scaling)
+        for r, tile in enumerate(q.unbind(1))
+    ]
+    return torch.stack(out, 1)
 
 
 def _gather_blocks(x: torch.Tensor, columns: torch.Tensor, grid: BlockGrid) -> torch.Tensor:

@@ -18,6 +18,8 @@ __all__ = ["attend_chunks"]
 BLOCK_ROWS = 32
 # Upper bound on the logits of the blocks in hand (1 MiB in fp32): with more, memory is mapped anew for every group.
 GROUP_ELEMENTS = 1 << 18
+# Blocks of twice the rows are taken where they hold at most 9 rows for every 8 (measured on CPU).
+SPARE, SPARE_OF = 8, 9
 # Added to the logit of a key that a query does not see: finite, so that a row without keys stays finite too.
 UNSEEN = -1e30
 _NOTHING = UNSEEN / 2  # a log-sum-exp below this is that of a row without keys
@@ -38,6 +40,7 @@ def attend_chunks(
     scaling: float,
     self_bias: float,
     by_position: bool = False,
+    same: bool = False,
     fused: bool | None = None,
 ) -> torch.Tensor:
     """Softmax over the keys j of query i with q_chunk[r, i] - k_chunk[r, j] in {0, 1} for some round r, each once.
@@ -57,20 +60,22 @@ def attend_chunks(
         self_bias: added to the logit of a token with itself, unless 0.
         by_position: whether the first round's chunks are those of the positions, of queries and keys alike, and all
             keys are real (causal only): nothing needs to be gathered then.
+        same: whether the queries are in the chunks of the keys, `q_chunk` equal to `k_chunk`, all keys are real and a
+            chunk's keys fill its first places: the order of the keys serves for the queries then.
         fused: whether to use the attention kernels of the CPU; None uses them where they can run.
 
     Returns:
         `[N, Tq, D]`, in the dtype of the inputs; 0 where a query sees nothing.
     """
     can_fuse = q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
-    settings = (is_causal, scaling, self_bias, by_position, can_fuse if fused is None else fused)
+    settings = (is_causal, scaling, self_bias, by_position, can_fuse if fused is None else fused, same)
     with torch.autocast(q.device.type, enabled=False):
         where = q_chunk, k_chunk, k_place, real, num_chunks, chunk_size
         out: torch.Tensor = _AttendChunks.apply(q, k, v, *where, settings)  # type: ignore[no-untyped-call]
     return out
 
 
-_Settings = tuple[bool, float, float, bool, bool]  # is_causal, scaling, self_bias, by_position, fused
+_Settings = tuple[bool, float, float, bool, bool, bool]  # is_causal, scaling, self_bias, by_position, fused, same
 
 
 class _Plan:
@@ -81,7 +86,7 @@ class _Plan:
         query: long `[blocks * rows]`, the query of each row, N * Tq for a row without one.
         chunk: long `[blocks]`, the row n * C + c of each block's own chunk.
         key: long `[N * C, chunk_size]`, the key at each place of each chunk, N * Tk for none.
-        place: long `[N * Tk]`, the place of each key; some place for keys that are not real.
+        place: long `[N * Tk]`, the place of each key; one too high for keys that are not real.
     """
 
     def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
@@ -98,6 +103,7 @@ def _plan(
     real: torch.Tensor,
     num_chunks: int,
     chunk_size: int,
+    same: bool,
 ) -> _Plan:
     (N, q_len), k_len, device = q_chunk.shape, k_chunk.shape[1], q_chunk.device
     first_chunk = torch.arange(N, device=device)[:, None] * num_chunks
@@ -106,21 +112,31 @@ def _plan(
     place = torch.where(real, (first_chunk + k_chunk) * chunk_size + k_place, places).flatten()
     key = torch.full((places + 1,), N * k_len, device=device)
     key = key.scatter_(0, place, torch.arange(N * k_len, device=device))[:-1].view(-1, chunk_size)
-    place = place.clamp(max=places - 1)
 
+    on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()
+    own = (first_chunk + q_chunk).flatten()
+    if same:
+        number = (key < N * k_len).sum(-1)  # of the queries of each chunk
+        inside = k_place.flatten()
+    else:
+        ordered, order = own.sort(stable=True)
+        first = torch.searchsorted(ordered, torch.arange(N * num_chunks + 1, device=device))  # query of each chunk
+        number = first.diff()
+        inside = torch.arange(N * q_len, device=device) - first.index_select(0, ordered)
+        inside = torch.empty_like(inside).scatter_(0, order, inside)
     rows = min(BLOCK_ROWS, q_len)
-    ordered, order = (first_chunk + q_chunk).flatten().sort(stable=True)
-    chunks = torch.arange(N * num_chunks + 1, device=device)
-    first = torch.searchsorted(ordered, chunks)  # first query of each chunk
-    needed = -(-first.diff() // rows)
+    needed = -(-number // rows)
+    # What is needed is read from the CPU, where that costs nothing: larger blocks if they leave few rows empty.
+    if on_cpu and rows < chunk_size and q_len >= 2 * rows:
+        halved = -(-number // (2 * rows))
+        if halved.sum() * 2 * SPARE <= needed.sum() * SPARE_OF:
+            rows, needed = 2 * rows, halved
     end = needed.cumsum(0)
-    # At most one block per chunk is not full. Read what is needed from the CPU, where that costs nothing.
-    blocks = N * min(q_len, q_len // rows + num_chunks)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        blocks = int(end[-1])
-    row = ((end - needed) * rows - first[:-1]).index_select(0, ordered) + torch.arange(N * q_len, device=device)
-    slot = torch.empty_like(row).scatter_(0, order, row)
-    query = torch.full((blocks * rows,), N * q_len, device=device).scatter_(0, row, order)
+    # At most one block per chunk is not full.
+    blocks = int(end[-1]) if on_cpu else N * min(q_len, q_len // rows + num_chunks)
+    slot = ((end - needed) * rows).index_select(0, own) + inside
+    query = torch.full((blocks * rows,), N * q_len, device=device)
+    query = query.scatter_(0, slot, torch.arange(N * q_len, device=device))
     chunk = torch.searchsorted(end, torch.arange(blocks, device=device), right=True).clamp(max=N * num_chunks - 1)
     return _Plan((slot, query, chunk, key, place))
 
@@ -141,10 +157,11 @@ class _AttendChunks(torch.autograd.Function):
         settings: _Settings,
     ) -> torch.Tensor:
         plans = [
-            _plan(*x, real, num_chunks, chunk_size)
+            _plan(*x, real, num_chunks, chunk_size, settings[5])
             for x in list(zip(q_chunk.unbind(), k_chunk.unbind(), k_place.unbind(), strict=True))[settings[3] :]
         ]
-        ids = _compact_ids(q_chunk, num_chunks), _compact_ids(k_chunk, num_chunks)
+        kind = _kind(num_chunks, k.shape[1], settings[0])
+        ids = q_chunk.flatten(1).to(kind), k_chunk.flatten(1).to(kind)
         out = total = None
         for number in range(q_chunk.shape[0]):
             if settings[3] and number == 0:
@@ -183,18 +200,20 @@ class _AttendChunks(torch.autograd.Function):
         return (dq, dk, dv, *[None] * 7)
 
 
-def _compact_ids(chunk: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """Chunk numbers `[rounds, N, T]` in the smallest type in which differences can be told apart: `[rounds, N * T]`."""
-    kind = torch.uint8 if num_chunks < 256 else torch.int16 if num_chunks < 1 << 15 else torch.int32
-    return chunk.flatten(1).to(kind)
+def _kind(num_chunks: int, k_len: int, of_positions: bool) -> torch.dtype:
+    """The smallest type that differences of chunk numbers, and of positions if need be, fit into."""
+    if num_chunks < 256 and not of_positions:
+        return torch.uint8  # negative differences wrap around to large ones
+    return torch.int16 if max(num_chunks, k_len) < 1 << 14 else torch.int32
 
 
-def _shown(q_id: torch.Tensor, k_id: torch.Tensor) -> torch.Tensor:
-    """bool: whether a chunk is the query's own or the one before."""
+def _distance(q_id: torch.Tensor, k_id: torch.Tensor) -> torch.Tensor:
+    """0 or 1 where a chunk is the query's own or the one before, else at least 2.
+
+    On a CPU, kernels of arithmetic are several times faster than comparisons and `where`.
+    """
     distance = q_id - k_id
-    if distance.dtype == torch.uint8:
-        return distance <= 1  # negative ones wrap around to large ones
-    return distance.bitwise_and(-2) == 0
+    return distance if distance.dtype == torch.uint8 else distance.bitwise_and_(-2).abs_()
 
 
 class _Round:
@@ -210,16 +229,17 @@ class _Round:
         ids: tuple[torch.Tensor, torch.Tensor],
         settings: _Settings,
     ) -> None:
-        self.is_causal, self.scaling, self.self_bias, _, self.fused = settings
+        self.is_causal, self.scaling, self.self_bias, _, self.fused, _ = settings
         self.plan, self.q, self.q_ids = plan, q.flatten(0, 1), ids[0]
         self.q_len, self.offset = q.shape[1], k.shape[1] - q.shape[1]
         self.rows = plan.query.shape[0] // max(plan.chunk.shape[0], 1)
         key = plan.key.flatten()
-        self.dead = (key == k.shape[0] * k.shape[1]).view_as(plan.key)
+        kind, some = ids[1].dtype, key < k.shape[0] * k.shape[1]
+        self.real = (some.to(kind) * 2).view_as(plan.key)  # 0 or 2
         key = key.clamp(max=k.shape[0] * k.shape[1] - 1)
         # Rows of whole chunks `[N * C, ...]`: copying one moves chunk_size tokens at once.
         self.k, self.v = (x.flatten(0, 1).index_select(0, key).view(plan.key.shape[0], -1) for x in (k, v))
-        self.positions = (key % k.shape[1]).int().view_as(plan.key) if self.is_causal or self.self_bias else None
+        self.positions = (key % k.shape[1]).to(kind).view_as(plan.key) if self.is_causal else None
         self.ids = [x.index_select(0, key).view_as(plan.key) for x in ids[1][:number]]
         self.bias_dtype = torch.promote_types(q.dtype, torch.float32)
 
@@ -239,25 +259,29 @@ class _Round:
         return torch.stack([chunk - 1, chunk], 1).clamp(min=0).flatten()
 
     def bias(self, query: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
-        """`[blocks, 1, rows or 1, 2 * chunk_size]`, `UNSEEN` for keys that the round does not show first."""
+        """`[blocks, 1, rows or 1, 2 * chunk_size]`, `UNSEEN` or less for keys that the round does not show first."""
 
         def of_keys(x: torch.Tensor) -> torch.Tensor:  # [N * C, chunk_size] to [blocks, 1, 2 * chunk_size]
             return x.index_select(0, pair).view(pair.shape[0] // 2, 1, -1)
 
         query = query.clamp(max=self.q.shape[0] - 1)
-        unseen, itself = of_keys(self.dead), None
+        seen = of_keys(self.real)  # 2, or 0 or 1 for keys that are not
         if self.positions is not None:
-            at = (query % self.q_len + self.offset).int().view(unseen.shape[0], -1, 1)
-            positions = of_keys(self.positions)
-            if self.is_causal:
-                unseen = unseen | (positions > at)
-            itself = positions == at if self.self_bias else None
+            at = (query % self.q_len + self.offset + 2).to(seen.dtype).view(seen.shape[0], -1, 1)
+            ahead = (at - of_keys(self.positions)).clamp_(0, 2)
+            seen = torch.minimum(ahead, seen, out=ahead)
         for q_id, k_id in zip(self.q_ids, self.ids, strict=False):
-            unseen = unseen | _shown(q_id.index_select(0, query).view(unseen.shape[0], -1, 1), of_keys(k_id))
-        zero = torch.zeros((), dtype=self.bias_dtype, device=unseen.device)
-        bias = torch.where(unseen, zero + UNSEEN, zero)
-        if itself is not None:
-            bias = torch.where(itself & ~unseen, zero + self.self_bias, bias)
+            distance = _distance(q_id.index_select(0, query).view(seen.shape[0], -1, 1), of_keys(k_id))
+            seen = torch.minimum(distance, seen, out=distance)
+        bias = seen.to(self.bias_dtype).sub_(2).mul_(-UNSEEN)
+        if self.self_bias:
+            own = query + (query // self.q_len + 1) * self.offset  # the key of each query's token
+            column = (
+                self.plan.place.index_select(0, own).view(seen.shape[0], -1) - (pair[::2] * seen.shape[2] // 2)[:, None]
+            )
+            held = (column >= 0) & (column < seen.shape[2])
+            bias = bias.expand(-1, column.shape[1], -1).contiguous()
+            bias.scatter_add_(2, (column * held)[..., None], (held * self.self_bias).to(bias.dtype)[..., None])
         return bias[:, None]
 
     def tokens(self, x: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
@@ -300,7 +324,8 @@ def _round_backward(this: _Round, out: torch.Tensor, lse: torch.Tensor, grad: to
         for total, part in ((dk, new[1]), (dv, new[2])):
             total.index_add_(0, pair, part.reshape(pair.shape[0], -1))
     places = this.plan.key.numel()
-    dk, dv = (x.view(places, -1).index_select(0, this.plan.place) for x in (dk, dv))
+    place = this.plan.place.clamp(max=places - 1)
+    dk, dv = (x.view(places, -1).index_select(0, place) for x in (dk, dv))
     return torch.cat(grads).index_select(0, this.plan.slot), dk, dv
 
 

@@ -9,11 +9,14 @@ stand for all of its tokens. It travels as one more channel of queries and keys,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_linear_attn.ops.band_attention import UNSEEN, attend_backward, attend_with_sums, serves
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
 from hf_linear_attn.ops.pooling import even_segment_starts, segment_of_rank
 
@@ -27,7 +30,7 @@ __all__ = [
     "with_channel",
 ]
 
-BLOCK = 128  # queries that share one attention call
+BLOCK = 64  # queries that share one attention call (measured on CPU)
 _NOTHING = -1e30  # logit of a forbidden token: finite, so that gradients are where nothing is allowed
 
 
@@ -206,29 +209,97 @@ def attend_window_and_segments(
     Returns:
         `[B, H, Tq, D]`, 0 in rows of padding.
     """
+    sizes = window_size, segment_size, per_segment, from_start
+    if serves(q, v):
+        tensors = q, k, v, *landmarks
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), landmarks[0].dtype)
+        with torch.autocast("cpu", enabled=False):
+            given = (*(x.to(dtype) for x in tensors), rank, sizes, scaling)
+            out: torch.Tensor = _AttendSegments.apply(*given)  # type: ignore[no-untyped-call]
+    else:
+        parts = []
+        for rows, start, seen, mask in _blocks(q, k, landmarks[0], rank, sizes):
+            end = start + mask.shape[-1] - seen
+            keys, values = (
+                torch.cat([x[:, :, start:end], y[:, :, :seen]], 2) for x, y in zip((k, v), landmarks, strict=True)
+            )
+            mask = mask[:, None].expand(q.shape[0], -1, -1, -1)
+            parts.append(F.scaled_dot_product_attention(q[:, :, rows], keys, values, attn_mask=mask, scale=scaling))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return out.masked_fill((rank[:, k.shape[2] - q.shape[2] :] < 0)[:, None, :, None], 0)
+
+
+def _blocks(
+    q: torch.Tensor, k: torch.Tensor, marks: torch.Tensor, rank: torch.Tensor, sizes: tuple[int, int, int, bool]
+) -> Iterator[tuple[slice, int, int, torch.Tensor]]:
+    """The blocks of queries: their rows, the first key of their windows, how many landmarks are in reach, and what
+    they see of these keys and landmarks, bool `[B or 1, rows, keys + landmarks]`; rows of padding see everything.
+    """
+    window_size, segment_size, per_segment, from_start = sizes
     offset = k.shape[2] - q.shape[2]
-    outputs = []
     for begin in range(offset, k.shape[2], BLOCK):
         end = min(begin + BLOCK, k.shape[2])
         start = max(begin - window_size + 1, 0)
         # Landmarks after the last that this block may see are left out where that is known without reading ranks.
-        seen = min((end - 1) // segment_size * per_segment, landmarks[0].shape[2]) if from_start else None
-        keys, values = (
-            torch.cat([x[:, :, start:end], y[:, :, :seen]], 2) for x, y in zip((k, v), landmarks, strict=True)
-        )
+        seen = min((end - 1) // segment_size * per_segment, marks.shape[2]) if from_start else marks.shape[2]
         query_rank, key_rank = rank[:, begin:end, None], rank[:, None, start:end]
         distance = query_rank - key_rank
         window = (distance >= 0) & (distance < window_size) & (key_rank >= 0)
-        segment = torch.arange(keys.shape[2] - window.shape[2], device=q.device) // per_segment
+        segment = torch.arange(seen, device=q.device) // per_segment
         past = segment < query_rank.div(segment_size, rounding_mode="floor")
-        mask = torch.cat([window, past], -1)  # [B or 1, block, keys]
-        dead = query_rank < 0
-        out = F.scaled_dot_product_attention(
-            q[:, :, begin - offset : end - offset],
-            keys,
-            values,
-            attn_mask=(mask | dead)[:, None].expand(q.shape[0], -1, -1, -1),
-            scale=scaling,
-        )
-        outputs.append(out.masked_fill(dead[:, None], 0))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        yield slice(begin - offset, end - offset), start, seen, torch.cat([window, past], -1) | (query_rank < 0)
+
+
+class _AttendSegments(torch.autograd.Function):
+    """The attention kernels of the CPU a block at a time; autograd through slices fills whole tensors for each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        more_k: torch.Tensor,
+        more_v: torch.Tensor,
+        rank: torch.Tensor,
+        sizes: tuple[int, int, int, bool],
+        scaling: float,
+    ) -> torch.Tensor:
+        out, sums = torch.empty_like(q), []
+        for rows, start, seen, mask in _blocks(q, k, more_k, rank, sizes):
+            keys, values, bias = _of_block((k, v), (more_k, more_v), start, seen, mask)
+            out[:, :, rows], lse = attend_with_sums(q[:, :, rows], keys, values, bias, scaling)
+            sums.append(lse)
+        ctx.save_for_backward(q, k, v, more_k, more_v, rank, out, torch.cat(sums, 2))
+        ctx.sizes, ctx.scaling = sizes, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, more_k, more_v, rank, out, total = ctx.saved_tensors
+        dq, *grads = (torch.zeros_like(x) for x in (q, k, v, more_k, more_v))
+        for rows, start, seen, mask in _blocks(q, k, more_k, rank, ctx.sizes):
+            keys, values, bias = _of_block((k, v), (more_k, more_v), start, seen, mask)
+            given = grad[:, :, rows], q[:, :, rows], keys, values, out[:, :, rows], total[:, :, rows]
+            dq[:, :, rows], *parts = attend_backward(*given, bias, ctx.scaling)
+            width = mask.shape[-1] - seen
+            for sum_k, sum_more, part in zip(grads[:2], grads[2:], parts, strict=True):
+                sum_k[:, :, start : start + width].add_(part[:, :, :width])
+                sum_more[:, :, :seen].add_(part[:, :, width:])
+        return (dq, *grads, None, None, None)
+
+
+def _of_block(
+    of_keys: tuple[torch.Tensor, torch.Tensor],
+    of_landmarks: tuple[torch.Tensor, torch.Tensor],
+    start: int,
+    seen: int,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values of a block, landmarks last, and `mask` as a bias `[B, 1, rows, keys + landmarks]`."""
+    end = start + mask.shape[-1] - seen
+    keys, values = (
+        torch.cat([x[:, :, start:end], y[:, :, :seen]], 2) for x, y in zip(of_keys, of_landmarks, strict=True)
+    )
+    bias = mask.to(torch.promote_types(keys.dtype, torch.float32)).sub_(1).mul_(-UNSEEN)
+    return keys, values, bias[:, None].expand(keys.shape[0], -1, -1, -1)

@@ -53,6 +53,7 @@ class Rounds:
         chunk_size: places of a chunk; not all of them need have a key.
         is_causal: whether keys after a query are left out besides.
         by_position: whether the first round goes by position, with all keys real and as many queries.
+        same: whether queries are in the chunks of their own tokens' keys, and all keys are real.
     """
 
     q_chunk: torch.Tensor
@@ -63,6 +64,7 @@ class Rounds:
     chunk_size: int
     is_causal: bool
     by_position: bool = False
+    same: bool = False
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def visible(
     bucket: the query's own chunk of all keys and the one before, itself included.
 
     Args:
-        q_bucket: long `[B, H, Tq, rounds]`.
+        q_bucket: long `[B, H, Tq, rounds]`; may be `k_bucket` itself, which saves work.
         k_bucket: long `[B, H, Tk, rounds]`.
         real: bool `[B or 1, Tk]`, False for padding; None without any.
         chunk_size: keys per chunk.
@@ -92,6 +94,7 @@ def visible(
     (B, H, q_len, rounds), k_len = q_bucket.shape, k_bucket.shape[2]
     chunk, offset = min(chunk_size, k_len), k_len - q_len
     by_position = real is None and is_causal and q_len == k_len
+    same = real is None and q_bucket is k_bucket
     if real is None:
         real = torch.ones(1, k_len, dtype=torch.bool, device=k_bucket.device)
     real = real.expand(B, k_len).repeat_interleave(H, 0)  # [N, Tk]
@@ -108,32 +111,38 @@ def visible(
     position = torch.arange(k_len, device=real.device)
     edges = torch.arange(num_buckets, device=real.device) * k_len
     for number in range(sorts):
-        q_own, k_own = (x[..., number].flatten(0, 1).contiguous() for x in (q_bucket, k_bucket))
+        k_own = k_bucket[..., number].flatten(0, 1).contiguous()
         code = torch.where(real, k_own * k_len, num_buckets * k_len) + position
         code, order = code.sort(-1)
         first = torch.searchsorted(code, edges.expand(code.shape[0], -1).contiguous())  # [N, b]
         total = torch.cat([first[:, 1:], count[:, -1:]], 1) - first
         k_rank = torch.empty_like(order).scatter_(-1, order, position.expand_as(order)) - first.gather(1, k_own)
-        q_rank = torch.searchsorted(code, q_own * k_len + position[offset:]) - first.gather(1, q_own)
         if is_causal:
             size = -(-total // chunk) + 1  # with an empty chunk between buckets
             base = size.cumsum(-1) - size + 1
         else:
             base = first
-        k_base, q_base = (base.gather(1, own) for own in (k_own, q_own))
+        k_base = base.gather(1, k_own)
         if is_causal:
             k_chunks.append(k_base + k_rank // chunk)
             k_places.append(k_rank % chunk)
+        else:
+            k_chunks.append((k_base + k_rank) // chunk + 1)
+            k_places.append((k_base + k_rank) % chunk)
+        if same:
+            q_chunks.append(k_chunks[-1])
+            continue
+        q_own = q_bucket[..., number].flatten(0, 1).contiguous()
+        q_rank = torch.searchsorted(code, q_own * k_len + position[offset:]) - first.gather(1, q_own)
+        q_base = base.gather(1, q_own)
+        if is_causal:
             q_chunks.append(q_base + q_rank // chunk)
         else:
-            place = k_base + k_rank
-            k_chunks.append(place // chunk + 1)
-            k_places.append(place % chunk)
             q_chunks.append((q_base + q_rank).minimum(count[:, -1:] - 1).clamp(min=0) // chunk + 1)
     # Causal: every bucket may leave a chunk unfilled, and has an empty one before and after it.
     num_chunks = k_len // chunk + 2 + (2 * num_buckets if is_causal and sorts else 0)
     q_chunk, k_chunk, k_place = torch.stack(q_chunks), torch.stack(k_chunks), torch.stack(k_places)
-    return Rounds(q_chunk, k_chunk, k_place, real, num_chunks, chunk, is_causal, by_position)
+    return Rounds(q_chunk, k_chunk, k_place, real, num_chunks, chunk, is_causal, by_position, same)
 
 
 def naive_round_attention(
@@ -193,6 +202,7 @@ def round_attention(
         chunk_size=rounds.chunk_size,
         is_causal=rounds.is_causal,
         by_position=rounds.by_position,
+        same=rounds.same,
         scaling=scaling,
         self_bias=SELF_LOGIT if self_penalty else 0.0,
     )

@@ -36,9 +36,9 @@ class ReformerConfig(VariantConfig):
     """Options of `reformer`.
 
     Attributes:
-        num_hashes: rounds of hashing, 1 to 8 in the literature. More are closer to softmax and cost as much each. None
-            means what is faster than softmax from 2,048 tokens on: 2 on encoders, 1 on decoders, beside the round by
-            position.
+        num_hashes: rounds of hashing, 1 to 8 in the literature. More are closer to softmax and cost as much each: on a
+            CPU 2 rounds on encoders, or 1 on decoders beside the round by position, are faster than softmax from 2,048
+            tokens on, but start about twice as far from it as 4.
         num_buckets: buckets of a round, an even number, or 1 for sorting by position alone. None chooses by the
             model's `max_length`: as many as fill two chunks each, from 4 to 16.
         chunk_size: keys per chunk, c.
@@ -47,15 +47,15 @@ class ReformerConfig(VariantConfig):
         seed: of the random directions, which are saved with the model.
     """
 
-    num_hashes: int | None = None
+    num_hashes: int = 4
     num_buckets: int | None = None
     chunk_size: int = 64
     share_qk: bool = False
     seed: int = 0
 
     def validate(self) -> None:
-        self.require_integer("chunk_size")
-        self.require_integer("num_hashes", "num_buckets", optional=True)
+        self.require_integer("chunk_size", "num_hashes")
+        self.require_integer("num_buckets", optional=True)
         self.require_integer("seed", at_least=0)
         self.require_bool("share_qk")
         if self.num_buckets is not None and self.num_buckets > 1 and self.num_buckets % 2:
@@ -96,8 +96,7 @@ class ReformerAttention(AttentionVariant):
         buckets, heads, dim = config.num_buckets, context.num_heads, context.head_dim
         if buckets is None:
             buckets = min(max(4, context.max_length // (4 * config.chunk_size) * 2), 16)
-        rounds = config.num_hashes if config.num_hashes is not None else 1 if context.is_causal else 2
-        self.register_buffer("rotations", torch.empty(heads, dim, rounds, buckets // 2))
+        self.register_buffer("rotations", torch.empty(heads, dim, config.num_hashes, buckets // 2))
         if not config.share_qk:
             for name, shape in (("mean", (heads, dim)), ("map", (heads, dim, dim))):
                 self.register_buffer(f"query_{name}", torch.empty(shape))
@@ -147,8 +146,9 @@ class ReformerAttention(AttentionVariant):
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         query, key, share = inputs.query, inputs.key, self.config.share_qk
         if share:
-            query = key[:, :, key.shape[2] - query.shape[2] :]
-            q_bucket, k_bucket = hash_buckets(query, self.rotations), hash_buckets(key, self.rotations)
+            query = key if key.shape[2] == query.shape[2] else key[:, :, key.shape[2] - query.shape[2] :]
+            k_bucket = hash_buckets(key, self.rotations)
+            q_bucket = k_bucket if query is key else k_bucket[:, :, key.shape[2] - query.shape[2] :]
         else:
             q_bucket = self._hash(query, self.query_mean, self.query_map)
             k_bucket = self._hash(key, self.key_mean, self.key_map)

@@ -218,3 +218,39 @@ def test_columns_of_the_stride(stride, q_len, k_len, is_causal):
     logits = (q @ k.transpose(-1, -2) * 0.7).masked_fill(~seen, float("-inf"))
     actual = column_attention(q, k, v, stride=stride, scaling=0.7, is_causal=is_causal)
     torch.testing.assert_close(actual, logits.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("heads", [1, HEADS], ids=["shared lists", "lists per head"])
+@pytest.mark.parametrize("kind", [None, "left", "right", "interior"])
+@pytest.mark.parametrize(("q_len", "k_len"), [(33, 33), (11, 33)])
+@pytest.mark.parametrize("factor", [0.0, 100.0], ids=["gathered", "behind a mask"])
+def test_gathered_keys_and_all_keys_behind_a_mask_are_the_same(heads, kind, q_len, k_len, factor, monkeypatch):
+    monkeypatch.setattr(block_sparse, "DENSE_FACTOR", factor)
+    results = []
+    for function in (block_sparse_attention, naive_block_sparse_attention):
+        call = make_call(kind, q_len, k_len)
+        leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+        call.q, call.k, call.v = leaves
+        grid = block_grid(call, 4, aligned=kind is None and q_len == k_len)
+        lists = drawn_lists(grid, heads, False)
+        full = torch.stack([grid.blocks - 1, torch.ones_like(grid.blocks)], dim=1)
+        out = function(call, grid, BlockLists(lists.columns, lists.kind, False, full), scaling=0.7)
+        real = call.rank[:, k_len - q_len :].expand(2, -1) >= 0
+        loss = (out.transpose(1, 2)[real].sin()).sum()
+        results.append([out.transpose(1, 2)[real], *torch.autograd.grad(loss, leaves)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("blocks", "behind_a_mask"), [(8, True), (12, True), (13, False), (64, False)])
+def test_all_keys_are_read_while_the_lists_name_most_of_them(blocks, behind_a_mask):
+    """BigBird's lists: a window of 3, the first and the last block, 3 random ones; two rows see everything."""
+    call = make_call(None, 2 * blocks, 2 * blocks)
+    grid = block_grid(call, 2, aligned=True)
+    given = {"codes": hashed(torch.arange(HEADS)), "number": 3, "num_window_blocks": 3, "is_causal": False}
+    lists = bigbird_lists(grid.row, grid.blocks, random_blocks(grid.row, grid.blocks, **given), 3, False)
+    assert block_sparse._dense_is_cheaper(lists, blocks, blocks) == behind_a_mask
+    actual, expected = (
+        f(call, grid, lists, scaling=0.7) for f in (block_sparse_attention, naive_block_sparse_attention)
+    )
+    torch.testing.assert_close(actual, expected)

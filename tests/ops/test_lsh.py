@@ -158,3 +158,37 @@ def test_all_queries_may_want_the_same_chunk(is_causal):
     where = where_to_look(q, k, rotations(8, 2), None, 4, is_causal)
     actual = round_attention(q, k, v, where, scaling=1.0)
     torch.testing.assert_close(actual, naive_round_attention(q, k, v, where, scaling=1.0))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("length", "chunk_size"), [(256, 64), (201, 64), (50, 8)])
+def test_queries_with_the_buckets_of_their_keys_take_the_order_of_the_keys(is_causal, length, chunk_size):
+    q, k, v = draw(length, length)
+    bucket = hash_buckets(k, rotations(6, 3))
+    results = []
+    for of_queries in (bucket, bucket.clone()):
+        where = visible(of_queries, bucket, None, chunk_size, 6, is_causal=is_causal)
+        assert where.same == (of_queries is bucket)
+        for function in (round_attention, naive_round_attention):
+            results.append(outcome(function, (q, k, v), where, scaling=0.7, self_penalty=True))
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("num_chunks", "k_len", "of_positions", "kind"),
+    [
+        (255, 9000, False, torch.uint8),
+        (256, 9000, False, torch.int16),
+        (20, 16383, True, torch.int16),
+        (20, 16384, True, torch.int32),
+    ],
+)
+def test_distances_of_chunks_are_told_apart_in_their_type(num_chunks, k_len, of_positions, kind):
+    assert chunk_attention._kind(num_chunks, k_len, of_positions) == kind
+    chunks = torch.arange(1, num_chunks)
+    distance = chunks[:, None] - chunks
+    found = chunk_attention._distance(chunks[:, None].to(kind), chunks.to(kind))
+    assert torch.equal((found >= 0) & (found <= 1), (distance == 0) | (distance == 1))
+    assert (found >= 0).all()

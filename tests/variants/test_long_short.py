@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops import dynamic_projection
 from hf_linear_attn.registry import get_variant
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.long_short import LongShortAttention, LongShortConfig
@@ -196,3 +197,23 @@ def test_bad_options_are_named(options, message):
 def test_options_of_the_other_side_are_refused(is_causal, options, message):
     with pytest.raises(ValueError, match=message):
         build(is_causal, **options)
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+@pytest.mark.parametrize("q_len", [150, 70])
+def test_blocks_of_a_decoder_and_their_gradients_do_not_depend_on_the_kernels(from_start, q_len, monkeypatch):
+    """The kernels of the CPU with sums of their own, and what other devices run."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = q_len, 150, 150, 60, 60
+    tensors = [torch.randn(2, HEADS, n, DIM, generator=generator, dtype=torch.float64) for n in lengths]
+    rank = torch.arange(150) - torch.tensor([[0], [90]])  # in the second row 90 places of padding
+    sizes = {"window_size": 21, "segment_size": 5, "per_segment": 2, "scaling": 0.6, "from_start": from_start}
+    results = []
+    for serves in (True, False):
+        monkeypatch.setattr(dynamic_projection, "serves", lambda *_, serves=serves: serves)
+        q, k, v, *landmarks = leaves = [x.clone().requires_grad_() for x in tensors]
+        out = dynamic_projection.attend_window_and_segments(q, k, v, rank, tuple(landmarks), **sizes)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert (results[0][0][1, :, : max(0, 90 - 150 + q_len)] == 0).all()
