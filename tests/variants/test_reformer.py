@@ -161,12 +161,6 @@ def test_buckets_by_the_length_of_the_model(max_length, chunk, buckets):
     assert build(max_length=max_length, chunk_size=chunk).rotations.shape[-1] == buckets // 2
 
 
-@pytest.mark.parametrize(("is_causal", "rounds"), [(False, 2), (True, 1)], ids=["encoder", "decoder"])
-def test_rounds_unless_they_are_given(is_causal, rounds):
-    assert build(is_causal).rotations.shape[2] == rounds
-    assert build(is_causal, num_hashes=5).rotations.shape[2] == 5
-
-
 def test_the_decode_state_holds_keys_values_and_buckets():
     module = build(True, num_hashes=3)
     state = module(draw(9, True), module.init_state(2, torch.float64, torch.device("cpu")))[1]
@@ -181,7 +175,7 @@ def test_the_decode_state_holds_keys_values_and_buckets():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_hashes": 0}, "num_hashes=0; allowed: an integer of at least 1, or None"),
+        ({"num_hashes": 0}, "num_hashes=0; allowed: an integer of at least 1."),
         ({"chunk_size": 2.5}, "chunk_size=2.5; allowed"),
         ({"seed": -1}, "seed=-1; allowed: an integer of at least 0"),
         ({"num_buckets": 7}, "num_buckets=7; allowed: None, 1 or an even integer of at least 2"),
