@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 __all__ = ["attend_segments", "even_segment_starts", "segment_max", "segment_mean", "segment_of_rank"]
 
@@ -70,9 +71,8 @@ def attend_segments(
     Returns:
         `[B, H, Tq, D]` in the query's dtype.
     """
-    logits = query * scaling @ key.transpose(-1, -2)  # [B, H, Tq, slots]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    empty = ~in_use[:, None, None, :]
-    # A finite fill and a second mask, not -inf: a row without any segment has finite gradients.
-    weights = logits.masked_fill(empty, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(empty, 0)
-    return (weights.to(value.dtype) @ value).to(query.dtype)
+    some = in_use.any(-1)[:, None, None, None]
+    # Rows without any segment attend to all, to values of 0: no nan in the output nor in the gradients.
+    allowed = in_use[:, None, None, :] | ~some
+    value = value.masked_fill(~some, 0)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling).to(query.dtype)
