@@ -22,8 +22,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_linear_attn.evaluation import advise_layers as timing
+from hf_linear_attn.evaluation import bench_summary
 from hf_linear_attn.evaluation.advise_layers import FORWARD, SDPA, STEP
-from hf_linear_attn.evaluation.profile import peak_memory
+from hf_linear_attn.evaluation.profile import median_ratio, peak_memory
 
 __all__ = ["SDPA", "Advice", "AdviceRow", "Crossover", "advise", "crossover_length", "default_lengths", "format_advice"]
 
@@ -147,7 +148,7 @@ class Advice:
 
 
 def crossover_length(lengths: Sequence[int], ratios: Sequence[float]) -> Crossover:
-    """Where a ratio rises above 1 to stay there, interpolated on logarithmic scales.
+    """Where a ratio reaches 1 to stay there or above, interpolated on logarithmic scales.
 
     Args:
         lengths: ascending, in tokens.
@@ -158,15 +159,10 @@ def crossover_length(lengths: Sequence[int], ratios: Sequence[float]) -> Crossov
     """
     if not lengths or len(lengths) != len(ratios) or any(a >= b for a, b in itertools.pairwise(lengths)):
         raise ValueError(f"Needs rising lengths and as many ratios, got {list(lengths)} and {list(ratios)}.")
-    slower = [index for index, ratio in enumerate(ratios) if ratio <= 1]
-    if not slower:
-        return Crossover(lengths[0], at_most=True)
-    last = slower[-1]
-    if last == len(lengths) - 1:
+    found = bench_summary.crossover(lengths, ratios)
+    if found["how"] == "none up to":
         return Crossover(None)
-    low, high = math.log(ratios[last]), math.log(ratios[last + 1])
-    share = -low / (high - low)
-    return Crossover(round(lengths[last] * (lengths[last + 1] / lengths[last]) ** share))
+    return Crossover(found["tokens"], at_most=found["how"] == "at or below")
 
 
 def default_lengths(length: int) -> tuple[int, ...]:
@@ -283,10 +279,7 @@ def _all_lengths(length: int, others: Sequence[int] | None) -> tuple[int, ...]:
 def _rows(times: Mapping[str, Mapping[str, list[float]]], length: int) -> list[AdviceRow]:
     rows = []
     for name, taken in times.items():
-        ratio = {
-            kind: statistics.median(base / own for base, own in zip(times[SDPA][kind], seconds, strict=True))
-            for kind, seconds in taken.items()
-        }
+        ratio = {kind: median_ratio(times[SDPA][kind], seconds) for kind, seconds in taken.items()}
         rows.append(AdviceRow(name, length, {kind: statistics.median(x) for kind, x in taken.items()}, ratio))
     return rows
 

@@ -12,6 +12,7 @@ __all__ = [
     "Row",
     "SelfAttentionCall",
     "balancing_maps",
+    "centered_maps",
     "choose_per_head",
     "choose_start",
     "collect_rows",
@@ -175,6 +176,18 @@ def reducer_starts(
     zero = torch.zeros_like(a)
     centers = ((zero, zero), (a, c)) if centered else ((zero, zero),)
     return [(zero, zero, zero), *((share * a, *center) for center in centers for share in _REDUCER_SHARES)]
+
+
+def centered_maps(
+    query_weight: torch.Tensor, key_weight: torch.Tensor, q_center: torch.Tensor, k_center: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Weights `[H, F, D]` with the biases `[H, F]` that take the centers `[H, D]` off queries and keys first."""
+    return {
+        "query_weight": query_weight,
+        "query_bias": -(query_weight @ q_center[..., None])[..., 0],
+        "key_weight": key_weight,
+        "key_bias": -(key_weight @ k_center[..., None])[..., 0],
+    }
 
 
 def mean_squared_sum(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -100,9 +100,7 @@ class T2RAttention(AttentionVariant):
                 break
             principal = measure.principal_maps(q - q_center[:, None], k - k_center[:, None])
             for p, r in ((identity, identity), principal):
-                start = {"query_weight": self._signed(p), "key_weight": self._signed(r)}
-                start["query_bias"] = -(start["query_weight"] @ q_center[..., None])[..., 0]
-                start["key_bias"] = -(start["key_weight"] @ k_center[..., None])[..., 0]
+                start = measure.centered_maps(self._signed(p), self._signed(r), q_center, k_center)
                 starts.append({**start, "query_mean": a} if self.config.variance_reducer else start)
         measure.choose_start(present, starts, self.error_meter(rows, scaling))
 

@@ -115,9 +115,7 @@ class TaylorAttention(AttentionVariant):
             p = r = torch.eye(self.context.head_dim, device=q.device).expand(q.shape[0], -1, -1)
             if self.rank < self.context.head_dim:
                 p, r = measure.principal_maps(q - q_center[:, None], k - k_center[:, None])
-            start = {"query_weight": p[:, : self.rank], "key_weight": r[:, : self.rank]}
-            start["query_bias"] = -(start["query_weight"] @ q_center[..., None])[..., 0]
-            start["key_bias"] = -(start["key_weight"] @ k_center[..., None])[..., 0]
+            start = measure.centered_maps(p[:, : self.rank], r[:, : self.rank], q_center, k_center)
             starts.append({**start, "query_mean": a} if self.config.variance_reducer else start)
         measure.choose_start(present, starts, errors)
         chosen = {name: x.clone() for name, x in present.items() if name != "query_mean"}
