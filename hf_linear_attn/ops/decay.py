@@ -318,7 +318,12 @@ def _prepare(
     before = torch.cat([start[..., None], peaks[..., :-1]], -1)
     shift = torch.where(before > LOG_ZERO / 2, before - peaks, 0.0)  # nothing decays before the first key
     v1 = v1 * (log_weight - peaks).exp()[..., None]
-    return k, v1, (decay + shift[..., None]).clamp(min=_LEAST), peaks[..., -1]
+    return (
+        k,
+        v1,
+        (decay + shift[..., None]).clamp(min=_LEAST),
+        peaks[..., -1].clone(),
+    )  # a view would keep all of them in the state
 
 
 def _after(decay: torch.Tensor) -> torch.Tensor:

@@ -156,6 +156,19 @@ def state_is_batch_first(subject: Subject) -> None:
     assert_close(module(select(rest, order), selected)[0], expected, "rows 2, 0, 0, 1")
 
 
+@law(lambda subject: subject.decodes)
+def state_memory(subject: Subject) -> None:
+    """A state keeps its own tensors alive and nothing else: none of them is a small view of a whole sequence's."""
+    module = subject.build(trained=True)
+    for side, padding in {"none": None, **padding_masks(2, 70)}.items():
+        inputs = draw(module.context, 70, padding=padding)
+        _, state = module(inputs, module.init_state(2, inputs.query.dtype, inputs.query.device))
+        assert state is not None, "a state was given and none came back"
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()}
+        used = sum(x.nbytes for x in state.values())
+        assert sum(held.values()) <= used, f"padding={side}: {used} bytes of state hold {sum(held.values())} bytes"
+
+
 @law()
 def padding(subject: Subject) -> None:
     """Left, right and interior padding poisoned with 1e9 gives the unpadded outputs on real tokens."""

@@ -147,6 +147,13 @@ class ForgetsTheWindow(DenseAttention):
         return {"key": key[:, :, -8:], "value": value[:, :, -8:], "real": real[:, -8:]}
 
 
+class KeepsTheSequence(DenseAttention):
+    """The state is a view: of every tensor it was cut from, all stays in memory."""
+
+    def next_state(self, key, value, real):
+        return super().next_state(torch.cat([key, key], 2)[:, :, : key.shape[2]], value, real)
+
+
 class StateInPlace(DenseAttention):
     """The state given is changed: a beam that continues from it twice is wrong."""
 
@@ -320,6 +327,7 @@ BROKEN = [
     (spec_of(NonDeterministic), DECODER, {}, "determinism", "two equal calls"),
     (spec_of(Remembers), ENCODER, {}, "determinism", "changed the module: last_key"),
     (spec_of(ForgetsTheWindow), DECODER, {}, "decode", "chunks="),
+    (spec_of(KeepsTheSequence), DECODER, {}, "state_memory", "padding=none"),
     (spec_of(StateInPlace), DECODER, {}, "decode", "changed the state in place"),
     (spec_of(StateNotBatchFirst), DECODER, {}, "state_is_batch_first", "for a batch of 3"),
     (spec_of(Quadratic, linear_cost=True), ENCODER, {}, "linear_memory", "2048, 2048"),
