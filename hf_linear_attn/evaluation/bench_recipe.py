@@ -166,7 +166,7 @@ class DecodeBench:
         checkpoint: as in `ModelBench`; a decoder.
         config: as in `ModelBench`.
         layers: layers kept.
-        tokens: tokens that are generated, one at a time, and timed.
+        tokens: tokens that are timed, one at a time, each after one that is not.
         batch_size: sequences that are generated at a time.
         variants: as in `BenchRecipe`; null for the recipe's.
     """

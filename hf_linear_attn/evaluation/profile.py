@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 import sys
 import threading
@@ -207,8 +208,9 @@ def time_interleaved(
     """Time several calls side by side: they take turns, one call each a round.
 
     A change of the machine's speed falls on all alike, so that ratios of medians can be trusted where the seconds
-    themselves cannot. On CUDA the time is the device's own, between two events, the last cache having been
-    overwritten before.
+    themselves cannot. Each round has an order of its own (the same in every run): a call pays for what the one before
+    it has done to the caches and the allocator. On CUDA the time is the device's own, between two events, the last
+    cache having been overwritten before.
 
     Args:
         calls: name to what is timed.
@@ -232,15 +234,17 @@ def time_interleaved(
         )
     clock = _CudaClock(torch.device(device)) if device is not None and torch.device(device).type == "cuda" else _clock
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls), random.Random(0)
     begin = time.perf_counter()
     for turn in range(warmup + repeats):
         done = turn - warmup
         if seconds is not None and done >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        for name, call in calls.items():
+        draw.shuffle(order)
+        for name in order:
             if before is not None:
                 before(name)
-            taken = clock(call)
+            taken = clock(calls[name])
             if turn >= warmup:
                 times[name].append(taken)
             if on_step is not None:
