@@ -96,6 +96,10 @@ class LayerContext:
     is_causal: bool
     rotary: bool = False
 
+    def generator(self, seed: int) -> torch.Generator:
+        """Random numbers, on the CPU, that depend on the seed and the layer alone."""
+        return torch.Generator(device="cpu").manual_seed(seed * 100_003 + self.layer_idx)
+
 
 @dataclass
 class AttentionInputs:

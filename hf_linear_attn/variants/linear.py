@@ -91,7 +91,7 @@ class LinearAttention(AttentionVariant):
         if self.config.variance_reducer:
             self.query_mean.zero_()
         if self.config.feature_map == "laplace":
-            generator = torch.Generator(device="cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+            generator = self.context.generator(self.config.seed)
             shape = (self.config.num_features, self.context.head_dim)
             self.omega.copy_(torch.empty(shape, device="cpu").cauchy_(generator=generator))
 

@@ -122,7 +122,7 @@ class LongShortAttention(AttentionVariant):
             if isinstance(norm, landmark.GatedNorm):
                 norm.reset_parameters(self.config.norm_gate)
         if self.r:
-            generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+            generator = self.context.generator(self.config.seed)
             self.projection.copy_(0.02 * torch.randn(self.projection.shape, generator=generator, device="cpu"))
             self.landmark_bias.fill_(self.config.landmark_bias)
             self.segmented.fill_(False)

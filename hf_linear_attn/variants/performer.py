@@ -101,7 +101,7 @@ class PerformerAttention(AttentionVariant):
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
         """Draw new directions in place, on request during training; they are saved with the model."""
-        generator = torch.Generator(device="cpu").manual_seed(seed * 100_003 + self.context.layer_idx)
+        generator = self.context.generator(seed)
         given = *self.omega.shape, generator
         self.omega.copy_(maps.gaussian_orthogonal(*given, orthogonal=self.config.orthogonal))
 

@@ -106,7 +106,7 @@ class ReformerAttention(AttentionVariant):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Directions drawn from (seed, layer_idx), means 0, maps the identity."""
-        generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+        generator = self.context.generator(self.config.seed)
         self.rotations.copy_(torch.randn(self.rotations.shape, generator=generator, device="cpu"))
         if not self.config.share_qk:
             for name in ("query", "key"):

@@ -109,7 +109,7 @@ class RFAAttention(AttentionVariant):
             x.zero_()
         self.sigma.fill_(1)
         self.tau.fill_(1)
-        generator = torch.Generator(device="cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+        generator = self.context.generator(self.config.seed)
         self.omega.copy_(maps.gaussian_orthogonal(self.config.num_features, self.context.head_dim, generator))
         if self.config.gate:
             self.gate_bias.fill_(math.log(10 * self.context.max_length))

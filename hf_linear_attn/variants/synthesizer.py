@@ -110,7 +110,7 @@ class SynthesizerAttention(AttentionVariant):
         for parameter in self.parameters():
             parameter.zero_()
         if self.component != "random":
-            generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+            generator = self.context.generator(self.config.seed)
             factor = self.hidden_weight if self.component == "dense" else self.key_table
             factor.copy_(torch.randn(factor.shape, generator=generator, device="cpu") * factor.shape[-1] ** -0.5)
 

@@ -132,7 +132,7 @@ class T2RAttention(AttentionVariant):
         """[rows; -rows] `[..., D, D]` cut or filled up to f rows."""
         half = rows[..., : self.num_features // 2, :]
         missing = self.num_features - 2 * half.shape[-2]
-        generator = torch.Generator(device="cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+        generator = self.context.generator(self.config.seed)
         dim = self.context.head_dim
         random = maps.gaussian_orthogonal(missing, dim, generator) if missing else torch.empty(0, dim, device="cpu")
         random = (random * dim**-0.5).to(rows).expand(*rows.shape[:-2], -1, -1)

@@ -95,7 +95,7 @@ class TaylorAttention(AttentionVariant):
         dim = self.context.head_dim
         weight = torch.eye(dim, device="cpu")
         if self.rank < dim:
-            generator = torch.Generator(device="cpu").manual_seed(self.config.seed * 100_003 + self.context.layer_idx)
+            generator = self.context.generator(self.config.seed)
             directions = maps.gaussian_orthogonal(self.rank, dim, generator)
             weight = F.normalize(directions, dim=-1) * (dim / self.rank) ** 0.5  # q'.k' estimates q.k without bias
         for name, x in self.state_dict().items():
