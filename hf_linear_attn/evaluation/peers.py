@@ -208,9 +208,12 @@ def _either(causal: bool) -> list[Peer]:
     duplicates = (
         "4 hashes, chunks of 64, keys are queries. It counts a key once for each hash that finds it; ours once."
     )
-    efficient_note = "Theirs multiplies the output by a constant."
+    efficient_note = "Coordinates as features: it has no others. Theirs multiplies the output by a constant."
     if causal:
-        efficient_note = "Its causal form is another function: one normaliser for all features, which overflows."
+        efficient_note = (
+            "Coordinates as features: it has no others. "
+            "Its causal form is another function: one normaliser for all features, which overflows."
+        )
     return [
         Peer(
             "performer-pytorch" + side,
@@ -227,7 +230,7 @@ def _either(causal: bool) -> list[Peer]:
         Peer(
             "linear-attention-transformer" + side,
             "efficient",
-            {},
+            {"feature_map": "identity"},
             causal,
             "linear-attention-transformer",
             packages.efficient_package,

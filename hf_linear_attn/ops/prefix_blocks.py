@@ -11,7 +11,7 @@ Shapes as in `ops.prefix_softmax`. Not differentiable twice.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,59 +19,54 @@ from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops import linear_chunks as chunks
 from hf_linear_attn.ops import linear_sums as sums
-from hf_linear_attn.ops.masking import safe_masked_fill
+from hf_linear_attn.ops.feature_shares import LOG2_E, ShareGradients, ShareInputs
 
 __all__ = ["prefix_block_attention"]
 
 _MOST_RISE = 30.0  # octaves that a row's largest key may lie below P: 2^-30 leaves float32 room
-_LOG2 = math.log(2.0)
 
 _Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # [B, H, F, D], [B, H, F], and P [B, H, F]
-_Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # a, logits, v, key_real
 
 
-def prefix_block_attention(
-    a: torch.Tensor, logits: torch.Tensor, v: torch.Tensor, key_real: torch.Tensor | None, state: sums.State | None
-) -> tuple[torch.Tensor, sums.State]:
+def prefix_block_attention(inputs: ShareInputs, state: sums.State | None) -> tuple[torch.Tensor, sums.State]:
     """Causal attention, checked arguments given.
 
     Args:
-        a: `[B, H, Tq, F]`, the shares of the features, for the last Tq keys.
-        logits: `[B, H, Tk, F]`, of a's dtype.
-        v: `[B, H, Tk, D]`.
-        key_real: bool `[B, Tk]`, or None.
+        inputs: of the last Tq of Tk tokens' queries.
         state: sums over earlier keys, or None.
 
     Returns:
         output `[B, H, Tq, D]`, and the state after these keys.
     """
     start = (None, None, None) if state is None else (state["kv"], state["z"], state["log_scale"])
-    output, kv, z, log_scale = _PrefixAttention.apply(a, logits, v, key_real, *start)
+    output, kv, z, log_scale = _PrefixAttention.apply(*inputs.arguments(), *start)
     return output, {"kv": kv, "z": z, "log_scale": log_scale}
 
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        a, logits, v, real, kv, z, log_scale = arguments
-        given = (a, logits, v, real)
-        past, block = logits.shape[2] - a.shape[2], sums.block_size(v)
-        base = _first(logits, real)
+        *tensors, kv, z, log_scale = arguments
+        given = ShareInputs(*tensors)
+        v, real, dtype, rows_count = given.v, given.key_real, given.dtype, given.q.shape[2]
+        past, block = v.shape[2] - rows_count, sums.block_size(v)
+        with sums.full_precision(v):
+            base = _first(given)
         if kv is None:
-            kv = a.new_zeros(*a.shape[:2], a.shape[-1], v.shape[-1])
+            kv = v.new_zeros(*v.shape[:2], given.num_features, v.shape[-1], dtype=dtype)
             z, peak = torch.zeros_like(kv[..., 0]), torch.full_like(kv[..., 0], sums.LOG_ZERO)
         else:
             valid = log_scale > sums.LOG_ZERO / 2
             base = torch.where(valid, log_scale, base)
-            peak = torch.where(valid, 0.0, sums.LOG_ZERO).to(a.dtype)
+            peak = torch.where(valid, 0.0, sums.LOG_ZERO).to(dtype)
         carry: _Sums = (kv, z, peak)
         saved: list[torch.Tensor] = []
         ctx.layout = [slice(i, min(i + block, past)) for i in range(0, past, block)]
-        ctx.layout += [slice(i, min(i + block, past + a.shape[2])) for i in range(past, past + a.shape[2], block)]
-        output = v.new_empty(v.shape[0], a.shape[2], v.shape[1], v.shape[3]).transpose(1, 2)
+        ctx.layout += [slice(i, min(i + block, v.shape[2])) for i in range(past, v.shape[2], block)]
+        output = v.new_empty(v.shape[0], rows_count, v.shape[1], v.shape[3]).transpose(1, 2)
         with sums.full_precision(v):
             for now in ctx.layout:
-                power, factor, values = _keys(given, base, now)
+                power, factor, values = _keys(given, given.keys(now), base, now)
                 saved += carry
                 if now.stop <= past:  # keys before the first query are only summed
                     carry = _rescaled(carry, power.amax(2))
@@ -79,42 +74,48 @@ class _PrefixAttention(torch.autograd.Function):
                     carry = carry[0] + kv, carry[1] + z, carry[2]
                     continue
                 rows = slice(now.start - past, now.stop - past)
+                a = given.shares(given.queries(rows))
                 for part in _passes(power, carry[2], real is not None):
                     moved, k = _moved(power, factor, carry, part)
-                    out, kv, z = chunks.prefix(a[:, :, rows], k, values, *moved[:2], sums.CHUNK)
+                    out, kv, z = chunks.prefix(a, k, values, *moved[:2], sums.CHUNK)
                     output[:, :, rows][:, :, part] = out[:, :, part]
                 carry = kv, z, moved[2]  # of the last pass, which has all keys
         ctx.save_for_backward(*arguments, base, *saved)
         ctx.set_materialize_grads(False)
-        log_scale = carry[2] * _LOG2 + base
+        log_scale = carry[2] / LOG2_E + base
         ctx.mark_non_differentiable(log_scale)
         return output, carry[0].clone(), carry[1].clone(), log_scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        a, logits, v, real, kv, _, _, base, *saved = ctx.saved_tensors
-        given, past = (a, logits, v, real), logits.shape[2] - a.shape[2]
+        held = ctx.saved_tensors  # once: gradient checkpointing computes them again
+        tensors, kv, base, saved = held[:8], held[8], held[11], held[12:]
+        given = ShareInputs(*tensors)
+        found, dtype, past = ShareGradients(given), given.dtype, given.v.shape[2] - given.q.shape[2]
         d_output, d_kv, d_z, _ = gradients
-        d_a, d_logits, d_v = (torch.empty_like(x) for x in (a, logits, v))
-        with sums.full_precision(v):
-            d_kv = torch.zeros_like(saved[0]) if d_kv is None else d_kv.to(a.dtype)
-            d_z = torch.zeros_like(saved[1]) if d_z is None else d_z.to(a.dtype)
+        with sums.full_precision(given.v):
+            d_kv = torch.zeros_like(saved[0]) if d_kv is None else d_kv.to(dtype)
+            d_z = torch.zeros_like(saved[1]) if d_z is None else d_z.to(dtype)
             for i in reversed(range(len(ctx.layout))):
                 now, carry = ctx.layout[i], tuple(saved[3 * i : 3 * i + 3])
-                power, factor, values = _keys(given, base, now)
+                keys = given.keys(now)
+                power, factor, values = _keys(given, keys, base, now)
                 if now.stop <= past:
                     moved = _rescaled(carry, power.amax(2))
                     k = _weights(power, factor, moved[2])
                     d_k = (values @ d_kv.mT).add_(d_z[:, :, None])
-                    d_v[:, :, now], d_logits[:, :, now] = k @ d_kv, d_k.mul_(k)
+                    found.of_values(now, k @ d_kv)
+                    found.of_logits(now, d_k.mul_(k), keys)
                     kept = (carry[2] - moved[2]).exp2()
                     d_kv, d_z = d_kv * kept[..., None], d_z * kept
                     continue
                 rows = slice(now.start - past, now.stop - past)
-                d_rows = torch.zeros_like(values) if d_output is None else d_output[:, :, rows].to(a.dtype)
-                parts = _passes(power, carry[2], real is not None)
-                found: list[torch.Tensor] = []
+                q = given.queries(rows)
+                a = given.shares(q)
+                d_rows = torch.zeros_like(values) if d_output is None else d_output[:, :, rows].to(dtype)
+                parts = _passes(power, carry[2], given.key_real is not None)
+                total: list[torch.Tensor] = []
                 for number, part in enumerate(parts):
                     moved, k = _moved(power, factor, carry, part)
                     mine, end = d_rows, (d_kv, d_z)
@@ -123,40 +124,41 @@ class _PrefixAttention(torch.autograd.Function):
                         mine[:, :, part] = d_rows[:, :, part]
                     if number + 1 < len(parts):
                         end = torch.zeros_like(d_kv), torch.zeros_like(d_z)
-                    parts_of_a, d_k, d_values, before, z_before = chunks.prefix_backward(
-                        a[:, :, rows], k, values, *moved[:2], mine, *end, sums.CHUNK
+                    d_a, d_k, d_values, before, z_before = chunks.prefix_backward(
+                        a, k, values, *moved[:2], mine, *end, sums.CHUNK
                     )
                     kept = (carry[2] - moved[2]).exp2()
-                    change = [parts_of_a, d_k.mul_(k), d_values, before * kept[..., None], z_before * kept]
-                    found = change if not found else [x + y for x, y in zip(found, change, strict=True)]
-                d_a[:, :, rows], d_logits[:, :, now], d_v[:, :, now] = found[:3]
-                d_kv, d_z = found[3:]
-        d_v = safe_masked_fill(d_v, real)
+                    change = [d_a, d_k.mul_(k), d_values, before * kept[..., None], z_before * kept]
+                    total = change if not total else [x + y for x, y in zip(total, change, strict=True)]
+                found.of_shares(rows, total[0], a, q)
+                found.of_logits(now, total[1], keys)
+                found.of_values(now, total[2])
+                d_kv, d_z = total[3:]
         start = (None, None) if kv is None else (d_kv, d_z)
-        found_all = (d_a, d_logits, d_v, None, *start, None)
+        found_all = (*found.arguments(), *start, None)
         return tuple(x if wanted else None for x, wanted in zip(found_all, ctx.needs_input_grad, strict=True))
 
 
-def _first(logits: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+def _first(given: ShareInputs) -> torch.Tensor:
     """Logits of the first real key, 0 where there is none: `[B, H, F]`."""
-    if real is None:
-        return logits[:, :, 0]
-    index = real.to(torch.uint8).argmax(-1)[:, None, None, None].expand(*logits.shape[:2], 1, logits.shape[-1])
-    return logits.gather(2, index)[:, :, 0].masked_fill(~real.any(-1)[:, None, None], 0)
+    if given.key_real is None:
+        return given.logits(given.keys(slice(0, 1)), slice(0, 1))[:, :, 0]
+    # Of each sequence, as a call of one key.
+    index = given.key_real.to(torch.uint8).argmax(-1)[:, None]
+    first = given.k.gather(2, index[:, None, :, None].expand(*given.k.shape[:2], 1, given.k.shape[-1]))
+    alone = replace(given, k=first, key_real=given.key_real.gather(1, index))
+    found = alone.logits(alone.keys(slice(0, 1)), slice(0, 1))[:, :, 0]
+    return found.masked_fill(~given.key_real.any(-1)[:, None, None], 0)
 
 
-def _keys(given: _Given, base: torch.Tensor, now: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Powers and factors of a block's e^{l} `[B, H, block, F]`, and its values; 0 at padded keys."""
-    a, logits, v, real = given
-    octaves = (logits[:, :, now] - base[:, :, None]).div_(_LOG2)
+def _keys(
+    given: ShareInputs, k: torch.Tensor, base: torch.Tensor, now: slice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Powers and factors of a block's e^{l} `[B, H, block, F]`, powers below `LOG_ZERO` at padded keys; its values."""
+    octaves = (given.logits(k, now) - base[:, :, None]).mul_(LOG2_E)
     power = octaves.floor()
     factor = octaves.sub_(power).exp2_()
-    values = v[:, :, now].to(a.dtype)
-    if real is not None:
-        pads = ~real[:, None, now, None]
-        power, factor, values = power.masked_fill_(pads, sums.LOG_ZERO), factor.masked_fill_(pads, 0), values
-        values = values.masked_fill(pads, 0)
-    return power, factor, values.contiguous()
+    return power, factor, given.values(now).contiguous()
 
 
 def _weights(power: torch.Tensor, factor: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:

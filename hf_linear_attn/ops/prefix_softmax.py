@@ -1,13 +1,14 @@
 """Attention through feature-wise softmax over positions: o_i = sum_f a_if sum_j softmax_j(l_jf) v_j.
 
+a_i = softmax(W_q q_i + b) are the shares of the features, l_j = W_k k_j the logits of the keys.
 Every feature f is a query shared by all rows: its attention over the keys has its own normaliser. Bidirectional rows
 see all keys; causal rows see the keys up to their own, so that each feature needs a normaliser per prefix. Sums are
 kept relative to a maximum of each feature: no exponential overflows, and no later key reaches a row.
 
-`ops.prefix_blocks` computes causal calls; what stands here is a decode step, the bidirectional form, and the form that
-torch.compile traces.
+`ops.prefix_blocks` computes causal calls and `ops.context_blocks` bidirectional ones, both in blocks of tokens; what
+stands here is a decode step, short bidirectional calls, and the form that torch.compile traces.
 
-Shapes: query weights and key logits `[B, H, T, F]`, values `[B, H, T, D]`, key_padding bool `[B, T]`. Sums are float32
+Shapes: tokens `[B, H, T, D]`, shares and logits `[B, H, T, F]`, key_padding bool `[B, T]`. Sums are float32
 (float64 for float64 input); the output has the dtype of `v`.
 """
 
@@ -16,16 +17,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.context_blocks import context_block_attention
 from hf_linear_attn.ops.feature_maps import accumulation_dtype
-from hf_linear_attn.ops.linear_sums import LOG_ZERO, State
-from hf_linear_attn.ops.masking import safe_masked_fill
+from hf_linear_attn.ops.feature_shares import ShareInputs
+from hf_linear_attn.ops.linear_sums import LOG_ZERO, State, block_size, full_precision
+from hf_linear_attn.ops.masking import query_padding, safe_masked_fill
 from hf_linear_attn.ops.prefix_blocks import prefix_block_attention
 
-__all__ = ["State", "init_prefix_softmax_state", "naive_prefix_softmax", "prefix_softmax_attention"]
+__all__ = [
+    "State",
+    "init_prefix_softmax_state",
+    "naive_prefix_softmax",
+    "prefix_softmax_attention",
+]
 
 _CHUNK = 8  # tokens: all pairs of a chunk are held for every feature, and a state of F x D per chunk
 _BLOCK = 128  # tokens held at once; all pairs of its chunks are held for every feature
+_WHOLE = 2  # blocks up to which bidirectional attention is faster as a whole
 _TINY = 1e-30
+_ALL = slice(0, None)
 
 _Carry = tuple[torch.Tensor, torch.Tensor]  # sums [B, H, F, D+1] with z as last column, log scale [B, H, F]
 
@@ -43,10 +53,13 @@ def init_prefix_softmax_state(
 
 
 def prefix_softmax_attention(
-    q_weights: torch.Tensor,
-    k_logits: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
     v: torch.Tensor,
     *,
+    query_weight: torch.Tensor | None = None,
+    query_bias: torch.Tensor | None = None,
+    key_weight: torch.Tensor | None = None,
     key_padding: torch.Tensor | None = None,
     is_causal: bool,
     state: State | None = None,
@@ -54,10 +67,14 @@ def prefix_softmax_attention(
     """`naive_prefix_softmax` in time and memory linear in the length.
 
     Args:
-        q_weights: `[B, H, Tq, F]`, a; finite.
-        k_logits: `[B, H, Tk, F]`, l; finite, also at padded keys.
+        q: `[B, H, Tq, D]`.
+        k: `[B, H, Tk, D]`.
         v: `[B, H, Tk, D]`.
-        key_padding: bool `[B, Tk]`, True for a real key.
+        query_weight: W_q `[H, F, D]`; None for the identity.
+        query_bias: b `[H, F]`, or None.
+        key_weight: W_k `[H, F, D]`; None for the identity.
+        key_padding: bool `[B, Tk]`, True for a real key. Padded tokens may hold anything, nan too; their
+            queries count as 0.
         is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
         state: sums over earlier keys; needs is_causal and Tq == Tk.
 
@@ -67,7 +84,7 @@ def prefix_softmax_attention(
     Raises:
         ValueError: for causal attention with more queries than keys, or a state that does not fit the call.
     """
-    q_len, k_len = q_weights.shape[2], v.shape[2]
+    q_len, k_len = q.shape[2], v.shape[2]
     if is_causal and q_len > k_len:
         raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
     if state is not None and (not is_causal or q_len != k_len):
@@ -75,46 +92,64 @@ def prefix_softmax_attention(
             "A decode state needs causal attention over the new tokens only, got "
             f"is_causal={is_causal}, {q_len} queries and {k_len} keys."
         )
-    dtype = accumulation_dtype(v.dtype)
-    with torch.autocast(v.device.type, enabled=False):
-        a, logits = q_weights.to(dtype), k_logits.to(dtype)
-        if is_causal and q_len > 1 and not torch.compiler.is_compiling():
-            output, after = prefix_block_attention(a, logits, v, key_padding, state)
-            return output, None if state is None else after
-        v1 = safe_masked_fill(F.pad(v.to(dtype), (0, 1), value=1.0), key_padding)  # [B, H, T, D+1]
-        if key_padding is not None:
-            logits = logits.masked_fill(~key_padding[:, None, :, None], LOG_ZERO)
-        carry = _start(v1, logits) if state is None else _pack(state)
-        past = k_len - q_len if is_causal else k_len
-        if past:
-            carry = _accumulate(carry, logits[:, :, :past], v1[:, :, :past])
-        if not is_causal:
-            return (a @ (carry[0][..., :-1] / carry[0][..., -1:].clamp(min=_TINY))).to(v.dtype), None
-        outputs = []
-        for start in range(0, q_len, _BLOCK):
-            rows, keys = slice(start, start + _BLOCK), slice(past + start, past + start + _BLOCK)
-            output, carry = _causal_block(a[:, :, rows], logits[:, :, keys], v1[:, :, keys], carry)
-            outputs.append(output)
-        return torch.cat(outputs, 2).to(v.dtype), None if state is None else _unpack(carry)
+    dtype, query_real = accumulation_dtype(v.dtype), query_padding(key_padding, q_len, is_causal)
+    weights = (None if x is None else x.to(dtype) for x in (query_weight, query_bias, key_weight))
+    given = ShareInputs(q, k, v, key_padding, query_real, *weights)
+    in_blocks = not torch.compiler.is_compiling()
+    if in_blocks and not is_causal and max(q_len, k_len) > _WHOLE * block_size(v):
+        return context_block_attention(given), None
+    if in_blocks and is_causal and q_len > 1:
+        output, after = prefix_block_attention(given, state)
+        return output, None if state is None else after
+    with full_precision(v):
+        found = _attend(given, is_causal, state)
+    return found[0].to(v.dtype), found[1]
 
 
 def naive_prefix_softmax(
-    q_weights: torch.Tensor,
-    k_logits: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
     v: torch.Tensor,
     *,
+    query_weight: torch.Tensor | None = None,
+    query_bias: torch.Tensor | None = None,
+    key_weight: torch.Tensor | None = None,
     key_padding: torch.Tensor | None = None,
     is_causal: bool,
 ) -> torch.Tensor:
     """The dense formula, O(n^2 F): reference of `prefix_softmax_attention`, whose arguments it takes."""
-    q_len, k_len = q_weights.shape[2], v.shape[2]
+    q_len, k_len = q.shape[2], v.shape[2]
+    q = safe_masked_fill(q, query_padding(key_padding, q_len, is_causal))
+    k, v = (safe_masked_fill(x, key_padding) for x in (k, v))
+    a = q if query_weight is None else q @ query_weight.mT
+    a = (a if query_bias is None else a + query_bias[:, None]).softmax(-1)
+    logits = k if key_weight is None else k @ key_weight.mT
     visible = torch.ones(q_len, k_len, dtype=torch.bool, device=v.device)
     visible = (visible.tril(k_len - q_len) if is_causal else visible)[None]
     if key_padding is not None:
         visible = visible & key_padding[:, None, :]  # [B, Tq, Tk]
-    logits = k_logits[:, :, None].masked_fill(~visible[:, None, :, :, None], -torch.inf)  # [B, H, Tq, Tk, F]
+    logits = logits[:, :, None].masked_fill(~visible[:, None, :, :, None], -torch.inf)  # [B, H, Tq, Tk, F]
     weights = logits.softmax(3).nan_to_num(0.0)  # no visible key: 0
-    return torch.einsum("bhif,bhijf,bhjd->bhid", q_weights, weights, safe_masked_fill(v, key_padding))
+    return torch.einsum("bhif,bhijf,bhjd->bhid", a, weights, v)
+
+
+def _attend(given: ShareInputs, is_causal: bool, state: State | None) -> tuple[torch.Tensor, State | None]:
+    """As a whole, in operations that autograd and torch.compile trace."""
+    a = given.share_logits(given.queries(_ALL)).softmax(-1)
+    logits, v = given.logits(given.keys(_ALL), _ALL), given.values(_ALL)
+    if not is_causal:
+        return a @ (logits.softmax(2).mT @ v), None  # without a key all values are 0
+    v1 = safe_masked_fill(F.pad(v, (0, 1), value=1.0), given.key_real)  # [B, H, T, D+1]
+    carry = _start(v1, logits) if state is None else _pack(state)
+    past = v.shape[2] - a.shape[2]
+    if past:
+        carry = _accumulate(carry, logits[:, :, :past], v1[:, :, :past])
+    outputs = []
+    for start in range(0, a.shape[2], _BLOCK):
+        rows, keys = slice(start, start + _BLOCK), slice(past + start, past + start + _BLOCK)
+        output, carry = _causal_block(a[:, :, rows], logits[:, :, keys], v1[:, :, keys], carry)
+        outputs.append(output)
+    return torch.cat(outputs, 2), None if state is None else _unpack(carry)
 
 
 def _start(v1: torch.Tensor, logits: torch.Tensor) -> _Carry:

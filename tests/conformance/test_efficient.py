@@ -25,16 +25,18 @@ def draw(length):
     return torch.randn(3, 2, HEADS, length, DIM, generator=torch.Generator().manual_seed(length)).unbind(0)
 
 
-def attend(q, k, v, padding=None, causal=False):
-    module = EfficientAttention(EfficientConfig(), LayerContext(0, 2, HEADS * DIM, HEADS, DIM, 512, causal))
+def attend(q, k, v, padding=None, causal=False, feature_map="affine"):
+    config = EfficientConfig(feature_map=feature_map)
+    module = EfficientAttention(config, LayerContext(0, 2, HEADS * DIM, HEADS, DIM, 512, causal))
     return module(AttentionInputs(q, k, v, padding, causal, DIM**-0.5))[0]
 
 
-@pytest.mark.parametrize("length", [1, 63, 200])
-def test_the_bidirectional_form(theirs, length):
+@pytest.mark.parametrize("feature_map", ["affine", "identity"])
+@pytest.mark.parametrize("length", [1, 63, 200, 3000])
+def test_the_bidirectional_form(theirs, length, feature_map):
     q, k, v = draw(length)
     expected = theirs.linear_attn(q, k, v) * DIM**0.5
-    torch.testing.assert_close(attend(q, k, v), expected, **TOLERANCE)
+    torch.testing.assert_close(attend(q, k, v, feature_map=feature_map), expected, **TOLERANCE)
 
 
 def test_padding(theirs):

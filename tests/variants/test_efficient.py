@@ -45,7 +45,20 @@ def test_is_the_dense_formula(num_features, causal):
 def test_starts_as_published():
     q, k, v = draw(40)
     expected = q.softmax(-1) @ (k.softmax(2).mT @ v)
-    torch.testing.assert_close(attend(build().double(), q, k, v), expected)
+    for feature_map in ("affine", "identity"):
+        torch.testing.assert_close(attend(build(feature_map=feature_map).double(), q, k, v), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+def test_identity_features_are_those_of_untrained_weights_without_any(causal):
+    identity = build(causal, feature_map="identity")
+    assert not list(identity.parameters())
+    assert not identity.state_dict()
+    padding = torch.arange(70) >= torch.tensor([[0], [9]])
+    tokens = draw(70)
+    identity.calibrate([AttentionInputs(*tokens, padding, causal, 0.3)])
+    expected = attend(build(causal).double(), *tokens, padding, causal)
+    torch.testing.assert_close(attend(identity, *tokens, padding, causal), expected)
 
 
 def test_other_feature_numbers_start_from_seeded_directions_of_unit_scale():
@@ -88,7 +101,12 @@ def test_decode_state_is_d_squared_and_2d():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_features": 0}, "num_features=0; allowed: an integer of at least 1, or None"), ({"seed": -1}, "seed=-1")],
+    [
+        ({"num_features": 0}, "num_features=0; allowed: an integer of at least 1, or None"),
+        ({"seed": -1}, "seed=-1"),
+        ({"feature_map": "elu"}, "feature_map='elu'"),
+        ({"feature_map": "identity", "num_features": 8}, "num_features=8; allowed with feature_map='identity': None"),
+    ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
