@@ -23,6 +23,7 @@ __all__ = [
     "Features",
     "ParametricMap",
     "ScaledMap",
+    "TaylorMap",
     "accumulation_dtype",
     "elu_features",
     "exp_features",
@@ -259,6 +260,31 @@ class ScaledMap:
     def log_weight(self, x: torch.Tensor) -> torch.Tensor | None:
         """scaling * a . x, `[B, H, T]`, or None."""
         return None if self.query_mean is None else mean_logit(x, self.query_mean, self.scaling)
+
+
+@dataclass(frozen=True)
+class TaylorMap:
+    """The feature map `taylor_features(x, 2)` of a token's coordinates x, spelled out for ops that need no features.
+
+    Attributes:
+        coordinates: a token to x and a log scale.
+    """
+
+    coordinates: FeatureMap
+
+    def __call__(self, x: torch.Tensor) -> Features:
+        return self.expanded()(x)
+
+    def expanded(self) -> ParametricMap:
+        """The same as a map whose parameters an op sees."""
+        given = self.coordinates
+        function = given.function if isinstance(given, ParametricMap) else given
+
+        def features(x: torch.Tensor, *parameters: torch.Tensor) -> Features:
+            coordinates, log_scale = function(x, *parameters)
+            return taylor_features(coordinates, order=2)[0], log_scale
+
+        return ParametricMap(features, given.parameters if isinstance(given, ParametricMap) else ())
 
 
 def gaussian_orthogonal(

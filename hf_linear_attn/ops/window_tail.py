@@ -6,7 +6,7 @@
 l_ij are the softmax logits, W(i) the keys i - left .. i + right; causal attention has no keys after i. Each part
 returns its output and the log of its denominator, by which they are merged: no weight is ever formed outside a
 logarithm. A tail before the window is causal linear attention over keys that come `left + 1` tokens late; one
-after the window is the same in reverse. Cost n (w + F) D.
+after the window is the same in reverse. Cost n (w + F) D. `ops.taylor_window` does without the parts where it can.
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, accumulation_dtype, mean_logit
+from hf_linear_attn.ops.backend import use_triton
+from hf_linear_attn.ops.feature_maps import (
+    FeatureMap,
+    Features,
+    ParametricMap,
+    TaylorMap,
+    accumulation_dtype,
+    mean_logit,
+)
 from hf_linear_attn.ops.linear_attention import LOG_ZERO, State, feature_map_attention_with_normalizer
 from hf_linear_attn.ops.masking import causal_mask
+from hf_linear_attn.ops.taylor_window import taylor_window_attention
 from hf_linear_attn.ops.window_blocks import window_block_softmax
 
 __all__ = ["centered_features", "naive_window_tail_attention", "window_softmax", "window_tail_attention"]
@@ -71,6 +80,23 @@ def window_tail_attention(
     dtype = accumulation_dtype(v.dtype)
     with torch.autocast(q.device.type, enabled=False):
         q, k, wide = q.to(dtype), k.to(dtype), v.to(dtype)
+        if isinstance(q_map, TaylorMap) and isinstance(k_map, TaylorMap):
+            tails_both_ways = not is_causal and relative is None and q_len == k_len
+            if tails_both_ways and not torch.compiler.is_compiling() and not use_triton(backend, v):
+                output = taylor_window_attention(
+                    q,
+                    k,
+                    wide,
+                    q_map.coordinates(q),
+                    k_map.coordinates(k),
+                    left=left,
+                    right=right,
+                    scaling=scaling,
+                    window_log_factor=window_log_factor,
+                    key_real=key_real,
+                )
+                return output, None
+            q_map, k_map = q_map.expanded(), k_map.expanded()
         output, normalizer, peak = window_softmax(
             q, k, wide, left=left, right=right, scaling=scaling, key_allowed=key_real
         )

@@ -24,7 +24,7 @@ from hf_linear_attn.ops import calibration as measure
 from hf_linear_attn.ops import softmax_map as maps
 from hf_linear_attn.ops.attention_rows import attended_share
 from hf_linear_attn.ops.compaction import compact
-from hf_linear_attn.ops.feature_maps import Features, ParametricMap, taylor_features
+from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, TaylorMap
 from hf_linear_attn.ops.linear_attention import init_linear_state
 from hf_linear_attn.ops.window_tail import centered_features, window_tail_attention
 from hf_linear_attn.registry import register_variant
@@ -165,11 +165,9 @@ class LolcatsAttention(AttentionVariant):
         call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
         held = call.rank >= (call.past - w).clamp(min=0)[:, None]  # older keys have left for the sums
         output, sums = window_tail_attention(
-            call.q,
-            call.k,
-            call.v,
-            centered_features(self._feature_map("query", s), self.query_center, self.key_center, s),
-            centered_features(self._feature_map("key", s), self.key_center, self.query_center, s, raw=True),
+            *(call.q, call.k, call.v),
+            self._feature_map("query", s),
+            self._feature_map("key", s),
             left=w - 1 if inputs.is_causal else w // 2,
             right=0 if inputs.is_causal else w // 2,
             is_causal=inputs.is_causal,
@@ -187,14 +185,16 @@ class LolcatsAttention(AttentionVariant):
         window["count"] = (call.rank[:, -1] + 1).expand(len(output))
         return output, {**{name: x.contiguous() for name, x in window.items()}, **sums}
 
-    def _feature_map(self, side: str, scaling: float) -> ParametricMap:
-        weight = getattr(self, f"{side}_weight")
-        if self.taylor:
-            return ParametricMap(partial(_taylor_map, scaling=scaling), (weight,))
-        exp_form = maps.KEY_CENTROIDS if side == "query" else maps.QUERY_CENTROIDS
-        softmax_map = partial(maps.softmax_map, form=self.form, exp_form=exp_form)
-        return ParametricMap(softmax_map, (weight, getattr(self, f"{side}_bias")))
+    def _feature_map(self, side: str, scaling: float) -> FeatureMap:
+        function, names = partial(_project, scaling=scaling), ["weight"]
+        if not self.taylor:
+            exp_form = maps.KEY_CENTROIDS if side == "query" else maps.QUERY_CENTROIDS
+            function, names = partial(maps.softmax_map, form=self.form, exp_form=exp_form), ["weight", "bias"]
+        features = ParametricMap(function, tuple(getattr(self, f"{side}_{name}") for name in names))
+        center, other = (getattr(self, f"{name}_center") for name in (side, "key" if side == "query" else "query"))
+        centered = centered_features(features, center, other, scaling, raw=side == "key")
+        return TaylorMap(centered) if self.taylor else centered
 
 
-def _taylor_map(x: torch.Tensor, weight: torch.Tensor, *, scaling: float) -> Features:
-    return taylor_features(x @ (weight.to(x.dtype).mT * scaling**0.5), order=2)
+def _project(x: torch.Tensor, weight: torch.Tensor, *, scaling: float) -> Features:
+    return x @ (weight.to(x.dtype).mT * scaling**0.5), None
