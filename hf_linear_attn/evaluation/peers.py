@@ -285,7 +285,7 @@ def _flash_linear_attention() -> list[Peer]:
     naive: dict[str, Any] = {**package, "devices": ("cpu",), "trains_on": ("cpu",)}
     reference = "Its chunked reference in PyTorch, written to be read; lengths are multiples of its chunk."
     linear = {"feature_map": "elu", "variance_reducer": False}
-    retention = {"feature_map": "identity", "init": "published"}
+    retention = {"feature_map": "identity", "init": "published", "learnable": False}
     gated = {"feature_map": "identity", "init": "published", "gate_rank": 16}
     core = packages.with_core
     return [

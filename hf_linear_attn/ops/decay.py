@@ -12,13 +12,16 @@ Shapes: features `[B, H, T, F]`, values `[B, H, T, D]`, log_decay `[B, H, T]` or
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from hf_linear_attn.ops import fused_linear_attention
 from hf_linear_attn.ops.backend import use_triton
-from hf_linear_attn.ops.feature_maps import FeatureMap, accumulation_dtype
+from hf_linear_attn.ops.block_gradients import trains_unnamed
+from hf_linear_attn.ops.decay_blocks import LEAST_GIVEN, LogDecay, block_decay_attention, require_no_weight
+from hf_linear_attn.ops.decay_chunks import LEAST, accumulate, chunk_block, relative_to_peaks
+from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, accumulation_dtype
 from hf_linear_attn.ops.linear_attention import init_linear_state
 from hf_linear_attn.ops.linear_sums import (
+    CHUNK,
     LOG_ZERO,
     State,
     block_size,
@@ -31,6 +34,7 @@ from hf_linear_attn.ops.linear_sums import (
 from hf_linear_attn.ops.masking import query_padding, safe_masked_fill
 
 __all__ = [
+    "LogDecay",
     "chunk_decay_linear_attention",
     "decay_linear_attention",
     "feature_map_decay_attention",
@@ -38,15 +42,6 @@ __all__ = [
     "naive_decay_linear_attention",
     "recurrent_decay_linear_attention",
 ]
-
-_CHUNK = 64  # tokens per chunk
-_LEAST_GIVEN = -1e4  # log-decay in place of -inf: finite, so that sums and differences are numbers
-# Log-decay, relative to the scale of the sums, below which nothing is left of them even in float64. A bound
-# keeps the running sums inside a chunk small, and so their differences accurate.
-_LEAST = -120.0
-# What a chunk may decay in all, in each feature, to be computed with one split for all its pairs of tokens: e^20 and
-# e^-20 are the largest and smallest factors.
-_MOST_IN_CHUNK = 40.0
 
 
 def init_decay_state(
@@ -103,63 +98,26 @@ def decay_linear_attention(
 
     Sources: retention arXiv:2307.08621, gated linear attention arXiv:2312.06635.
     """
-    q_len, k_len = q_features.shape[2], k_features.shape[2]
-    if not is_causal:
-        raise ValueError("Decay has a direction: is_causal must be True, got False.")
-    if q_len > k_len:
-        raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
-    if state is not None and q_len != k_len:
-        raise ValueError(f"A decode state needs as many queries as new keys, got {q_len} and {k_len}.")
-    if not normalised and key_log_weight is not None:
-        raise ValueError("key_log_weight needs normalised=True: without a normaliser its scale does not cancel.")
-    refused = fused_linear_attention.refusal(k_features.shape[-1], v, gated=log_decay.ndim == 4)
-    if use_triton(backend, v, refused):
-        output, _, state = fused_linear_attention.attend(
-            q_features,
-            k_features,
-            v,
-            log_decay=log_decay,
-            log_weight=key_log_weight,
-            key_real=key_padding,
-            is_causal=True,
-            normalised=normalised,
-            state=state,
-        )
-        return output, state
-    block, outputs = block_size(v), []
-    with full_precision(v):
-        carry, peak = _start(q_features, v, normalised, state)
-        q = q_features.to(carry.dtype)
-        k, v1, decay, peak = _prepare(
-            k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak
-        )
-        # Keys before the first query are only summed. Splits, not slices: their gradients are joined, not added up.
-        sizes = [[min(block, length - i) for i in range(0, length, block)] for length in (k_len - q_len, q_len)]
-        parts = list(zip(*(x.split(sizes[0] + sizes[1], 2) for x in (k, v1, decay)), strict=True))
-        for keys in parts[: len(sizes[0])]:
-            carry = _accumulate(carry, *keys)
-        for rows, (k, v1, decay) in zip(q.split(sizes[1], 2), parts[len(sizes[0]) :], strict=True):
-            if q_len == 1:
-                carry = _accumulate(carry, k, v1, decay)
-                sums = rows @ carry
-            else:
-                sums, carry = _chunk_block(rows, k, v1, decay, carry, _CHUNK)
-            outputs.append(_finish(sums, v.dtype, normalised))
-    output = outputs[0]
-    if len(outputs) > 1:
-        # [B, T, H, D] in memory: what the output projection reads next
-        output = torch.cat([o.transpose(1, 2) for o in outputs], 1).transpose(1, 2)
-    return output, None if state is None else _end(carry, peak, normalised)
+    maps = _as_they_are, _as_they_are
+    return _attend(
+        *(q_features, k_features, v, log_decay, *maps, key_log_weight, key_padding, None),
+        *(is_causal, normalised, state, backend),
+    )
+
+
+def _as_they_are(features: torch.Tensor) -> Features:
+    return features, None
 
 
 def feature_map_decay_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_decay: torch.Tensor,
+    log_decay: torch.Tensor | LogDecay,
     q_map: FeatureMap,
     k_map: FeatureMap,
     *,
+    key_log_weight: torch.Tensor | None = None,
     key_padding: torch.Tensor | None = None,
     is_causal: bool = True,
     normalised: bool = True,
@@ -168,24 +126,126 @@ def feature_map_decay_attention(
 ) -> tuple[torch.Tensor, State | None]:
     """`decay_linear_attention(q_map(q), k_map(k), v, log_decay)`, with padded tokens of any content, be it nan.
 
+    Neither the features of a long sequence nor its log-decays are held at once where they can be computed in blocks.
+
     Args:
+        log_decay: as a tensor, or how to compute it from tokens.
         q_map: `x -> (features, log scale)`; the log scale is dropped, it cancels.
         k_map: `x -> (features, log weight [B, H, T] or None)`.
+        key_log_weight: `[B, H, Tk]`, added to that of `k_map`.
     """
-    q_features, _ = q_map(safe_masked_fill(q, query_padding(key_padding, q.shape[2], is_causal)))
-    k_features, log_weight = k_map(safe_masked_fill(k, key_padding))
-    return decay_linear_attention(
-        q_features,
-        k_features,
-        v,
-        log_decay,
-        key_log_weight=log_weight,
-        key_padding=key_padding,
-        is_causal=is_causal,
-        normalised=normalised,
-        state=state,
-        backend=backend,
+    query_real = query_padding(key_padding, q.shape[2], is_causal)
+    return _attend(
+        *(q, k, v, log_decay, q_map, k_map, key_log_weight, key_padding, query_real),
+        *(is_causal, normalised, state, backend),
     )
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | LogDecay,
+    q_map: FeatureMap,
+    k_map: FeatureMap,
+    key_log_weight: torch.Tensor | None,
+    key_real: torch.Tensor | None,
+    query_real: torch.Tensor | None,
+    is_causal: bool,
+    normalised: bool,
+    state: State | None,
+    backend: str,
+) -> tuple[torch.Tensor, State | None]:
+    """Attention by the form that fits the call: kernels, blocks of tokens, or one decode step."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    if not is_causal:
+        raise ValueError("Decay has a direction: is_causal must be True, got False.")
+    if q_len > k_len:
+        raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
+    if state is not None and q_len != k_len:
+        raise ValueError(f"A decode state needs as many queries as new keys, got {q_len} and {k_len}.")
+    decay = log_decay if isinstance(log_decay, LogDecay) else _given(log_decay)
+    triton = use_triton(backend, v)
+    if not triton and 1 < q_len == k_len and not torch.compiler.is_compiling():
+        gate = ParametricMap(lambda x, *parameters: (decay.function(x, *parameters), None), decay.parameters)
+        # A map that trains tensors which it does not name needs autograd to find them.
+        if not trains_unnamed((q_map, q), (k_map, k), (gate, decay.tokens)):
+            output, after = block_decay_attention(
+                q,
+                k,
+                v,
+                decay,
+                q_map,
+                k_map,
+                key_log_weight=key_log_weight,
+                key_real=key_real,
+                query_real=query_real,
+                normalised=normalised,
+                state=state,
+            )
+            return output, None if state is None else after
+    q_features, _ = q_map(safe_masked_fill(q, query_real))
+    k_features, log_weight = k_map(safe_masked_fill(k, key_real))
+    if key_log_weight is not None:
+        log_weight = key_log_weight if log_weight is None else log_weight + key_log_weight
+    require_no_weight(normalised, log_weight)
+    whole = log_decay(key_real) if isinstance(log_decay, LogDecay) else log_decay
+    if triton and use_triton(
+        backend, v, fused_linear_attention.refusal(k_features.shape[-1], v, gated=whole.ndim == 4)
+    ):
+        output, _, state = fused_linear_attention.attend(
+            q_features,
+            k_features,
+            v,
+            log_decay=whole,
+            log_weight=log_weight,
+            key_real=key_real,
+            is_causal=True,
+            normalised=normalised,
+            state=state,
+        )
+        return output, state
+    return _traced(q_features, k_features, v, whole, log_weight, key_real, normalised, state)
+
+
+def _given(log_decay: torch.Tensor) -> LogDecay:
+    return LogDecay(lambda x: x, log_decay if log_decay.ndim == 4 else log_decay[..., None])
+
+
+def _traced(
+    q_features: torch.Tensor,
+    k_features: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    log_weight: torch.Tensor | None,
+    key_padding: torch.Tensor | None,
+    normalised: bool,
+    state: State | None,
+) -> tuple[torch.Tensor, State | None]:
+    """Attention in blocks, differentiated by autograd: for traced graphs, fewer queries than keys, and decoding."""
+    q_len, k_len = q_features.shape[2], k_features.shape[2]
+    block, outputs = block_size(v), []
+    with full_precision(v):
+        carry, peak = _start(q_features, v, normalised, state)
+        q = q_features.to(carry.dtype)
+        k, v1, decay, peak = _prepare(k_features, v, log_decay, log_weight, key_padding, carry.dtype, normalised, peak)
+        # Keys before the first query are only summed. Splits, not slices: their gradients are joined, not added up.
+        sizes = [[min(block, length - i) for i in range(0, length, block)] for length in (k_len - q_len, q_len)]
+        parts = list(zip(*(x.split(sizes[0] + sizes[1], 2) for x in (k, v1, decay)), strict=True))
+        for keys in parts[: len(sizes[0])]:
+            carry = accumulate(carry, *keys)
+        for rows, (k, v1, decay) in zip(q.split(sizes[1], 2), parts[len(sizes[0]) :], strict=True):
+            if q_len == 1:
+                carry = accumulate(carry, k, v1, decay)
+                sums = rows @ carry
+            else:
+                sums, carry = chunk_block(rows, k, v1, decay, carry, CHUNK)
+            outputs.append(_finish(sums, v.dtype, normalised))
+    output = outputs[0]
+    if len(outputs) > 1:
+        # [B, T, H, D] in memory: what the output projection reads next
+        output = torch.cat([o.transpose(1, 2) for o in outputs], 1).transpose(1, 2)
+    return output, None if state is None else _end(carry, peak, normalised)
 
 
 def naive_decay_linear_attention(
@@ -220,7 +280,7 @@ def chunk_decay_linear_attention(
     key_padding: torch.Tensor | None = None,
     normalised: bool = True,
     state: State | None = None,
-    chunk_size: int = _CHUNK,
+    chunk_size: int = CHUNK,
 ) -> tuple[torch.Tensor, State]:
     """Dense inside chunks, by decayed sums over earlier chunks beyond; always returns the state.
 
@@ -231,7 +291,7 @@ def chunk_decay_linear_attention(
         k, v1, decay, peak = _prepare(
             k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak
         )
-        sums, carry = _chunk_block(q_features.to(k.dtype), k, v1, decay, carry, chunk_size)
+        sums, carry = chunk_block(q_features.to(k.dtype), k, v1, decay, carry, chunk_size)
     return _finish(sums, v.dtype, normalised), _end(carry, peak, normalised)
 
 
@@ -255,7 +315,7 @@ def recurrent_decay_linear_attention(
         )
         for t in range(v.shape[2]):
             now = slice(t, t + 1)
-            carry = _accumulate(carry, k[:, :, now], v1[:, :, now], decay[:, :, now])
+            carry = accumulate(carry, k[:, :, now], v1[:, :, now], decay[:, :, now])
             rows.append(q_features[:, :, now].to(carry.dtype) @ carry)
     return _finish(torch.cat(rows, 2), v.dtype, normalised), _end(carry, peak, normalised)
 
@@ -295,117 +355,18 @@ def _prepare(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Keys, weighted values (with a column of ones if normalised), log-decays `[B, H, T, F or 1]`, last log scale.
 
-    With weights, sums are kept relative to a peak p_t = max(p_{t-1} + max_f g_tf, log w_t), which bounds every
-    weight that row t sees. Relative to it key t has weight exp(log w_t - p_t) and the log-decay is
-    g_t + p_{t-1} - p_t: neither exceeds 1, and the peak cancels in the quotient. The largest weight is at the
-    peak when features decay alike; when they are reset one by one it may fall below it, so weights per key
-    should then stay within e^80 of each other.
+    Weights and log-decays are relative to a peak where there are weights, see `relative_to_peaks`.
     """
     decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-    decay = safe_masked_fill(decay.to(dtype), key_padding).clamp(min=_LEAST_GIVEN)
+    decay = safe_masked_fill(decay.to(dtype), key_padding).clamp(min=LEAST_GIVEN)
     k = k.to(dtype)
     if not normalised:
-        return k, safe_masked_fill(v.to(dtype), key_padding), decay.clamp(min=_LEAST), None
+        return k, safe_masked_fill(v.to(dtype), key_padding), decay.clamp(min=LEAST), None
     if log_weight is None and peak is not None:  # the state may hold weighted keys
         log_weight = torch.zeros_like(v[..., 0], dtype=dtype)
     v1, log_weight = prepare_keys(v, log_weight, key_padding, dtype)
     if log_weight is None:
-        return k, v1, decay.clamp(min=_LEAST), None
+        return k, v1, decay.clamp(min=LEAST), None
     start = log_weight.new_full(log_weight.shape[:2], LOG_ZERO) if peak is None else peak
-    elapsed = decay.detach().amax(-1).cumsum(-1)  # [B, H, T]
-    latest = torch.maximum((log_weight.detach() - elapsed).cummax(-1).values, start[..., None])
-    peaks = elapsed + latest
-    before = torch.cat([start[..., None], peaks[..., :-1]], -1)
-    shift = torch.where(before > LOG_ZERO / 2, before - peaks, 0.0)  # nothing decays before the first key
-    v1 = v1 * (log_weight - peaks).exp()[..., None]
-    return (
-        k,
-        v1,
-        (decay + shift[..., None]).clamp(min=_LEAST),
-        peaks[..., -1].clone(),
-    )  # a view would keep all of them in the state
-
-
-def _after(decay: torch.Tensor) -> torch.Tensor:
-    """Log-decay from each token to the last one: the sum over later tokens, in the dimension before the last."""
-    return F.pad(decay[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-
-
-def _accumulate(carry: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """The sums `[B, H, F, D+1]` after further keys."""
-    kept = carry * decay.sum(-2)[..., None].exp()
-    return kept + ((k * _after(decay).exp()).mT @ v1 if k.shape[2] > 1 else k.mT * v1)
-
-
-def _chunk_block(
-    q: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, decay: torch.Tensor, carry: torch.Tensor, chunk_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal sums [B, H, T, D+1] of a block after the keys in `carry`, and the carry after the block."""
-    length = k.shape[2]
-    size = min(chunk_size, 1 << (length - 1).bit_length())
-    chunks = -(-length // size)
-    missing = chunks * size - length
-    if missing:  # zeros: they neither decay nor add
-        q, k, v1, decay = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v1, decay))
-    q, k, v1, decay = (x.unflatten(2, (chunks, size)) for x in (q, k, v1, decay))  # [B, H, N, C, *]
-    if decay.shape[-1] > 1 and not torch.compiler.is_compiling():
-        reach = torch.ones(size, size, dtype=decay.dtype, device=decay.device).tril() @ decay
-        if bool((reach[..., -1, :] >= -_MOST_IN_CHUNK).all()):
-            sums, carry = _mild_chunks(q, k, v1, reach, carry)
-            return sums.flatten(2, 3)[:, :, :length], carry
-    reach = decay.cumsum(-2)  # from before the chunk to each token
-    states = (k * _after(decay).exp()).mT @ v1  # [B, H, N, F, D+1]
-    before, carry = _states_before(states, reach[..., -1, :, None].exp(), carry)
-    sums = (q * reach.exp()) @ before
-    if decay.shape[-1] == 1:
-        future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-        between = (reach - reach.mT).masked_fill(future, LOG_ZERO)
-        sums = sums + (q @ k.mT * between.exp()) @ v1
-    else:
-        sums = sums + _inside_chunks(q, k, v1, decay)
-    return sums.flatten(2, 3)[:, :, :length], carry
-
-
-def _states_before(states: torch.Tensor, kept: torch.Tensor, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums before each chunk, `[B, H, N, F, D+1]`, and after all, `kept` of earlier ones being left after a chunk."""
-    before = []
-    for state, left in zip(states.unbind(2), kept.unbind(2), strict=True):
-        before.append(carry)
-        carry = carry * left + state
-    return torch.stack(before, 2), carry
-
-
-def _mild_chunks(
-    q: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, reach: torch.Tensor, carry: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal sums `[B, H, N, C, D+1]` where no chunk forgets much, and the carry after them.
-
-    The decay between two tokens is split between query and key at half of what the chunk decays in all: neither
-    factor is far from 1.
-    """
-    last = reach[..., -1:, :]
-    middle = (0.5 * last).detach()
-    factor = (reach - middle).exp()
-    q, k = q * factor, k / factor
-    states = (k.mT @ v1) * (last - middle).exp().mT
-    before, carry = _states_before(states, last.exp().mT, carry)
-    return (q @ k.mT).tril() @ v1 + q @ (before * middle.exp().mT), carry
-
-
-def _inside_chunks(q: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """Causal sums inside chunks of C tokens (a power of two) with a decay per feature: [..., C, D+1].
-
-    The decay between two tokens is no single number, so it is split between query and key at a token between
-    them: the middle of the smallest block (of 2, 4, .. C tokens) that holds both.
-    """
-    sums = (q * k).sum(-1, keepdim=True) * v1  # each token's own key
-    half = 1
-    while half < q.shape[-2]:
-        _, q_right = q.unflatten(-2, (-1, 2, half)).unbind(-3)
-        (k_left, _), (v_left, _) = (x.unflatten(-2, (-1, 2, half)).unbind(-3) for x in (k, v1))
-        left, right = decay.unflatten(-2, (-1, 2, half)).unbind(-3)
-        scores = (q_right * right.cumsum(-2).exp()) @ (k_left * _after(left).exp()).mT
-        part = scores @ v_left
-        sums = sums + torch.stack([torch.zeros_like(part), part], -3).flatten(-4, -2)
-        half *= 2
-    return sums
+    weight, shift, peak = relative_to_peaks(log_weight, decay, start)
+    return k, v1 * weight[..., None], (decay + shift[..., None]).clamp(min=LEAST), peak

@@ -17,7 +17,8 @@ import torch
 
 from hf_linear_attn.ops import fused_linear_attention
 from hf_linear_attn.ops.backend import use_triton
-from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, ScaledMap, accumulation_dtype
+from hf_linear_attn.ops.block_gradients import trains_unnamed
+from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ScaledMap, accumulation_dtype
 from hf_linear_attn.ops.linear_blocks import block_linear_attention
 from hf_linear_attn.ops.linear_sums import (
     CHUNK,
@@ -180,7 +181,7 @@ def _attend(
             return fused
     # A traced graph has no reentrant backward, a decode step no use for one, and a map that trains tensors which it
     # does not name needs autograd to find them.
-    if q_len > 1 and not torch.compiler.is_compiling() and not _trains_unnamed((q_map, q), (k_map, k)):
+    if q_len > 1 and not torch.compiler.is_compiling() and not trains_unnamed((q_map, q), (k_map, k)):
         output, normalizer, after = block_linear_attention(
             q,
             k,
@@ -238,19 +239,6 @@ def _attend_fused(
         weight = log_weight if weight is None else weight + log_weight
     output, normalizer, state = fused_linear_attention.attend(q_features, k_features, v, log_weight=weight, **call)
     return output, normalizer if log_scale is None else normalizer + log_scale, state
-
-
-def _trains_unnamed(*maps: tuple[FeatureMap, torch.Tensor]) -> bool:
-    """Whether a map's features of a constant token depend on a tensor that trains and is not a named parameter."""
-    if not torch.is_grad_enabled():
-        return False
-    for feature_map, x in maps:
-        if isinstance(feature_map, ParametricMap):
-            feature_map = ParametricMap(feature_map.function, tuple(p.detach() for p in feature_map.parameters))
-        features = feature_map(torch.zeros_like(x[:1, :, :1]))
-        if any(y is not None and y.requires_grad for y in features):
-            return True
-    return False
 
 
 def naive_linear_attention(

@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops import linear_chunks as chunks
 from hf_linear_attn.ops import linear_sums as sums
-from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, accumulation_dtype
+from hf_linear_attn.ops.block_gradients import MapGradients, divide_into, leaf, map_parts, quotient_backward
+from hf_linear_attn.ops.feature_maps import FeatureMap, Features, accumulation_dtype
 from hf_linear_attn.ops.masking import safe_masked_fill
 
 __all__ = ["block_linear_attention"]
@@ -160,7 +161,7 @@ def block_linear_attention(
         output `[B, H, Tq, D]` (`[B, T, H, D]` in memory, what the output projection reads next), log denominator
         `[B, H, Tq]`, and the state after these keys.
     """
-    (q_function, q_parameters), (k_function, k_parameters) = _parts(q_map), _parts(k_map)
+    (q_function, q_parameters), (k_function, k_parameters) = map_parts(q_map), map_parts(k_map)
     start = (None, None, None) if state is None else (state["kv"], state["z"], state["log_scale"])
     options = q_function, k_function, len(q_parameters), is_causal
     arguments = q, k, v, log_weight, key_real, query_real, *start, *q_parameters, *k_parameters
@@ -169,12 +170,6 @@ def block_linear_attention(
     else:
         output, _, normalizer, _, (kv, z, log_scale) = _forward(*_read(options, arguments))
     return output, normalizer, {"kv": kv, "z": z, "log_scale": log_scale}
-
-
-def _parts(feature_map: FeatureMap) -> tuple[Any, _Tensors]:
-    if isinstance(feature_map, ParametricMap):
-        return feature_map.function, feature_map.parameters
-    return feature_map, ()
 
 
 def _read(options: Any, arguments: Any) -> tuple[_Call, _Sums | None]:
@@ -271,7 +266,7 @@ def _forward(call: _Call, start: _Sums | None) -> Any:
             denominator[:, :, rows] = den
             log = den.clamp(min=sums.TINY).log_().add_(peak * _LOG2 + call.base[..., None])  # type: ignore[index]
             normalizer[:, :, rows] = log if log_scale is None else log + log_scale
-            _divide_into(output[:, :, rows], numerator, den)
+            divide_into(output[:, :, rows], numerator, den)
         assert carry is not None
         assert call.base is not None
         return output, denominator, normalizer, before, (*carry[:2], carry[2] * _LOG2 + call.base)
@@ -284,15 +279,6 @@ def _first_sums(call: _Call, features: torch.Tensor, start: _Sums | None, weight
         return start[0].to(call.dtype), start[1].to(call.dtype), torch.where(valid, 0.0, sums.LOG_ZERO).to(call.dtype)
     kv = features.new_zeros(*features.shape[:2], features.shape[-1], call.v.shape[-1])
     return kv, torch.zeros_like(kv[..., 0]), kv.new_full(kv.shape[:2], sums.LOG_ZERO if weighted else 0.0)
-
-
-def _divide_into(output: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
-    tiny = torch.full_like(denominator, sums.TINY).copysign_(denominator)
-    safe = torch.where(denominator.abs() < sums.TINY, tiny, denominator)[..., None]
-    if output.dtype == numerator.dtype:
-        torch.div(numerator, safe, out=output)
-    else:
-        output.copy_(numerator / safe)
 
 
 def _rescaled(carry: _Sums, power: torch.Tensor | None) -> _Sums:
@@ -331,34 +317,13 @@ def _seen(call: _Call, power: torch.Tensor | None, start: torch.Tensor) -> torch
     return (torch.maximum(power, start[..., None]) > sums.LOG_ZERO / 2).cumsum(-1) > 0
 
 
-class _Gradients:
+class _Gradients(MapGradients):
     """Where the gradients of a call are collected: of its tensors by slices, of parameters by sums."""
 
     def __init__(self, call: _Call) -> None:
+        super().__init__(call.parameters)
         self.q, self.k, self.v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
         self.log_weight = None if call.log_weight is None else torch.empty_like(call.log_weight)
-        self.parameters: list[torch.Tensor | None] = [None] * len(call.parameters)
-
-    def through(
-        self, outputs: Features, given: tuple[Any, Any], inputs: list[torch.Tensor], leaves: _Tensors
-    ) -> list[torch.Tensor]:
-        """From gradients of a map's outputs to those of its inputs; those of the parameters are added up."""
-        pairs = [(x, g) for x, g in zip(outputs, given, strict=True) if x is not None and x.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(x) for x in inputs]
-        trained = [i for i, x in enumerate(leaves) if x.requires_grad]
-        found = torch.autograd.grad(
-            [x for x, _ in pairs], [*inputs, *(leaves[i] for i in trained)], [g for _, g in pairs], allow_unused=True
-        )
-        for i, change in zip(trained, found[len(inputs) :], strict=True):
-            if change is not None:
-                total = self.parameters[i]
-                self.parameters[i] = change if total is None else total.add_(change)
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=False)]
-
-
-def _leaf(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().requires_grad_()
 
 
 def _backward(
@@ -367,7 +332,7 @@ def _backward(
     """Gradients of the arguments of `_BlockAttention.forward`, in their order."""
     d_output, d_normalizer, d_kv, d_z, _ = given
     found, dtype = _Gradients(call), call.dtype
-    leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in call.parameters)
+    leaves = tuple(leaf(x, x.requires_grad) for x in call.parameters)
     first, last = before[0][0], before[-1][0]  # first: the sums of the keys that are only summed
     with torch.no_grad(), sums.full_precision(call.v):
         # Gradients of the sums after the block in work.
@@ -379,9 +344,9 @@ def _backward(
         for i in reversed(range(len(blocks))):
             rows = blocks[i]
             den, d_log = denominator[:, :, rows], None if d_normalizer is None else d_normalizer[:, :, rows].to(dtype)
-            d_num, d_den = _quotient_backward(d_output, output, den, d_log, rows)
+            d_num, d_den = quotient_backward(d_output, output, den, d_log, rows)
             with torch.enable_grad():
-                x = _leaf(call.q[:, :, rows])
+                x = leaf(call.q[:, :, rows])
                 outputs = call.queries(x, rows, leaves)
             q = outputs[0].detach()
             if call.is_causal:
@@ -409,28 +374,11 @@ def _backward(
 def _mapped_keys(call: _Call, leaves: _Tensors, now: slice) -> tuple[list[torch.Tensor], Features, _Weight]:
     """Leaves of a block's keys and given log weights, their features and log weights with a graph, and these split."""
     with torch.enable_grad():
-        inputs = [_leaf(call.k[:, :, now])]
+        inputs = [leaf(call.k[:, :, now])]
         if call.log_weight is not None:
-            inputs.append(_leaf(call.log_weight[:, :, now]))
+            inputs.append(leaf(call.log_weight[:, :, now]))
         outputs = call.keys(inputs[0], inputs[1] if len(inputs) > 1 else None, now, leaves)
     return inputs, outputs, call.split(outputs[1], now)
-
-
-def _quotient_backward(
-    d_output: torch.Tensor | None, output: torch.Tensor, den: torch.Tensor, d_log: torch.Tensor | None, rows: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of numerator and denominator; a denominator that was kept away from 0 is a constant."""
-    inverse = torch.where(den.abs() < sums.TINY, 0.0, den.reciprocal())
-    d_num = den.new_empty(*den.shape, output.shape[-1])
-    if d_output is None:
-        d_num.zero_()
-        d_den = torch.zeros_like(den)
-    else:
-        torch.mul(d_output[:, :, rows].to(den.dtype), inverse[..., None], out=d_num)
-        d_den = (d_num * output[:, :, rows].to(den.dtype)).sum(-1).neg_()
-    if d_log is not None:
-        d_den += torch.where(den < sums.TINY, 0.0, d_log * inverse)
-    return d_num, d_den
 
 
 def _causal_backward(

@@ -30,21 +30,31 @@ def key_sums(k: torch.Tensor, v: torch.Tensor) -> _Pair:
 
 
 def causal(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: torch.Tensor, z: torch.Tensor, chunk: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: torch.Tensor,
+    z: torch.Tensor | None,
+    chunk: int,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Any, torch.Tensor, Any]:
     """Numerators `[B, H, T, D]`, denominators `[B, H, T]` and the sums after these tokens.
 
     Args:
         q, k, v: of T tokens.
-        kv, z: sums over all earlier keys.
+        kv, z: sums over all earlier keys; without z there are no denominators.
         chunk: tokens C of a chunk.
+        kept: `[B, H, N + 1, F or 1]`, what is left of the sums at the borders of the N chunks; None for all.
     """
     shape, length = q.shape[:2], q.shape[2]
     q, k, v, count = _cut(q, k, v, chunk=chunk)
     scores = torch.bmm(q, k.mT).tril_()
-    before, z_before, after, z_after = _earlier(torch.bmm(k.mT, v), k.sum(1), kv, z, count)
+    before, after = _earlier(torch.bmm(k.mT, v), kv, count, kept)
     # Two sums, not baddbmm: rounded as in `steep`, so that no later key changes a bit of a row.
     numerator = torch.bmm(scores, v).add_(torch.bmm(q, before))
+    if z is None:
+        return _whole(numerator, shape, length), None, after, None
+    z_before, z_after = _earlier(k.sum(1), z, count, kept)
     denominator = scores.sum(-1).add_(_times(q, z_before))
     return _whole(numerator, shape, length), _whole(denominator, shape, length), after, z_after
 
@@ -54,25 +64,33 @@ def causal_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     kv: torch.Tensor,
-    z: torch.Tensor,
+    z: torch.Tensor | None,
     d_num: torch.Tensor,
-    d_den: torch.Tensor,
+    d_den: torch.Tensor | None,
     d_kv: torch.Tensor,
-    d_z: torch.Tensor,
+    d_z: torch.Tensor | None,
     chunk: int,
-) -> tuple[torch.Tensor, ...]:
+    kept: torch.Tensor | None = None,
+) -> tuple[Any, ...]:
     """Gradients of q, k, v, kv and z, from those of the numerators, the denominators and the sums after the tokens."""
     shape, length = q.shape[:2], q.shape[2]
-    q, k, v, d_num, d_den, count = _cut(q, k, v, d_num, d_den[..., None], chunk=chunk)
-    before, z_before, _, _ = _earlier(torch.bmm(k.mT, v), k.sum(1), kv, z, count)
-    later, z_later, d_kv, d_z = _earlier(
-        torch.bmm(q.mT, d_num), torch.bmm(d_den.mT, q)[:, 0], d_kv, d_z, count, reverse=True
-    )
+    q, k, v, d_num, count = _cut(q, k, v, d_num, chunk=chunk)
+    before, _ = _earlier(torch.bmm(k.mT, v), kv, count, kept)
+    later, d_kv = _earlier(torch.bmm(q.mT, d_num), d_kv, count, kept, reverse=True)
     scores = torch.bmm(q, k.mT).tril_()
     d_v = torch.bmm(scores.mT, d_num).baddbmm_(k, later)
-    d_scores = torch.bmm(d_num, v.mT, out=scores).add_(d_den).tril_()
-    d_q = torch.bmm(d_scores, k).baddbmm_(d_num, before.mT).addcmul_(d_den, z_before[:, None])
-    d_k = torch.bmm(d_scores.mT, q).baddbmm_(v, later.mT).add_(z_later[:, None])
+    d_scores = torch.bmm(d_num, v.mT, out=scores)
+    if z is None or d_den is None or d_z is None:
+        d_scores.tril_()
+        d_q = torch.bmm(d_scores, k).baddbmm_(d_num, before.mT)
+        d_k = torch.bmm(d_scores.mT, q).baddbmm_(v, later.mT)
+    else:
+        d_den, _ = _cut(d_den[..., None], chunk=chunk)
+        z_before, _ = _earlier(k.sum(1), z, count, kept)
+        z_later, d_z = _earlier(torch.bmm(d_den.mT, q)[:, 0], d_z, count, kept, reverse=True)
+        d_scores.add_(d_den).tril_()
+        d_q = torch.bmm(d_scores, k).baddbmm_(d_num, before.mT).addcmul_(d_den, z_before[:, None])
+        d_k = torch.bmm(d_scores.mT, q).baddbmm_(v, later.mT).add_(z_later[:, None])
     return *(_whole(x, shape, length) for x in (d_q, d_k, d_v)), d_kv, d_z
 
 
@@ -108,7 +126,9 @@ def steep(
     scale = (power[:, None] - row_peak[..., None]).masked_fill(future, _NOTHING).exp2()
     scores = torch.bmm(q, k.mT).masked_fill(future, 0) * scale
     k = k * (power - last[:, None]).exp2()[..., None]
-    before, z_before, after, z_after = _earlier(torch.bmm(k.mT, v), k.sum(1), kv, z, count, kept=(first - last).exp2())
+    left = (first - last).exp2()
+    before, after = _rescaled_earlier(torch.bmm(k.mT, v), kv, count, left)
+    z_before, z_after = _rescaled_earlier(k.sum(1), z, count, left)
     earlier = (first[:, None] - row_peak).exp2()
     numerator = torch.bmm(scores, v) + torch.bmm(q, before) * earlier[..., None]
     denominator = scores.sum(-1) + _times(q, z_before) * earlier
@@ -146,7 +166,8 @@ def prefix(
     """
     shape, length = a.shape[:2], a.shape[2]
     a, k, v, count = _cut(a, k, v, chunk=chunk)
-    before, z_before, after, z_after = _earlier(torch.bmm(k.mT, v), k.sum(1), kv, z, count)
+    before, after = _earlier(torch.bmm(k.mT, v), kv, count)
+    z_before, z_after = _earlier(k.sum(1), z, count)
     q = a / _running(k, z_before)
     output = torch.bmm(torch.bmm(q, k.mT).tril_(), v).add_(torch.bmm(q, before))
     return _whole(output, shape, length), after, z_after
@@ -166,13 +187,15 @@ def prefix_backward(
     """Gradients of a, k, v, kv and z of `prefix`."""
     shape, length = a.shape[:2], a.shape[2]
     a, k, v, d_output, count = _cut(a, k, v, d_output, chunk=chunk)
-    before, z_before, _, _ = _earlier(torch.bmm(k.mT, v), k.sum(1), kv, z, count)
+    before, _ = _earlier(torch.bmm(k.mT, v), kv, count)
+    z_before, _ = _earlier(k.sum(1), z, count)
     running = _running(k, z_before)
     q = a / running
     d_scores = torch.bmm(d_output, v.mT).tril_()
     d_a = torch.bmm(d_scores, k).baddbmm_(d_output, before.mT).div_(running)
     d_running = (d_a * q).neg_()  # where no key is seen q is an unused number and d_a is 0
-    later, z_later, d_kv, d_z = _earlier(torch.bmm(q.mT, d_output), d_running.sum(1), d_kv, d_z, count, reverse=True)
+    later, d_kv = _earlier(torch.bmm(q.mT, d_output), d_kv, count, reverse=True)
+    z_later, d_z = _earlier(d_running.sum(1), d_z, count, reverse=True)
     d_v = torch.bmm(torch.bmm(q, k.mT).tril_().mT, d_output).baddbmm_(k, later)
     d_k = torch.bmm(d_scores.mT, q).baddbmm_(v, later.mT).add_(z_later[:, None])
     d_k.baddbmm_(_lower(k).mT.expand(k.shape[0], -1, -1), d_running)
@@ -212,36 +235,40 @@ def _whole(x: torch.Tensor, shape: torch.Size, length: int) -> torch.Tensor:
 
 
 def _earlier(
-    states: torch.Tensor,
-    z_states: torch.Tensor,
-    kv: torch.Tensor,
-    z: torch.Tensor,
-    count: int,
-    *,
-    kept: torch.Tensor | None = None,
-    reverse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums before each chunk (after it if `reverse`) `[B H N, F, D]` and `[B H N, F]`, and those over all chunks.
+    states: torch.Tensor, total: torch.Tensor, count: int, kept: torch.Tensor | None = None, *, reverse: bool = False
+) -> _Pair:
+    """Sums before each chunk (after it if `reverse`), and those over all chunks.
 
-    `kept`, `[B H N]`, is what is left of earlier sums after a chunk, 1 for None; with it autograd may record.
+    Args:
+        states: sums of each chunk, `[B H N, F, D]` or `[B H N, F]`; overwritten if `kept` is given.
+        total: sums over all chunks before (after), `[B, H, F, D]` or `[B, H, F]`.
+        count: chunks N.
+        kept: see `causal`.
     """
     # A loop over chunks: additions of whole states, several times faster than cumsum over an outer dimension.
     order = range(count - 1, -1, -1) if reverse else range(count)
-    parts = []
-    for part, total in ((states, kv), (z_states, z)):
-        steps = part.view(*total.shape[:2], count, *total.shape[2:])
-        if kept is None:
-            before = torch.empty_like(steps)
-            before[:, :, order[0]] = total
-            for n, following in itertools.pairwise(order):
-                torch.add(before[:, :, n], steps[:, :, n], out=before[:, :, following])
-            total = before[:, :, order[-1]] + steps[:, :, order[-1]]
-        else:
-            left = kept.view(*total.shape[:2], count, *[1] * (total.ndim - 2))
-            sums = []
-            for n in order:
-                sums.append(total)
-                total = total * left[:, :, n] + steps[:, :, n]
-            before = torch.stack(sums, 2)
-        parts.append((before.flatten(0, 2), total))
-    return parts[0][0], parts[1][0], parts[0][1], parts[1][1]
+    steps = states.view(*total.shape[:2], count, *total.shape[2:])
+    before = torch.empty_like(steps)
+    if kept is None:
+        before[:, :, order[0]] = total
+        for n, following in itertools.pairwise(order):
+            torch.add(before[:, :, n], steps[:, :, n], out=before[:, :, following])
+        return before.flatten(0, 2), before[:, :, order[-1]] + steps[:, :, order[-1]]
+    borders = (kept[..., None] if total.ndim == 4 else kept).unbind(2)
+    if reverse:
+        borders = borders[1:] + borders[:1]
+    for n in order:
+        torch.mul(total, borders[n], out=before[:, :, n])
+        total = steps[:, :, n].add_(before[:, :, n])
+    return before.flatten(0, 2), total * borders[-1]
+
+
+def _rescaled_earlier(states: torch.Tensor, total: torch.Tensor, count: int, left: torch.Tensor) -> _Pair:
+    """As `_earlier`; `left`, `[B H N]`, is the factor of earlier sums after a chunk, and autograd may record."""
+    steps = states.view(*total.shape[:2], count, *total.shape[2:])
+    factors = left.view(*total.shape[:2], count, *[1] * (total.ndim - 2))
+    before = []
+    for n in range(count):
+        before.append(total)
+        total = total * factors[:, :, n] + steps[:, :, n]
+    return torch.stack(before, 2).flatten(0, 2), total

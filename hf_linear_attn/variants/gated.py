@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_linear_attn.ops.calibration import Row, choose_start, collect_rows, error_meter, head_tokens, reducer_starts
-from hf_linear_attn.ops.decay import feature_map_decay_attention, init_decay_state
+from hf_linear_attn.ops.decay import LogDecay, feature_map_decay_attention, init_decay_state
 from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, Features, accumulation_dtype, weighted_by_mean_logit
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -158,15 +158,16 @@ class GatedLinearAttention(AttentionVariant):
         )
         return output.to(inputs.query.dtype), state
 
-    def _log_decay(self, inputs: AttentionInputs) -> torch.Tensor:
+    def _log_decay(self, inputs: AttentionInputs) -> LogDecay:
         """log alpha, `[B, H, T, D]`."""
-        hidden = _hidden(inputs)
-        if inputs.key_padding is not None:
-            hidden = hidden.masked_fill(~inputs.key_padding[..., None], 0)
-        gate = F.linear(F.linear(hidden, self.gate_down.to(hidden.dtype)), self.gate_up.to(hidden.dtype))
-        gate = gate.unflatten(-1, self.gate_bias.shape).transpose(1, 2)
         dtype = accumulation_dtype(inputs.value.dtype)
-        return F.logsigmoid(gate.to(dtype) + self.gate_bias.to(dtype)[:, None]) / TEMPERATURE
+
+        def gates(hidden: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            low = F.linear(hidden[:, 0], down.to(hidden.dtype)).to(dtype)
+            gate = F.linear(low, up.to(dtype), bias.to(dtype).flatten()).unflatten(-1, bias.shape)
+            return F.logsigmoid(gate.transpose(1, 2)).div_(TEMPERATURE)
+
+        return LogDecay(gates, _hidden(inputs)[:, None], (self.gate_down, self.gate_up, self.gate_bias))
 
     def _features(self, x: torch.Tensor, scaling: float) -> Features:
         x = x.to(accumulation_dtype(x.dtype)) * scaling**0.5

@@ -134,7 +134,7 @@ class RetentionAttention(AttentionVariant):
             inputs.key,
             inputs.value,
             log_decay,
-            lambda x: self._features(x, inputs.scaling),
+            lambda x: self._query_features(x, inputs.scaling),
             lambda x: self._key_features(x, inputs.scaling),
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
@@ -144,10 +144,14 @@ class RetentionAttention(AttentionVariant):
         )
         return output.to(inputs.query.dtype), state
 
-    def _features(self, x: torch.Tensor, scaling: float) -> Features:
-        x = x.to(accumulation_dtype(x.dtype)) * scaling**0.5
-        return FEATURE_MAPS[self.config.feature_map](x) if self.normalised else (x, None)
+    def _query_features(self, x: torch.Tensor, scaling: float) -> Features:
+        return self._features(x, scaling) if self.normalised else (x.to(accumulation_dtype(x.dtype)) * scaling, None)
 
     def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
+        if not self.normalised:
+            return x, None
         features = self._features(x, scaling)
         return weighted_by_mean_logit(features, x, self.query_mean, scaling) if self.reduces else features
+
+    def _features(self, x: torch.Tensor, scaling: float) -> Features:
+        return FEATURE_MAPS[self.config.feature_map](x.to(accumulation_dtype(x.dtype)) * scaling**0.5)

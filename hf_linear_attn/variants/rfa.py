@@ -160,16 +160,11 @@ class RFAAttention(AttentionVariant):
         q, k, v = inputs.query, inputs.key, inputs.value
         given: dict[str, Any] = {"key_padding": inputs.key_padding, "state": state, "backend": self.backend}
         q_map = maps.ParametricMap(partial(self._features, is_key=False), (self.sigma,))
+        k_map = maps.ParametricMap(partial(self._key_features, scaling=inputs.scaling), (self.sigma,))
         if gate is None:
-            k_map = maps.ParametricMap(partial(self._key_features, scaling=inputs.scaling), (self.sigma,))
             return feature_map_attention(q, k, v, q_map, k_map, is_causal=inputs.is_causal, **given)
-
-        def gated(x: torch.Tensor) -> maps.Features:
-            features, log_weight = self._key_features(x, self.sigma, scaling=inputs.scaling)
-            taken = F.logsigmoid(-gate)
-            return features, taken if log_weight is None else log_weight + taken
-
-        return feature_map_decay_attention(q, k, v, F.logsigmoid(gate), q_map, gated, **given)
+        taken = F.logsigmoid(-gate)
+        return feature_map_decay_attention(q, k, v, F.logsigmoid(gate), q_map, k_map, key_log_weight=taken, **given)
 
     def _key_features(self, x: torch.Tensor, sigma: torch.Tensor, *, scaling: float) -> maps.Features:
         features = self._features(x, sigma, is_key=True)
