@@ -16,7 +16,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops import linear_sums as sums
-from hf_linear_attn.ops.feature_shares import LOG2_E, ShareGradients, ShareInputs
+from hf_linear_attn.ops.exponentials import exp_
+from hf_linear_attn.ops.feature_shares import ShareGradients, ShareInputs
 
 __all__ = ["context_block_attention"]
 
@@ -65,7 +66,7 @@ def _blocks(x: torch.Tensor, block: int) -> list[slice]:
 
 def _weights(logits: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """e^{l - log_scale}."""
-    return (logits - log_scale).mul_(LOG2_E).exp2_()
+    return exp_(logits - log_scale)
 
 
 # One block to a function: what it frees at its end is what the next one is given, still in the CPU's cache.

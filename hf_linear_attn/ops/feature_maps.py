@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.exponentials import exp_
+
 __all__ = [
     "FEATURE_MAPS",
     "RANDOM_FEATURE_KERNELS",
@@ -203,7 +205,7 @@ def key_random_features(projected: torch.Tensor, x: torch.Tensor, scaling: float
     if kernel == "hyperbolic":
         projected = torch.cat([projected, -projected], -1)
     peak = projected.detach().amax(-1)
-    return projected.sub_(peak[..., None]).exp_(), peak - half_norm
+    return exp_(projected.sub_(peak[..., None])), peak - half_norm
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops import linear_chunks as chunks
 from hf_linear_attn.ops import linear_sums as sums
-from hf_linear_attn.ops.feature_shares import LOG2_E, ShareGradients, ShareInputs
+from hf_linear_attn.ops.exponentials import LOG2_E
+from hf_linear_attn.ops.feature_shares import ShareGradients, ShareInputs
 
 __all__ = ["prefix_block_attention"]
 

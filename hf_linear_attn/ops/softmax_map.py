@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from hf_linear_attn.ops.calibration import kmeans
+from hf_linear_attn.ops.exponentials import exp_
 from hf_linear_attn.ops.feature_maps import Features, accumulation_dtype, gaussian_orthogonal
 
 __all__ = ["KEY_CENTROIDS", "PUBLISHED", "QUERY_CENTROIDS", "centroid_starts", "published_map", "softmax_map"]
@@ -46,7 +47,7 @@ def softmax_map(
     u = x.to(dtype) @ weight.to(dtype).mT + bias.to(dtype)[:, None]
     u = u.unflatten(-1, (2, -1))
     peak = u.detach().amax(-1)  # [B, H, T, 2]; it cancels
-    terms = (u - peak[..., None]).exp()  # the only exponentials of F numbers a token
+    terms = exp_(u - peak[..., None])  # the only exponentials of F numbers a token
     halves = terms.sum(-1)
     whole = (halves.log() + peak).logsumexp(-1)
     split = (form == PUBLISHED)[:, None, None]

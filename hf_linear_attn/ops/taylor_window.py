@@ -5,14 +5,13 @@ coordinates. A chunk of C rows takes the W keys of its neighbourhood, all window
 of weights: softmax terms inside the windows, products of features, from u, outside. The keys before and after the
 neighbourhood come in as two sums over chunks, added up from either end: nothing is ever taken off a sum.
 
-Weights are powers of two, relative to the largest of their row; sums are relative to the largest of their keys. exp2 is
-several times faster than exp on a CPU, which also slows down tenfold at masked terms. Heads are worked off in groups
-that fit a CPU's cache, and computed again in the backward pass: training holds chunks of the inputs alone.
+Weights are powers of two (see `ops.exponentials`), relative to the largest of their row; sums are relative to the
+largest of their keys. Heads are worked off in groups that fit a CPU's cache, and computed again in the backward pass:
+training holds chunks of the inputs alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from hf_linear_attn.ops.exponentials import LOG2_E
 from hf_linear_attn.ops.feature_maps import Features
 from hf_linear_attn.ops.linear_sums import LOG_ZERO
 
@@ -34,7 +34,6 @@ _ROWS = 1 << 19
 # Elements of a matrix of weights: a bound on the memory that wide windows take (16 MiB in float32 on a CPU).
 _CPU_ELEMENTS = 1 << 22
 _ELEMENTS = 1 << 26
-_LOG2_E = math.log2(math.e)
 _NO_WEIGHT = LOG_ZERO / 2  # logs of weights up to it are those of nothing
 _HALF_ROOT = 0.5**0.5
 
@@ -81,13 +80,13 @@ def taylor_window_attention(
         return padded.reshape(batch * heads, total, size, -1)
 
     (q_rank, q_log), (k_rank, k_log) = q_coordinates, k_coordinates
-    k_log = torch.zeros_like(k[..., 0]) if k_log is None else k_log * _LOG2_E
+    k_log = torch.zeros_like(k[..., 0]) if k_log is None else k_log * LOG2_E
     if key_real is not None:
         k_log = k_log.masked_fill(~key_real[:, None], LOG_ZERO)
     # A query's scale multiplies the tail: what is the same for a whole row cancels, so it is taken off the window.
     balance = window_log_factor.to(q.dtype)[:, None].expand(q.shape[:3])
     balance = balance if q_log is None else balance - q_log
-    q = torch.cat([q * (scaling * _LOG2_E), balance[..., None] * _LOG2_E], -1)
+    q = torch.cat([q * (scaling * LOG2_E), balance[..., None] * LOG2_E], -1)
     tensors = (
         rows(q),
         keys(k, value=1.0, width=1),

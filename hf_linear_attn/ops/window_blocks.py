@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.exponentials import LOG2_E
 from hf_linear_attn.ops.linear_sums import LOG_ZERO, block_size, full_precision
 
 __all__ = ["window_block_softmax"]
@@ -64,15 +65,16 @@ class _WindowSoftmax(torch.autograd.Function):
         peaks = torch.empty_like(log_sum)
         with full_precision(v):
             for segment in _segments(q, k, left, right):
-                scores, values = segment.scores(q, k, allowed, scaling), segment.windows(v)
+                scores, values = segment.scores(q, k, allowed, scaling * LOG2_E), segment.windows(v)
                 peak = scores.amax(-1, keepdim=True)
-                scores.sub_(peak.clamp(min=LOG_ZERO / 2)).exp_()
+                scores.sub_(peak.clamp(min=LOG_ZERO / 2)).exp2_()
                 total = scores.sum(-1, keepdim=True)
                 rows = segment.rows
                 output[:, :, rows] = segment.whole(torch.bmm(scores, values).div_(total.clamp(min=_TINY)))
-                log = torch.where(total > 0, peak + total.clamp(min=_TINY).log(), LOG_ZERO)
+                log = torch.where(total > 0, (peak + total.clamp(min=_TINY).log2()) / LOG2_E, LOG_ZERO)
+                peak = torch.where(total > 0, peak / LOG2_E, LOG_ZERO)
                 log_sum[:, :, rows], peaks[:, :, rows] = (segment.whole(x)[..., 0] for x in (log, peak))
-        ctx.save_for_backward(q, k, v, allowed, output, log_sum, peaks)
+        ctx.save_for_backward(q, k, v, allowed, output, log_sum)
         ctx.options = left, right, scaling
         ctx.set_materialize_grads(False)
         return output, log_sum, peaks
@@ -80,7 +82,7 @@ class _WindowSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        q, k, v, allowed, output, log_sum, peaks = ctx.saved_tensors
+        q, k, v, allowed, output, log_sum = ctx.saved_tensors
         left, right, scaling = ctx.options
         d_output, d_log, d_peak = gradients
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -89,12 +91,13 @@ class _WindowSoftmax(torch.autograd.Function):
         shift = shift if d_log is None else shift + d_log
         with full_precision(v):
             for segment in _segments(q, k, left, right):
-                scores = segment.scores(q, k, allowed, scaling)
+                scores = segment.scores(q, k, allowed, scaling * LOG2_E)
                 change = None
                 if d_peak is not None:  # to the largest logits of each row, in equal shares
-                    change = (scores == segment.chunks(peaks[..., None])) & (scores > LOG_ZERO / 2)
+                    change = (scores == scores.amax(-1, keepdim=True)) & (scores > LOG_ZERO / 2)
                     change = change / change.sum(-1, keepdim=True).clamp(min=1) * segment.chunks(d_peak[..., None])
-                weights = scores.sub_(segment.chunks(log_sum[..., None]).clamp(min=LOG_ZERO / 2)).exp_()
+                logs = segment.chunks(log_sum[..., None]).clamp_(min=LOG_ZERO / 2)
+                weights = scores.sub_(logs.mul_(LOG2_E)).exp2_()
                 gradient, keys = segment.chunks(d_output), segment.windows(k)
                 segment.add(d_v, torch.bmm(weights.mT, gradient))
                 d_scores = torch.bmm(gradient, segment.windows(v).mT).add_(segment.chunks(shift[..., None]))
