@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_linear_attn.ops.band_attention import UNSEEN, attend_backward, attend_with_sums, serves
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
+from hf_linear_attn.ops.landmark_blocks import NOTHING, gated_norm, norm_by_blocks, pool_by_blocks
 from hf_linear_attn.ops.pooling import even_segment_starts, segment_of_rank
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 BLOCK = 64  # queries that share one attention call (measured on CPU)
-_NOTHING = -1e30  # logit of a forbidden token: finite, so that gradients are where nothing is allowed
 
 
 # Keys and values `[B, H, landmarks, D]`, and what the logits lack to stand for all pooled tokens `[B, H, landmarks]`.
@@ -65,9 +65,9 @@ class GatedNorm(nn.Module):
         self.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, weight, bias = (y.to(x.dtype) for y in (self.gate, self.weight, self.bias))
-        normed = F.layer_norm(x, x.shape[-1:]).to(x.dtype) * weight[:, None] + bias[:, None]
-        return torch.lerp(x, normed, gate[:, None, None])
+        if x.device.type == "cpu":
+            return norm_by_blocks(x, self.gate, self.weight, self.bias)
+        return gated_norm(x, self.gate[:, None, None], self.weight[:, None], self.bias[:, None])
 
 
 def pool_landmarks(
@@ -87,7 +87,7 @@ def pool_landmarks(
     logits = k @ weight.to(k.dtype)  # [..., T, r]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if allowed is not None:
-        logits = logits.masked_fill(~allowed, _NOTHING)
+        logits = logits.masked_fill(~allowed, NOTHING)
     p = logits.softmax(-2)
     entropy = (logits.logsumexp(-2) - (p * logits).sum(-2)).clamp(min=0, max=math.log(max(k.shape[-2], 1)))
     p = p.to(k.dtype).transpose(-1, -2)
@@ -115,7 +115,8 @@ def pool_sequence(
     segment = segment_of_rank(even_segment_starts(n_real, len(landmarks)), k.shape[2], places)
     own, real = segment[:, None, :, None] == landmarks, (rank >= 0)[:, None, :, None]
     allowed = torch.where(segmented[:, None, None], own, real)  # [B or 1, H, T, r]
-    keys, values, entropy = pool_landmarks(k, v, weight, allowed)
+    pool = pool_by_blocks if k.device.type == "cpu" else pool_landmarks
+    keys, values, entropy = pool(k, v, weight, allowed)
     shared = used.to(entropy.dtype).log().masked_fill(segmented, 0)  # [B or 1, H]
     return (keys, values, entropy - shared[..., None]), landmarks < used
 

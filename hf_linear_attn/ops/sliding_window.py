@@ -20,6 +20,7 @@ __all__ = ["Extra", "attend_projected", "by_dilation", "naive_sliding_window_att
 
 # Extra columns: keys `[B, H, G, D]`, values `[B, H, G, D]`, and which row sees which, bool broadcastable to
 # `[B, Tq, G]`. A key that the windows hold as well must be left out of `key_allowed`, else it counts twice.
+# Both may have one channel more: `scaling` times that of a key is added to all of its logits, that of values is 0.
 Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Upper bound on the elements of the key blocks gathered at once (16 MiB in fp32). Longer inputs go through in
@@ -40,8 +41,9 @@ def naive_sliding_window_attention(
     extra: Extra | None = None,
 ) -> torch.Tensor:
     """Dense O(n^2) evaluation of `sliding_window_attention`, for tests and inspection; same arguments."""
-    B, H, q_len, _ = q.shape
+    B, H, q_len, D = q.shape
     k_len = k.shape[2]
+    q, k, v = _widened(q, k, v, extra)
     distance = torch.arange(k_len, device=q.device) - torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
     step = torch.tensor(dilation, device=q.device).expand(H)[:, None, None]
     allowed = (distance >= -left * step) & (distance <= right * step) & (distance % step == 0)
@@ -52,7 +54,7 @@ def naive_sliding_window_attention(
         k, v = torch.cat([extra[0], k], dim=2), torch.cat([extra[1], v], dim=2)
         allowed = torch.cat([extra[2][:, None].expand(B, H, q_len, -1), allowed], dim=-1)
     logits = (q @ k.transpose(-1, -2) * scaling).masked_fill(~allowed, float("-inf"))
-    return logits.softmax(-1).nan_to_num(0.0) @ v
+    return logits.softmax(-1).nan_to_num(0.0) @ v[..., :D]
 
 
 def sliding_window_attention(
@@ -94,7 +96,7 @@ def sliding_window_attention(
         ValueError: for Tq > Tk, a negative window, dilation < 1 or a dilation list of the wrong length.
         RuntimeError: for `backend="triton"` where the kernels cannot run.
     """
-    H, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
+    (_, H, q_len, head_dim), k_len = q.shape, k.shape[2]
     steps = dilation if isinstance(dilation, tuple) else (dilation,) * H
     if q_len > k_len:
         raise ValueError(f"Sliding-window attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
@@ -106,12 +108,23 @@ def sliding_window_attention(
         from hf_linear_attn.ops import fused_block_sparse as fused  # which takes lists from here
 
         if use_triton(backend, q, fused.refusal(q)):
+            q, k, v = _widened(q, k, v, extra)
             given: dict[str, Any] = {"dilation": dilation, "key_allowed": key_allowed, "extra": extra}
-            return fused.sliding_window_attention(q, k, v, left=left, right=right, scaling=scaling, **given)
+            out = fused.sliding_window_attention(q, k, v, left=left, right=right, scaling=scaling, **given)
+            return out[..., :head_dim]
     return by_dilation(
         lambda q, k, v, d, part: _dilated(q, k, v, left, right, scaling, d, key_allowed, part, block_size),
         *(q, k, v, dilation, extra),
     )
+
+
+def _widened(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values as wide as the extra ones: the last channel adds the bias of those and nothing else."""
+    if extra is None or extra[0].shape[-1] == k.shape[-1]:
+        return q, k, v
+    return F.pad(q, (0, 1), value=1.0), F.pad(k, (0, 1)), F.pad(v, (0, 1))
 
 
 def by_dilation(
@@ -194,12 +207,15 @@ def _band_attention(
         block_size = 128 if D >= 64 and left + right >= 256 else 64
     block = min(block_size or _default_block(left + right), q_len)
     width = block + left + right
+    if k_len <= width or not on_views:
+        q, k, v = _widened(q, k, v, extra)
     if k_len <= width:  # one block sees everything
         allowed = _band(q_len, k_len, left + q_len - k_len, left + right, q.device)[None, None]
         if key_allowed is not None:
             allowed = allowed & key_allowed[:, None, None, :]
         columns = None if extra is None else (extra[0], extra[1], extra[2][:, None])
-        return _attend_blocks(q[:, None], k[:, None], v[:, None], allowed, columns, scaling).transpose(1, 2)
+        out = _attend_blocks(q[:, None], k[:, None], v[:, None], allowed, columns, scaling)
+        return out[..., :D].transpose(1, 2)
 
     if on_views:
         where = {"left": left, "right": right, "key_allowed": key_allowed, "extra": extra}
@@ -234,7 +250,7 @@ def _band_attention(
         allowed = band & key_allowed[:, part, None, :]
         outputs.append(_attend_blocks(q[:, part], k[:, part], v[:, part], allowed, columns, scaling))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return out[:, :q_len].transpose(1, 2)
+    return out[:, :q_len, :, :D].transpose(1, 2)
 
 
 def _default_block(reach: int) -> int:

@@ -166,11 +166,11 @@ class LongShortAttention(AttentionVariant):
         allowed = None if inputs.key_padding is None and state is None else call.rank >= 0
         window: dict[str, Any] = {"left": left, "right": right, "key_allowed": allowed, "scaling": inputs.scaling}
         window["backend"] = self.backend
-        q, k, v = call.q, self.window_norm(call.k), self.window_norm(call.v)
+        q, k = call.q, self.window_norm(call.k)
+        v = k if call.v is call.k else self.window_norm(call.v)
         after: State = {} if state is None else landmark.window_state(call, w - 1)
-        if self.r:
-            q, k, v = landmark.with_channel(q, 1.0), landmark.with_channel(k, 0.0), landmark.with_channel(v, 0.0)
         if self.r and inputs.is_causal:
+            q, k, v = landmark.with_channel(q, 1.0), landmark.with_channel(k, 0.0), landmark.with_channel(v, 0.0)
             use_triton(self.backend, call.q, "there is no kernel for the segments of long_short")
             sizes = {"segment_size": self.c, "window_size": w}
             pooled, after = landmark.pool_segments(call, self.projection, state=state, **sizes)
