@@ -12,6 +12,8 @@ __all__ = ["about_run", "describe_shape", "reasons", "render_bench", "render_per
 
 _KINDS = {"model": "Whole models", "layer": "Single layers", "peer": "Beside other implementations"}
 _MODES = {"forward": "forward", "training": "forward and backward"}
+_SHOWN = 2048  # tokens at which the README shows how fast a model is, or the nearest length
+_LINEAR = 1.10  # exponents of time above it are named
 
 Row = Mapping[str, Any]
 
@@ -49,15 +51,19 @@ def render_bench(results: Mapping[str, Any]) -> str:
 
 
 def render_performance(results: Mapping[str, Any]) -> str:
-    """What the README shows of a run: models, exponents of layers, peers, generation; one table each."""
-    tables = []
-    for views in _parts(results):
-        kind, part = views[0].kind, views[0].part
-        table = _SHORT[kind](views)
-        tables.append(f"**{_KINDS[kind]}: {part['name']}.** {describe_shape(part)}\n\n{table}")
-    for part in results["recipe"]["decode"]:
-        tables.append(f"**Generation: {part['name']}.** {describe_shape(part)}\n\n{_decode_table(results, part)}")
-    return "\n\n".join([about_run(results), *tables])
+    """What the README shows of a run: how fast models are, and the rest in a line each."""
+    parts = [view for part in _parts(results) for view in part]
+    blocks = [about_run(results)]
+    if models := [view for view in parts if view.kind == "model"]:
+        shapes = {view.part["name"]: describe_shape(view.part).rstrip(".") for view in models}
+        shape = ". ".join(f"*{name[:1].upper()}{name[1:]}*: {text}" for name, text in shapes.items())
+        blocks.append(f"**{_KINDS['model']}.** {shape}.\n\n{_models_in_short(models)}")
+    lines = [_layer_in_short(view) for view in parts if view.kind == "layer" and view.fits()]
+    lines += [_peers_in_short(view) for view in parts if view.kind == "peer"]
+    lines += [_decode_in_short(results, part) for part in results["recipe"]["decode"]]
+    if lines:
+        blocks.append("\n".join(f"- {line}" for line in lines))
+    return "\n\n".join(blocks)
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
@@ -241,56 +247,49 @@ def _decode_table(results: Mapping[str, Any], part: Row) -> str:
 
 
 def _models_in_short(views: Sequence[_View]) -> str:
-    """How much faster than SDPA, and from which length on."""
-    header = ["contender"]
-    for view in views:
-        header += [*(f"{_MODES[view.mode]}, {n:,}" for n in view.lengths), "as fast from"]
-    lines = []
-    for name in _all_names(views):
-        cells = [[*(view.cell(name, n, _speedup) for n in view.lengths), view.crossover(name)] for view in views]
-        if name != "sdpa":
-            lines.append([f"`{name}`", *(cell for group in cells for cell in group)])
-    times = [
-        f"{_milliseconds(r['seconds'])} at {r['length']:,}"
-        for r in views[0].rows
-        if r["contender"] == "sdpa" and "seconds" in r
-    ]
-    note = f"SDPA itself, {_MODES[views[0].mode]}: {', '.join(times)}."
-    return f"{markdown_table(header, lines)}\n\n{note}"
-
-
-def _layers_in_short(views: Sequence[_View]) -> str:
-    """Time and memory at the longest input, their exponents, and the crossover."""
-    header = ["contender"]
-    for view in views:
-        longest = f"{view.lengths[-1]:,}"
-        header += [f"{_MODES[view.mode]}: ms at {longest}", f"peak MB at {longest}", "exponent of time", "of memory"]
-        header += ["as fast as SDPA from", *(["times the byte floor"] * view.floors)]
+    """How much faster than SDPA at one length, and from which length on."""
+    shown = [min(view.lengths, key=lambda n: abs(n - _SHOWN)) for view in views]
+    header = ["contender", *(f"{v.part['name']}, {_MODES[v.mode]}, {n:,}" for v, n in zip(views, shown, strict=True))]
     lines = []
     for name in _all_names(views):
         cells = []
-        for view in views:
-            longest_n = view.lengths[-1]
-            cells += [view.cell(name, longest_n, lambda row: f"{1000 * row['seconds']:,.3g}")]
-            cells += [view.cell(name, longest_n, _peak), *view.exponents(name), view.crossover(name)]
-            cells += [view.cell(name, longest_n, view.floor)] * view.floors
-        lines.append([f"`{name}`", *cells])
-    return f"{markdown_table(header, lines)}\n\n{_about_fits(views)}"
+        for view, length in zip(views, shown, strict=True):
+            ratio, start = view.cell(name, length, _speedup), view.crossover(name)
+            cells.append(ratio if start == "-" else f"{ratio} ({start})")
+        if name != "sdpa":
+            lines.append([f"`{name}`", *cells])
+    return f"{markdown_table(header, lines)}\n\nIn brackets: tokens from which on it is as fast as SDPA."
 
 
-def _peers_in_short(views: Sequence[_View]) -> str:
-    """How much faster ours is than each peer."""
-    header = ["peer", "ours", *(f"{_MODES[view.mode]}, {n:,}" for view in views for n in view.lengths)]
-    ours = {row["contender"]: row["key"] for view in views for row in view.rows}
-    lines = [
-        [name, f"`{key}`", *(view.cell(name, n, _beside_ours) for view in views for n in view.lengths)]
-        for name, key in ours.items()
-    ]
-    return f"{markdown_table(header, lines)}\n\nx: the peer's time over ours; above 1 ours is faster."
+def _layer_in_short(view: _View) -> str:
+    """Exponents of time over the longest inputs, and of whom they are high."""
+    longest = [name for name in view.names() if view.cell(name, view.lengths[-1], lambda row: "timed") == "timed"]
+    found = {name: float(view.exponents(name)[0]) for name in longest if view.exponents(name)[0] != "-"}
+    where = f"*{view.part['name']}*, {_MODES[view.mode]}, to {view.lengths[-1]:,} tokens"
+    if not found:
+        return f"{where}: no exponent."
+    text = f"{where}: time grows as n^{min(found.values()):.2f} to n^{max(found.values()):.2f}"
+    high = sorted((name for name in found if found[name] > _LINEAR), key=lambda name: -found[name])
+    return f"{text}, above n^{_LINEAR:.2f}: {', '.join(f'`{x}` {found[x]:.2f}' for x in high) or 'none'}."
 
 
-_SHORT: Mapping[str, Callable[[Sequence[_View]], str]] = {
-    "model": _models_in_short,
-    "layer": _layers_in_short,
-    "peer": _peers_in_short,
-}
+def _peers_in_short(view: _View) -> str:
+    """At how many places ours is as fast as a peer, and where it is not."""
+    rows = [row for row in view.rows if "ours_ratio" in row]
+    slow = sorted((row for row in rows if row["ours_ratio"] < 1), key=lambda row: row["ours_ratio"])
+    places = ", ".join(f"{row['contender']} at {row['length']:,} {row['ours_ratio']:.2f}" for row in slow)
+    return (
+        f"*{view.part['name']}*, {_MODES[view.mode]}: ours is as fast or faster at {len(rows) - len(slow)} of "
+        f"{len(rows)} places; their time over ours elsewhere: {places or '-'}."
+    )
+
+
+def _decode_in_short(results: Mapping[str, Any], part: Row) -> str:
+    """How much generation slows down as the context grows, for states that do not."""
+    flat = {entry["contender"]: entry for entry in results["summary"]["decode"] if entry["part"] == part["name"]}
+    first = {row["contender"]: row for row in results["rows"] if row["part"] == part["name"]}
+    constant = [name for name in flat if first[name].get("state") in ("constant", "window")]
+    constant.sort(key=lambda name: flat[name]["slowdown"])
+    contexts = " to ".join(f"{n:,}" for n in (min(part["contexts"]), max(part["contexts"])))
+    shown = ", ".join(f"`{name}` {flat[name]['slowdown']:.2f}" for name in (*constant, "sdpa") if name in flat)
+    return f"*{part['name']}* after {contexts} tokens, slowest over fastest: {shown}."

@@ -41,8 +41,7 @@ def naive_sliding_window_attention(
     extra: Extra | None = None,
 ) -> torch.Tensor:
     """Dense O(n^2) evaluation of `sliding_window_attention`, for tests and inspection; same arguments."""
-    B, H, q_len, D = q.shape
-    k_len = k.shape[2]
+    (B, H, q_len, _), k_len, width = q.shape, k.shape[2], v.shape[3]
     q, k, v = _widened(q, k, v, extra)
     distance = torch.arange(k_len, device=q.device) - torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
     step = torch.tensor(dilation, device=q.device).expand(H)[:, None, None]
@@ -54,7 +53,7 @@ def naive_sliding_window_attention(
         k, v = torch.cat([extra[0], k], dim=2), torch.cat([extra[1], v], dim=2)
         allowed = torch.cat([extra[2][:, None].expand(B, H, q_len, -1), allowed], dim=-1)
     logits = (q @ k.transpose(-1, -2) * scaling).masked_fill(~allowed, float("-inf"))
-    return logits.softmax(-1).nan_to_num(0.0) @ v[..., :D]
+    return logits.softmax(-1).nan_to_num(0.0) @ v[..., :width]
 
 
 def sliding_window_attention(
@@ -96,7 +95,7 @@ def sliding_window_attention(
         ValueError: for Tq > Tk, a negative window, dilation < 1 or a dilation list of the wrong length.
         RuntimeError: for `backend="triton"` where the kernels cannot run.
     """
-    (_, H, q_len, head_dim), k_len = q.shape, k.shape[2]
+    H, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
     steps = dilation if isinstance(dilation, tuple) else (dilation,) * H
     if q_len > k_len:
         raise ValueError(f"Sliding-window attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
@@ -108,10 +107,11 @@ def sliding_window_attention(
         from hf_linear_attn.ops import fused_block_sparse as fused  # which takes lists from here
 
         if use_triton(backend, q, fused.refusal(q)):
+            width = v.shape[3]
             q, k, v = _widened(q, k, v, extra)
             given: dict[str, Any] = {"dilation": dilation, "key_allowed": key_allowed, "extra": extra}
             out = fused.sliding_window_attention(q, k, v, left=left, right=right, scaling=scaling, **given)
-            return out[..., :head_dim]
+            return out[..., :width]
     return by_dilation(
         lambda q, k, v, d, part: _dilated(q, k, v, left, right, scaling, d, key_allowed, part, block_size),
         *(q, k, v, dilation, extra),
@@ -198,8 +198,7 @@ def _band_attention(
     extra: Extra | None,
     block_size: int | None,
 ) -> torch.Tensor:
-    B, H, q_len, D = q.shape
-    k_len = k.shape[2]
+    (B, H, q_len, D), k_len, value_dim = q.shape, k.shape[2], v.shape[3]
     left, right = min(left, k_len - 1), min(right, q_len - 1)
     on_views = serves(q, v)
     if on_views and block_size is None:
@@ -215,7 +214,7 @@ def _band_attention(
             allowed = allowed & key_allowed[:, None, None, :]
         columns = None if extra is None else (extra[0], extra[1], extra[2][:, None])
         out = _attend_blocks(q[:, None], k[:, None], v[:, None], allowed, columns, scaling)
-        return out[..., :D].transpose(1, 2)
+        return out[..., :value_dim].transpose(1, 2)
 
     if on_views:
         where = {"left": left, "right": right, "key_allowed": key_allowed, "extra": extra}
@@ -250,7 +249,7 @@ def _band_attention(
         allowed = band & key_allowed[:, part, None, :]
         outputs.append(_attend_blocks(q[:, part], k[:, part], v[:, part], allowed, columns, scaling))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return out[:, :q_len, :, :D].transpose(1, 2)
+    return out[:, :q_len, :, :value_dim].transpose(1, 2)
 
 
 def _default_block(reach: int) -> int:
