@@ -178,10 +178,6 @@ def _speedup(row: Row) -> str:
     return f"{row['ratio']:.2f}x" if "ratio" in row else "-"
 
 
-def _beside_ours(row: Row) -> str:
-    return f"{row['ours_ratio']:.2f}x" if "ours_ratio" in row else "-"
-
-
 def _peak(row: Row) -> str:
     return f"{row['peak_mb']:,.0f}"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 __all__ = ["UNSEEN", "attend_backward", "attend_band", "attend_with_sums", "serves"]
 
@@ -176,6 +177,7 @@ class _AttendBand(torch.autograd.Function):
         return out.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, more_k, more_v, more_seen, key_allowed, out, total = ctx.saved_tensors
         left, right, scaling, block = ctx.settings

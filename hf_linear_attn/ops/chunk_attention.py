@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 __all__ = ["attend_chunks"]
 
@@ -182,6 +183,7 @@ class _AttendChunks(torch.autograd.Function):
         return out.view(*q.shape[:2], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, total, real, q_ids, k_ids, *rest = ctx.saved_tensors
         plans = [_Plan(tuple(rest[i : i + 5])) for i in range(0, len(rest), 5)]

@@ -99,10 +99,8 @@ def decay_linear_attention(
     Sources: retention arXiv:2307.08621, gated linear attention arXiv:2312.06635.
     """
     maps = _as_they_are, _as_they_are
-    return _attend(
-        *(q_features, k_features, v, log_decay, *maps, key_log_weight, key_padding, None),
-        *(is_causal, normalised, state, backend),
-    )
+    given = q_features, k_features, v, log_decay, *maps, key_log_weight, key_padding, None
+    return _attend(*given, is_causal, normalised, state, backend)
 
 
 def _as_they_are(features: torch.Tensor) -> Features:
@@ -135,10 +133,8 @@ def feature_map_decay_attention(
         key_log_weight: `[B, H, Tk]`, added to that of `k_map`.
     """
     query_real = query_padding(key_padding, q.shape[2], is_causal)
-    return _attend(
-        *(q, k, v, log_decay, q_map, k_map, key_log_weight, key_padding, query_real),
-        *(is_causal, normalised, state, backend),
-    )
+    given = q, k, v, log_decay, q_map, k_map, key_log_weight, key_padding, query_real
+    return _attend(*given, is_causal, normalised, state, backend)
 
 
 def _attend(

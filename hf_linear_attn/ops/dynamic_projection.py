@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.band_attention import UNSEEN, attend_backward, attend_with_sums, serves
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
@@ -276,6 +277,7 @@ class _AttendSegments(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, more_k, more_v, rank, out, total = ctx.saved_tensors
         dq, *grads = (torch.zeros_like(x) for x in (q, k, v, more_k, more_v))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.exponentials import exp_
+
 __all__ = ["NOTHING", "gated_norm", "norm_by_blocks", "pool_by_blocks"]
 
 # Elements of a block of keys, or of its logits (1 MiB in fp32).
@@ -120,7 +122,7 @@ class _Pool(torch.autograd.Function):
         for rows in _blocks(k, max(D, r)):
             logits = _logits(k[:, :, rows], weight, allowed[:, :, rows])
             before, highest = highest, torch.maximum(highest, logits.amax(-2))
-            p = (logits - highest[..., None, :]).exp_()
+            p = exp_(logits - highest[..., None, :])
             shares = p.to(k.dtype).mT
             new = (
                 shares @ k[:, :, rows],
@@ -149,7 +151,7 @@ class _Pool(torch.autograd.Function):
         for rows in _blocks(k, max(k.shape[3], weight.shape[2])):
             own_k, own_v, seen = k[:, :, rows], v[:, :, rows], allowed[:, :, rows]
             logits = _logits(own_k, weight, seen)
-            p = (logits - highest[..., None, :]).exp_().div_(total[..., None, :])
+            p = exp_(logits - highest[..., None, :]).div_(total[..., None, :])
             ahead = own_k @ grad_keys.mT + own_v @ grad_values.mT
             d_logits = (logits.mul_(-grad_entropy[..., None, :]) + ahead).sub_(level[..., None, :]).mul_(p)
             d_logits = d_logits.masked_fill_(~seen, 0).to(k.dtype)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.context_blocks import context_block_attention
 from hf_linear_attn.ops.feature_maps import accumulation_dtype
 from hf_linear_attn.ops.feature_shares import ShareInputs
-from hf_linear_attn.ops.linear_sums import LOG_ZERO, State, block_size, full_precision
+from hf_linear_attn.ops.linear_sums import LOG_ZERO, TINY, State, block_size, full_precision
 from hf_linear_attn.ops.masking import query_padding, safe_masked_fill
 from hf_linear_attn.ops.prefix_blocks import prefix_block_attention
 
@@ -34,7 +34,6 @@ __all__ = [
 _CHUNK = 8  # tokens: all pairs of a chunk are held for every feature, and a state of F x D per chunk
 _BLOCK = 128  # tokens held at once; all pairs of its chunks are held for every feature
 _WHOLE = 2  # blocks up to which bidirectional attention is faster as a whole
-_TINY = 1e-30
 _ALL = slice(0, None)
 
 _Carry = tuple[torch.Tensor, torch.Tensor]  # sums [B, H, F, D+1] with z as last column, log scale [B, H, F]
@@ -194,7 +193,7 @@ def _causal_block(
     pairs = pairs.masked_fill(future, LOG_ZERO).exp() * v1[:, :, :, None, :, -1:]
     before = (scale[:, :, :-1, None] - peak).exp()  # [B, H, N, C, F]
     z = pairs.sum(4) + before * sums[:, :, :-1, None, :, -1]
-    weight = a / z.clamp(min=_TINY)
+    weight = a / z.clamp(min=TINY)
     output = (pairs @ weight[..., None])[..., 0] @ v1[..., :-1]
     output = output + (weight * before) @ sums[:, :, :-1, :, :-1]
     return output.reshape(batch, heads, chunks * size, -1)[:, :, :length], after

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.exponentials import LOG2_E
-from hf_linear_attn.ops.linear_sums import LOG_ZERO, block_size, full_precision
+from hf_linear_attn.ops.linear_sums import LOG_ZERO, TINY, block_size, full_precision
 
 __all__ = ["window_block_softmax"]
 
 _CHUNK = 32  # queries of a chunk: few keys outside the window are computed, and products are still large enough
-_TINY = 1e-30
 
 
 def window_block_softmax(
@@ -70,8 +69,8 @@ class _WindowSoftmax(torch.autograd.Function):
                 scores.sub_(peak.clamp(min=LOG_ZERO / 2)).exp2_()
                 total = scores.sum(-1, keepdim=True)
                 rows = segment.rows
-                output[:, :, rows] = segment.whole(torch.bmm(scores, values).div_(total.clamp(min=_TINY)))
-                log = torch.where(total > 0, (peak + total.clamp(min=_TINY).log2()) / LOG2_E, LOG_ZERO)
+                output[:, :, rows] = segment.whole(torch.bmm(scores, values).div_(total.clamp(min=TINY)))
+                log = torch.where(total > 0, (peak + total.clamp(min=TINY).log2()) / LOG2_E, LOG_ZERO)
                 peak = torch.where(total > 0, peak / LOG2_E, LOG_ZERO)
                 log_sum[:, :, rows], peaks[:, :, rows] = (segment.whole(x)[..., 0] for x in (log, peak))
         ctx.save_for_backward(q, k, v, allowed, output, log_sum)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -371,6 +371,24 @@ def test_a_gpu_run_shows_floors_and_out_of_memory() -> None:
     assert "| `bigbird` | out of memory | out of memory |" in text
     assert "Attention alone, without projections: 768 wide, 12 heads, causal, batch of 8." in text
     assert "NVIDIA H100 (m), 1 thread(s), bfloat16" in render_performance(run)
+
+
+def test_the_readme_names_who_grows_faster_than_the_length() -> None:
+    recipe = BenchRecipe.from_yaml(RECIPES / "smoke.yaml")
+    part = {"kind": "layer", "part": "causal layer", "mode": "training", "peak_mb": 1.0}
+    rows = [
+        {**part, "contender": name, "length": length, "seconds": (length / 1024) ** power}
+        for name, power in (("linear", 1.0), ("bigbird", 1.25))
+        for length in (1024, 4096)
+    ]
+    meta = {
+        "title": "t", "device": "cpu", "machine": "m", "threads": 1, "dtype": "float32", "torch": "2",
+        "transformers": "5", "command": "c", "bandwidth": None,
+    }  # fmt: skip
+    run = {"meta": meta, "recipe": asdict(recipe), "rows": rows, "summary": bench.summarise({"rows": rows})}
+    run["recipe"]["decode"] = []
+    line = "*causal layer*, forward and backward, to 4,096 tokens: time grows as n^1.00 to n^1.25"
+    assert f"- {line}, above n^1.10: `bigbird` 1.25." in render_performance(run)
 
 
 def test_the_picture_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
