@@ -46,8 +46,8 @@ test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make
 bench: $(STAMP)-bench ## speed and memory on this CPU, for recipes/bench/results (half an hour on 2 cores)
 	$(PY) -m hf_linear_attn bench recipes/bench/cpu.yaml --output recipes/bench/results $(ARGS)
 
-bench-gpu: $(STAMP)-bench ## the same on a GPU (ten minutes): make bench-gpu TORCH=torch
-	$(PY) -m hf_linear_attn bench recipes/bench/gpu.yaml --output recipes/bench/results $(ARGS)
+bench-gpu: ## the same on a GPU (nine minutes at most), with the Python that has PyTorch there
+	$(PYTHON) .ci/gpu.py bench $(ARGS)
 
 quality: $(STAMP)-dev ## lint, format, types, import floors, shape of the repository; changes nothing
 	$(PY) -m ruff check .

@@ -1,10 +1,13 @@
-"""Tests that need a GPU, with what a bare GPU machine has: Python, PyTorch, Triton, Transformers, pytest.
+"""What needs a GPU, with what a bare GPU machine has: Python, PyTorch, Triton, Transformers and a few small packages.
 
     python .ci/gpu.py test
+    python .ci/gpu.py bench
 
-Runs the tests marked `gpu`, then a small script under compute-sanitizer's memcheck where that is on PATH. Nothing is
-installed and no connection opened. With OUT set, `gpu-tests.xml` and `gpu-memcheck.txt` are written to that folder.
-Exit status: 0 all passed, 1 a test or memcheck failed, 2 something that is needed is missing.
+`test` runs the tests marked `gpu`, then a small script under compute-sanitizer's memcheck where that is on PATH; with
+OUT set, `gpu-tests.xml` and `gpu-memcheck.txt` are written to that folder. `bench` measures recipes/bench/gpu.yaml into
+recipes/bench/results, goes on where an earlier run stopped, and copies what it wrote to OUT if that is set. Nothing is
+installed and no connection opened; further arguments go to pytest or to the bench.
+Exit status: 0 all went well, 1 something failed, 2 something that is needed is missing.
 """
 
 from __future__ import annotations
@@ -15,12 +18,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "triton", "transformers", "pytest")
+RESULTS = ROOT / "recipes" / "bench" / "results"
+NEEDED = {
+    "test": ("torch", "triton", "transformers", "pytest"),
+    "bench": ("torch", "triton", "transformers", "typer", "rich", "yaml", "matplotlib"),
+}
 TEST_SECONDS = 400
 MEMCHECK_SECONDS = 100
+BENCH_SECONDS = 570  # the recipe's own limit comes first; this one is for a call that hangs
 # One launch of each pass at lengths that end inside a tile. Gradients too: most addresses are computed there.
 MEMCHECK = """
 import torch
@@ -45,9 +54,9 @@ torch.cuda.synchronize()
 """
 
 
-def missing() -> list[str]:
-    """What the tests need and this machine does not have, one sentence each."""
-    found = [f"{name} is not installed" for name in NEEDED if importlib.util.find_spec(name) is None]
+def missing(action: str) -> list[str]:
+    """What the action needs and this machine does not have, one sentence each."""
+    found = [f"{name} is not installed" for name in NEEDED[action] if importlib.util.find_spec(name) is None]
     if not found:
         import torch
 
@@ -59,8 +68,8 @@ def missing() -> list[str]:
 def run_tests(out: Path | None, arguments: list[str]) -> int:
     """Exit status of pytest over the tests marked `gpu`."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=10", "-p", "no:cacheprovider", "tests"]
-    if importlib.util.find_spec("pytest_timeout") is None:  # pyproject.toml sets its option
-        command += ["-o", "addopts=-ra --strict-markers"]
+    if importlib.util.find_spec("pytest_timeout") is None:  # pyproject.toml sets its option, tests have its mark
+        command += ["-o", "addopts=-ra"]
     if out is not None:
         command.append(f"--junitxml={out / 'gpu-tests.xml'}")
     return _run([*command, *arguments], TEST_SECONDS)
@@ -79,6 +88,18 @@ def run_memcheck(out: Path | None) -> int:
     return _run([*command, sys.executable, "-c", MEMCHECK], MEMCHECK_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
+def run_bench(out: Path | None, arguments: list[str]) -> int:
+    """Exit status of the bench; what it wrote is copied also if it failed."""
+    begin = time.time()
+    where = RESULTS.relative_to(ROOT)  # not absolute: the results say which command made them
+    command = [sys.executable, "-m", "hf_linear_attn", "bench", str(where.parent / "gpu.yaml"), "--output", str(where)]
+    status = _run([*command, *arguments], BENCH_SECONDS)
+    for path in sorted(RESULTS.iterdir()) if out is not None else ():
+        if path.stat().st_mtime >= begin:
+            shutil.copy(path, out)
+    return status
+
+
 def _run(command: list[str], seconds: int, **variables: str) -> int:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
     try:
@@ -91,14 +112,14 @@ def _run(command: list[str], seconds: int, **variables: str) -> int:
 def main() -> int:
     """Run what was asked for; see the module's text for the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["test"])
+    parser.add_argument("action", choices=sorted(NEEDED))
     options, arguments = parser.parse_known_args()
-    del options
-    lacks = missing()
-    if lacks:
-        print("The GPU tests cannot run here: " + "; ".join(lacks) + ".", file=sys.stderr)
+    if lacks := missing(options.action):
+        print(f"The GPU {options.action} cannot run here: " + "; ".join(lacks) + ".", file=sys.stderr)
         return 2
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+    if options.action == "bench":
+        return run_bench(out, arguments)
     results = run_tests(out, arguments), run_memcheck(out)
     return int(any(results))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -71,7 +72,8 @@ def measure_bench(
 
     Returns:
         `{"meta": {...}, "recipe": {...}, "summary": {...}, "rows": [...]}`. A contender that raised has a row with
-        its `failure`; it is tried again by the next run.
+        its `failure`; it is tried again by the next run. `meta["unfinished"]`: whether the recipe's minutes were over
+        before everything was measured.
 
     Raises:
         ValueError: for a device that this machine lacks, an unknown variant, or rows measured under another setting.
@@ -91,16 +93,12 @@ def measure_bench(
         retry = ("failure", "left_out", "missing")
         file = RowFile(path, recipe.setting() | {name: meta[name] for name in kept}, retry)
         begin = time.perf_counter()
+        last = math.inf if recipe.minutes is None else begin + 60 * recipe.minutes
         with _small_heap():
-            for model in recipe.models:
-                _measure_part(recipe, "model", model, model_groups, only, file, say)
-            for layer in recipe.layers:
-                _measure_part(recipe, "layer", layer, layer_groups, only, file, say)
-            for peers in recipe.peers:
-                _measure_peers(recipe, peers, only, file, say)
-            for decode in recipe.decode:
-                measure_decode(recipe, decode, only, file, say, failures)
+            meta["unfinished"] = any(time.perf_counter() > last for _ in _groups(recipe, only, file, say))
         say(f"Measured for {(time.perf_counter() - begin) / 60:.1f} minutes")
+        if meta["unfinished"]:
+            say(f"The recipe's {recipe.minutes:g} minutes are over, and not all is measured: run it again to go on")
     finally:
         torch.set_num_threads(threads)
     parts = {part.name for part in recipe.parts()}
@@ -180,6 +178,18 @@ def failures(row: dict[str, Any]) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _groups(recipe: BenchRecipe, only: list[str] | None, file: RowFile, say: Say) -> Iterator[None]:
+    """Measure group after group, yielding before each, so that the caller may stop; whole models, the longest, last."""
+    for layer in recipe.layers:
+        yield from _measure_part(recipe, "layer", layer, layer_groups, only, file, say)
+    for peers in recipe.peers:
+        yield from _measure_peers(recipe, peers, only, file, say)
+    for decode in recipe.decode:
+        yield from measure_decode(recipe, decode, only, file, say, failures)
+    for model in recipe.models:
+        yield from _measure_part(recipe, "model", model, model_groups, only, file, say)
+
+
 def _measure_part(
     recipe: BenchRecipe,
     kind: str,
@@ -188,7 +198,7 @@ def _measure_part(
     only: list[str] | None,
     file: RowFile,
     say: Say,
-) -> None:
+) -> Iterator[None]:
     """Models or layers at every length, in every mode."""
     for length in part.lengths:
         groups, make_trial = make_groups(recipe, part, length, only)
@@ -199,6 +209,7 @@ def _measure_part(
                 new = not file.has(**place, contender=SDPA)
                 if not rest and not new:
                     continue
+                yield
                 rows = _take_turns(recipe, [sdpa, *rest], make_trial, mode)
                 reference = rows[SDPA]
                 for contender in [sdpa, *rest] if new else rest:
@@ -210,13 +221,16 @@ def _measure_part(
         torch.compiler.reset()
 
 
-def _measure_peers(recipe: BenchRecipe, part: PeerBench, only: list[str] | None, file: RowFile, say: Say) -> None:
+def _measure_peers(
+    recipe: BenchRecipe, part: PeerBench, only: list[str] | None, file: RowFile, say: Say
+) -> Iterator[None]:
     """Each peer beside ours; one row for both."""
     for length in part.lengths:
         for mode in part.modes:
             place = {"kind": "peer", "part": part.name, "mode": mode, "length": length}
             measured = partial(_has_peer, file, place)
             for contenders, make_trial in peer_groups(recipe, part, length, mode, only, measured):
+                yield
                 rows = _take_turns(recipe, contenders, make_trial, mode)
                 for theirs in contenders[1::2]:
                     row = {**place, "contender": theirs.name, **theirs.facts, **rows[theirs.name]}

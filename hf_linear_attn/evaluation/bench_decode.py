@@ -65,8 +65,10 @@ def measure_decode(
     file: RowFile,
     say: Callable[[str], None],
     failures: Callable[[dict[str, Any]], AbstractContextManager[None]],
-) -> None:
+) -> Iterator[None]:
     """Softmax attention (SDPA with a growing cache) and the variants, every context of each taking turns.
+
+    Yields before each group of variants, so that the caller may stop.
 
     Raises:
         ValueError: for a model that is no decoder.
@@ -92,6 +94,7 @@ def measure_decode(
     ids = torch.randint(model.config.vocab_size, size, generator=generator).to(device)
     softmax = {context: _Session(model, ids[:, :context]) for context in part.contexts}
     for start in range(0, max(len(methods), 1), TOGETHER):
+        yield
         group = methods[start : start + TOGETHER]
         rows, sessions = _open(recipe, part, model, group, ids, failures)
         sessions |= {(SDPA, context): session for context, session in softmax.items()}

@@ -198,6 +198,8 @@ class BenchRecipe:
         threads: of PyTorch on the CPU; null for its own choice.
         repeats: timed rounds of each group of contenders; medians count.
         seconds: start no further round of a group after so many seconds (3 rounds are always run).
+        minutes: start no further group after so many minutes; what is then missing is measured by the next run. Null
+            for no limit.
         softmax_up_to: longest sequence (tokens) for softmax attention.
         quadratic_up_to: longest sequence for variants whose options do not claim linear cost.
         variants: keys, or one-key mappings to options; a registered variant that is not named runs with its defaults.
@@ -213,6 +215,7 @@ class BenchRecipe:
     threads: int | None = None
     repeats: int = 5
     seconds: float = 20.0
+    minutes: float | None = None
     softmax_up_to: int = 8192
     quadratic_up_to: int = 4096
     variants: list[Any] = field(default_factory=list)
@@ -227,6 +230,8 @@ class BenchRecipe:
         _check_list("recipe", "repeats", [self.repeats])
         if self.threads is not None:
             _check_list("recipe", "threads", [self.threads])
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"recipe: minutes must be positive or null, got {self.minutes!r}.")
         names = [part.name for part in self.parts()]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"recipe: parts with the same name: {', '.join(repeated)}.")

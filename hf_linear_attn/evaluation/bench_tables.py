@@ -19,14 +19,15 @@ Row = Mapping[str, Any]
 
 
 def about_run(results: Mapping[str, Any]) -> str:
-    """Where and how a run was made, in two sentences."""
+    """Where and how a run was made, in a few sentences."""
     meta, recipe = results["meta"], results["recipe"]
     where = meta["machine"] if meta["device"] == "cpu" else f"{meta['device_name']} ({meta['machine']})"
+    cut = f" Its {recipe['minutes']:g} minutes were over before all was measured." if meta.get("unfinished") else ""
     return (
         f"{where}, {meta['threads']} thread(s), {meta['dtype']}, torch {meta['torch']}, transformers "
         f"{meta['transformers']}. Made by `{meta['command']}`. Contenders take turns; medians of up to "
         f"{recipe['repeats']} rounds (3 at least). x: SDPA's time in the same turns over the contender's, above 1 the "
-        "contender is faster (median over rounds). Random weights, no dropout, no padding."
+        f"contender is faster (median over rounds). Random weights, no dropout, no padding.{cut}"
     )
 
 

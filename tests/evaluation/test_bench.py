@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_linear_attn import get_variant, list_variants
+from hf_linear_attn import get_variant
 from hf_linear_attn.evaluation import bench, bench_contenders, profile
-from hf_linear_attn.evaluation.bench import device_slug, measure_bench
+from hf_linear_attn.evaluation.bench import measure_bench
 from hf_linear_attn.evaluation.bench_contenders import shaped_model
 from hf_linear_attn.evaluation.bench_decode import cache_bytes
 from hf_linear_attn.evaluation.bench_pictures import draw_bench
@@ -346,6 +346,23 @@ def _table_lines(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def test_a_run_ends_with_its_minutes_and_the_next_goes_on(tmp_path: Path) -> None:
+    recipe = BenchRecipe.from_yaml(RECIPES / "smoke.yaml")
+    recipe = replace(recipe, peers=[], softmax_up_to=256, quadratic_up_to=256, minutes=1e-9)  # nothing is left out
+    lines: list[str] = []
+    first = measure_bench(recipe, tmp_path, say=lines.append)
+    assert first["rows"] == []
+    assert first["meta"]["unfinished"]
+    assert "1e-09 minutes are over" in lines[-1]
+    assert "minutes were over before all was measured" in render_bench(first)
+    rest = measure_bench(replace(recipe, minutes=9.0), tmp_path, say=silent)
+    assert {row["part"] for row in rest["rows"]} == {part.name for part in recipe.parts()}
+    assert not rest["meta"]["unfinished"]
+    assert "minutes" not in render_bench(rest)
+    # Nothing is left: no minutes are needed to say so.
+    assert not measure_bench(recipe, tmp_path, say=silent)["meta"]["unfinished"]
+
+
 def test_a_gpu_run_shows_floors_and_out_of_memory() -> None:
     part = {"kind": "layer", "part": "attention", "mode": "forward"}
     rows = [
@@ -396,92 +413,3 @@ def test_the_picture_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").stat().st_size > 20000
     with pytest.raises(ValueError, match="Nothing was measured"):
         draw_bench({**results, "rows": []}, tmp_path / "none.png")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Recipes
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def test_the_shipped_recipes_cover_what_they_are_for() -> None:
-    cpu = BenchRecipe.from_yaml(RECIPES / "cpu.yaml")
-    assert {method.key for method in bench_methods(cpu, cpu.models[0])} == set(list_variants())
-    for part in cpu.layers[:2]:
-        assert fitted_lengths(part.lengths) == [4096, 8192, 32768]
-    assert cpu.decode[0].contexts == [1024, 8192, 32768]
-    gpu = BenchRecipe.from_yaml(RECIPES / "gpu.yaml")
-    assert (gpu.device, gpu.dtype) == ("cuda", "bfloat16")
-    for part in (gpu.layers[0], gpu.peers[0]):
-        assert (part.batch_size, part.num_heads, part.hidden_size, part.projections) == (8, 12, 768, False)
-        assert set(part.lengths) >= {1024, 2048, 4096, 8192, 16384}
-    for recipe in (cpu, gpu):
-        for part in recipe.peers:
-            for name in part.only:
-                assert bench_contenders.get_peer(name)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"device": "tpu"}, "device has 'tpu'; allowed: cpu, cuda"),
-        ({"dtype": "int8"}, "dtype has 'int8'; allowed: float32, bfloat16, float16"),
-        ({"threads": 0}, "threads has 0; allowed: positive integers"),
-        ({"layers": []}, "nothing to measure"),
-        ({"layers": [LAYER, LAYER]}, "parts with the same name: layer"),
-        ({"variants": ["lineer"], "layers": [replace(LAYER, variants=None)]}, "Did you mean 'linear'"),
-        ({"variants": [{"longformer": {"window": 3}}], "layers": [replace(LAYER, variants=None)]}, "Allowed:"),
-        ({"variants": ["linear", "linear"], "layers": [replace(LAYER, variants=None)]}, "named twice: linear"),
-        ({"variants": [["linear", {}]], "layers": [replace(LAYER, variants=None)]}, "'key' or {key: options}"),
-    ],
-)
-def test_a_bad_recipe_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        BenchRecipe(**{"title": "t", "layers": [LAYER], **changes})
-
-
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        (lambda: replace(LAYER, lengths=[]), "lengths is empty"),
-        (lambda: replace(LAYER, lengths=[0]), "lengths has 0; allowed: positive integers"),
-        (lambda: replace(LAYER, modes=["decode"]), "modes has 'decode'; allowed: forward, training"),
-        (lambda: replace(LAYER, softmax=["eager"]), r"softmax=\['eager'\] lacks 'sdpa'"),
-        (lambda: ModelBench("m", [8]), "needs `checkpoint`, or a `config` with a model_type"),
-    ],
-)
-def test_a_bad_part_is_refused(part: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        part()
-
-
-def test_an_unknown_peer_and_a_missing_device_are_refused(tmp_path: Path) -> None:
-    part = PeerBench("p", [64], hidden_size=16, num_heads=2, only=["nobody"])
-    with pytest.raises(ValueError, match="Unknown peer 'nobody'"):
-        measure_bench(BenchRecipe("t", peers=[part]), tmp_path, say=silent)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device here"):
-            measure_bench(BenchRecipe("t", device="cuda", layers=[LAYER]), tmp_path, say=silent)
-
-
-@pytest.mark.parametrize(
-    ("name", "slug"),
-    [
-        ("NVIDIA H100 80GB HBM3", "nvidia-h100"),
-        ("NVIDIA A100-SXM4-80GB", "nvidia-a100"),
-        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
-        ("AMD Instinct MI300X", "amd-instinct-mi300x"),
-    ],
-)
-def test_results_are_called_after_the_device(name: str, slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert device_slug("cuda") == slug
-    assert device_slug("cpu") == "cpu"
-
-
-@pytest.mark.gpu
-def test_a_run_on_a_gpu(tmp_path: Path) -> None:
-    part = replace(LAYER, hidden_size=128, projections=False, is_causal=True)
-    results = measure_bench(BenchRecipe("t", device="cuda", dtype="bfloat16", layers=[part]), tmp_path, say=silent)
-    assert not [row for row in results["rows"] if "failure" in row]
-    assert results["meta"]["bandwidth"] > 1e10
-    assert all(row["seconds"] > 0 and row["floor_bytes"] > 0 for row in results["rows"])
