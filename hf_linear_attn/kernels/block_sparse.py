@@ -6,7 +6,6 @@ rows may see, have a kernel of their own for their gradients. Products accumulat
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from hf_linear_attn.kernels.block_sparse_bwd import (
 from hf_linear_attn.kernels.block_sparse_config import column_tile, launch_options, target_of
 from hf_linear_attn.kernels.block_sparse_fwd import block_sparse_fwd_kernel
 from hf_linear_attn.kernels.block_sparse_lists import BlockCSR
+from hf_linear_attn.kernels.launch import check_launches, exact_products, on_device
 
 __all__ = ["block_sparse_attention"]
 
@@ -160,15 +160,6 @@ def _strides(x: torch.Tensor | None, names: str, *, skip: int = 1) -> dict[str, 
     return {n: 0 if size == 1 else s for n, size, s in zip(fields, sizes, x.stride(), strict=False)}
 
 
-def _device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _precision(dtype: torch.dtype, x: torch.Tensor) -> str:
-    """Float32 products in three TF32 ones, about as exact as float32; AMD GPUs multiply float32 itself."""
-    return "tf32x3" if dtype == torch.float32 and x.is_cuda and torch.version.hip is None else "ieee"
-
-
 class _Call:
     """Arguments of the kernels, by name, from those of the custom ops."""
 
@@ -216,11 +207,12 @@ class _Call:
         }
 
     def _sizes(self, H: int, q_len: int, k_len: int, scaling: float, dropout: float, D: int) -> dict[str, Any]:
+        exact = exact_products(self.q.device) if self.q.dtype == torch.float32 else "ieee"
         return {
             **{"q": self.q, "seed": self._or_q(self.given["seed"]), **_strides(self.q, "q_sb q_sh q_st")},
             **{"num_heads": H, "q_len": q_len, "k_len": k_len, "scaling": scaling, "dropout": dropout},
             **{"D": D, "D_PAD": max(16, triton.next_power_of_2(D))},
-            **{"DROPOUT": dropout > 0, "PRECISION": _precision(self.q.dtype, self.q)},
+            **{"DROPOUT": dropout > 0, "PRECISION": exact},
         }
 
     def _of(self, names: str) -> list[Any]:
@@ -259,12 +251,13 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call = _Call(q, k, v, xk, xv, lists)
     # Queries before place 0 are in no tile.
+    check_launches(q.device)
     o = _zeros_like_tokens(q) if call.has_start else _like_tokens(q)
     shape = q.shape[:3]
     lse = q.new_full(shape, -1e30, dtype=torch.float32) if call.has_start else q.new_empty(shape, dtype=torch.float32)
     if o.numel() == 0 or call.num_rows == 0:
         return o.zero_(), lse.fill_(-1e30)
-    with _device(q):
+    with on_device(q.device):
         block_sparse_fwd_kernel[(call.heads, call.num_rows)](
             o=o, lse=lse, **_strides(o, "o_sb o_sh o_st"),
             EXTRA=call.x_len > 0, TILE_X=column_tile(q.dtype, q.shape[-1]),
@@ -302,7 +295,7 @@ def _backward(
     # Rows of no tile keep delta 0; their log-sum-exp says that they weigh nothing.
     delta = torch.zeros_like(lse) if call.has_start else torch.empty_like(lse)
     gradient = {"d_out": d_out, "lse": lse, "delta": delta, **_strides(d_out, "do_sb do_sh do_st")}
-    with _device(q):
+    with on_device(q.device):
         block_sparse_dq_kernel[(call.heads, call.num_rows)](
             o=o, dq=dq, d_lse=lse if d_lse is None else d_lse.contiguous(), D_LSE=d_lse is not None,
             **_strides(o, "o_sb o_sh o_st"), **_strides(dq, "dq_sb dq_sh dq_st"),

@@ -9,13 +9,13 @@ dtype. These are the positive random features of Performer (arXiv:2009.14794) an
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from hf_linear_attn.kernels.launch import check_launches, on_device
 from hf_linear_attn.kernels.linear_attention_tiles import block_of, dot_constants, precision_of
 
 __all__ = ["exp_features", "exp_features_constants", "exp_features_kernel"]
@@ -120,15 +120,14 @@ def exp_features(
 
 @torch.library.custom_op("hf_linear_attn::exp_features", mutates_args=())
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and triton.knobs.runtime.interpret):
-        raise ValueError(f"Triton kernels need a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {x.device}.")
+    check_launches(x.device)
     (batch, heads, length, dim), num_features = x.shape, weight.shape[2]
     x = x if x.stride(-1) == 1 or dim == 1 else x.contiguous()
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     features = torch.empty(batch, heads, length, num_features, dtype=x.dtype, device=x.device)
     peak = torch.empty(batch, heads, length, dtype=torch.float32, device=x.device)
     constants = exp_features_constants(dim, num_features, bias is not None, precision_of(x.dtype))
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+    with on_device(x.device):
         exp_features_kernel[(batch * heads * -(-length // constants["BT"]),)](
             *(x, weight, weight if bias is None else bias, features, peak),
             *(x.stride(0), x.stride(1), x.stride(2), weight.stride(0) if weight.shape[0] > 1 else 0),

@@ -24,7 +24,7 @@ from hf_linear_attn.kernels.gated_linear_attention_fwd import (
     gated_scan_kernel,
     gated_sums_kernel,
 )
-from hf_linear_attn.kernels.launch import Launch
+from hf_linear_attn.kernels.launch import Launch, check_launches, exact_products, on_device
 
 __all__ = ["MOST_FEATURES", "gated_linear_attention", "shipped_launches"]
 
@@ -157,12 +157,13 @@ def _forward(
     z: torch.Tensor | None,
     normalized: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_launches(q.device)
     q, k, v, log_decay = (_rows(x) for x in (q, k, v, log_decay))
     batch, heads, q_length, features = q.shape
     k_length, dim = v.shape[2:]
     out, den, _, _ = _outputs(q, v)
-    shape = _shape(q.dtype, features, dim, k_length, _exact(q))
-    with torch.cuda.device_of(q):
+    shape = _shape(q.dtype, features, dim, k_length, exact_products(q.device))
+    with on_device(q.device):
         reach = _reach(log_decay, shape)
         state, vector, last_kv, last_z = _states(k, v, reach, key_scale, None, kv, z, q_length, False, shape)
         blocks = batch * heads * triton.cdiv(k_length, shape["BT"])
@@ -211,11 +212,11 @@ def _backward(
     q, k, v, log_decay, d_out, out = (_rows(x) for x in (q, k, v, log_decay, d_out, out))
     batch, heads, q_length, features = q.shape
     k_length, dim = v.shape[2:]
-    shape = _shape(q.dtype, features, dim, k_length, _exact(q))
+    shape = _shape(q.dtype, features, dim, k_length, exact_products(q.device))
     f_tiles, d_tiles = triton.cdiv(features, _GRADIENTS[q.dtype]["BF"]), triton.cdiv(dim, _SCORES[q.dtype]["BD"])
     inverse, d_den = torch.empty_like(den), more.contiguous()
     d_q, d_k, d_v, d_decay, d_scale = _gradients(q, k, v, key_scale, f_tiles)
-    with torch.cuda.device_of(q):
+    with on_device(q.device):
         if normalized:
             d_den = torch.empty_like(den)
             gated_delta_kernel[(triton.cdiv(q_length, shape["BT"]) * batch * heads,)](
@@ -364,11 +365,6 @@ def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
 
 def _power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
-
-
-def _exact(x: torch.Tensor) -> str:
-    """How float32 products are made exact: AMD has no three-pass TF32."""
-    return "ieee" if x.device.type != "cuda" or torch.version.hip else "tf32x3"
 
 
 def _shape(dtype: torch.dtype, features: int, dim: int, length: int, exact: str) -> dict[str, Any]:

@@ -1,12 +1,32 @@
-"""How a kernel is launched: the constants of a shipped configuration, for the launcher and for inspection alike."""
+"""How kernels are launched: on which device, how exact, and what a shipped configuration is, for inspection too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Launch"]
+import torch
+import triton
+
+__all__ = ["Launch", "check_launches", "exact_products", "on_device"]
+
+
+def check_launches(device: torch.device) -> None:
+    """Raise `ValueError` for a device on which no kernel can start."""
+    if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
+        raise ValueError(f"Triton kernels need a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {device}.")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels start on the device of their tensors, on its current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def exact_products(device: torch.device) -> str:
+    """How float32 products are made: in three TF32 ones, about as exact; AMD GPUs multiply float32 itself."""
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 
 from hf_linear_attn.kernels import linear_attention_launch as run
+from hf_linear_attn.kernels.launch import check_launches
 from hf_linear_attn.kernels.linear_attention_tiles import FEATURE_MAPS
 
 __all__ = ["linear_attention", "recurrent_linear_attention"]
@@ -192,8 +192,7 @@ def _inputs(
     z: Optional,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional, Optional, Optional, tuple[Optional, Optional]]:
     """The tensors as the kernels read them."""
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and triton.knobs.runtime.interpret):
-        raise ValueError(f"Triton kernels need a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {q.device}.")
+    check_launches(q.device)
     keep = None if query_keep is None else query_keep.expand(q.shape[:3]).to(torch.float32).contiguous()
     decay = None if log_decay is None else log_decay.contiguous()
     before = (None, None) if kv is None or z is None else (kv.contiguous(), z.contiguous())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from hf_linear_attn.kernels import linear_attention_bwd as bwd
 from hf_linear_attn.kernels import linear_attention_fwd as fwd
 from hf_linear_attn.kernels import linear_attention_tiles as config
+from hf_linear_attn.kernels.launch import on_device
 from hf_linear_attn.kernels.linear_attention_tiles import Tiles
 
 __all__ = ["Options", "backward", "forward", "step"]
@@ -34,11 +34,6 @@ class Options:
     feature_map: int = 0
     q_multiplier: float = 1.0
     k_multiplier: float = 1.0
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels start on the device of their tensors, on its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -164,7 +159,7 @@ def forward(
         has_decay=decay is not None,
     )
     out, den = _empty_heads(q, dim, v.dtype), _float(q, batch, heads, q_len)
-    with _on(q.device):
+    with on_device(q.device):
         state, vector, count, size = _states(q, k, v, scale, decay, before, options, tiles, processors)
         if options.is_causal:
             last, last_vector = _float(q, batch, heads, features, dim), _float(q, batch, heads, features)
@@ -260,7 +255,7 @@ def backward(
     d_q, d_k = _empty_heads(q, features, q.dtype), _empty_heads(k, features, k.dtype)
     d_v = _empty_heads(v, dim, v.dtype)
     inverse, below = torch.empty_like(den), torch.empty_like(den)
-    with _on(q.device):
+    with on_device(q.device):
         _launch(
             bwd.linear_attention_delta_kernel,
             batch * heads * -(-q_len // config.DELTA_ROWS),
@@ -420,7 +415,7 @@ def step(
         HAS_SCALE=scale is not None,
         HAS_DECAY=decay is not None,
     )
-    with _on(q.device):
+    with on_device(q.device):
         _launch(
             fwd.linear_attention_step_kernel,
             batch * heads * -(-dim // constants["BD"]),
