@@ -35,7 +35,7 @@ _Tensors = tuple[torch.Tensor, ...]
 _Mapped = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, for the reason that `feature_maps` gives
 class LogDecay:
     """Log-decays computed from tokens, a block of them at a time.
 

@@ -45,8 +45,11 @@ __all__ = [
 Features = tuple[torch.Tensor, torch.Tensor | None]
 FeatureMap = Callable[[torch.Tensor], Features]
 
+# The classes of maps are not frozen: layers make them in each call, and torch.compile of PyTorch 2.11 loses the
+# attributes of a frozen dataclass that traced code makes and a nested function uses.
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class ParametricMap:
     """The feature map `function(x, *parameters)`, whose trained tensors an op can see.
 
@@ -217,7 +220,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ExponentialMap:
     """The feature map exp(x W + b), spelled out so that a kernel can compute it as it reads x.
 
@@ -235,7 +238,7 @@ class ExponentialMap:
         return self.function(x)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ScaledMap:
     """The feature map phi(x * multiplier) of `FEATURE_MAPS`, with an optional weight exp(scaling * a . x) of keys.
 
@@ -264,7 +267,7 @@ class ScaledMap:
         return None if self.query_mean is None else mean_logit(x, self.query_mean, self.scaling)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TaylorMap:
     """The feature map `taylor_features(x, 2)` of a token's coordinates x, spelled out for ops that need no features.
 
