@@ -58,7 +58,8 @@ def pool_by_blocks(
     """
     with torch.autocast(k.device.type, enabled=False):
         keys, values, entropy = _Pool.apply(k, v, weight.to(k.dtype), allowed)  # type: ignore[no-untyped-call]
-    return keys, values, entropy.clamp(min=0, max=math.log(max(k.shape[2], 1)))
+    # Cast here: traced by PyTorch 2.11, a result that `_Pool` itself casts to the dtype that it has gets no gradient.
+    return keys.to(k.dtype), values.to(k.dtype), entropy.clamp(min=0, max=math.log(max(k.shape[2], 1)))
 
 
 def _blocks(x: torch.Tensor, width: int) -> Iterator[slice]:
@@ -136,7 +137,7 @@ class _Pool(torch.autograd.Function):
         keys, values, mean = (sums[i] / sums[2] for i in (0, 1, 3))
         mean, total = mean[..., 0], sums[2][..., 0]
         ctx.save_for_backward(k, v, weight, allowed, keys, values, highest, total, mean)
-        return keys.to(k.dtype), values.to(k.dtype), highest + total.log() - mean
+        return keys, values, highest + total.log() - mean
 
     @staticmethod
     @once_differentiable
@@ -146,6 +147,7 @@ class _Pool(torch.autograd.Function):
         k, v, weight, allowed, keys, values, highest, total, mean = ctx.saved_tensors
         # d out / d logit = p (x - out), and d entropy / d logit = -p (logit - mean logit).
         level = (grad_keys * keys + grad_values * values).sum(-1) - grad_entropy * mean
+        grad_keys, grad_values = grad_keys.to(k.dtype), grad_values.to(k.dtype)
         dk, dv = _like(k), _like(v)
         d_weight = torch.zeros_like(weight, dtype=mean.dtype)
         for rows in _blocks(k, max(k.shape[3], weight.shape[2])):
