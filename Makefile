@@ -22,7 +22,7 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-conformance test-gpu bench bench-gpu quality style notebook readme clean
+.PHONY: help install demo test test-oldest test-conformance test-gpu bench bench-gpu quality style notebook readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ demo: $(STAMP)-demo $(STAMP)-weights ## convert, fine-tune and compare on long d
 test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite and the notebooks
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu and not conformance" \
 		--ignore=tests/conformance --nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
+
+# PyTorch 2.11 comes with CUDA's libraries: gigabytes.
+test-oldest: ## the test-suite with the oldest PyTorch, Triton and Transformers that are allowed
+	PIP_CONSTRAINT=$(CURDIR)/.ci/oldest.txt $(MAKE) test VENV=$(VENV)-oldest TORCH=torch==2.11.0
 
 test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/evaluation/test_peers.py $(ARGS)
@@ -67,7 +71,7 @@ readme: $(STAMP)-dev ## write the generated sections of README.md
 	$(PY) .ci/readme.py
 
 clean: ## remove .venv, caches and build output; outputs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP)-venv:

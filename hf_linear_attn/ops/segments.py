@@ -6,22 +6,26 @@ Segment s holds the real tokens of rank s S .. (s + 1) S - 1. All functions work
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
-from hf_linear_attn.ops.feature_maps import accumulation_dtype
-from hf_linear_attn.ops.linear_sums import divide
+from hf_linear_attn.ops.feature_maps import accumulation_dtype, elu_features, mean_logit
+from hf_linear_attn.ops.linear_sums import TINY
+from hf_linear_attn.ops.recomputed_scan import scan
 
 __all__ = [
     "SegmentLayout",
     "bounded_key_weight",
+    "gated_memory",
     "memory_attention",
     "segment_attention",
     "segment_layout",
 ]
+
+_Tensors = tuple[torch.Tensor, ...]
 
 # Bounds on the log of a key's weight in memory, relative to the largest one in calibration: sums stay numbers.
 _LEAST_WEIGHT, _MOST_WEIGHT = -60.0, 30.0
@@ -38,6 +42,8 @@ class SegmentLayout:
         total: long `[B or 1]`, real tokens up to the end of the call.
         slot: long `[B or 1, Tq]`, slot n W + t of each query row (any slot for a row of padding).
         size: tokens of a segment.
+        aligned: whether every row of the batch begins a segment with this call.
+        plain: whether slot i is token i in every row, and those beyond the last token are empty.
     """
 
     rank: torch.Tensor
@@ -46,10 +52,24 @@ class SegmentLayout:
     total: torch.Tensor
     slot: torch.Tensor
     size: int
+    aligned: bool
+    plain: bool
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens of `x` `[B, H, T, D]`, whose last one ends the call, by slot `[B, H, N, W, D]`."""
+        if not self.plain:
+            return _take(x, self.rank, self.total)
+        missing = self.rank[0].numel() - x.shape[2]
+        return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, self.rank.shape[1:])
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """An output by slot `[B, H, N, W, D]` as rows of the compacted call `[B, H, Tq, D]`."""
-        return take_tokens(x.flatten(2, 3), self.slot.expand(x.shape[0], -1))
+        x = x.flatten(2, 3)
+        return x[:, :, : self.slot.shape[1]] if self.plain else take_tokens(x, self.slot.expand(x.shape[0], -1))
+
+    def part(self, segments: slice) -> SegmentLayout:
+        """The layout of some of the segments."""
+        return replace(self, rank=self.rank[:, segments], real=self.real[:, segments], begin=self.begin[:, segments])
 
 
 def segment_layout(call: CompactedCall, size: int, *, aligned: bool) -> SegmentLayout:
@@ -71,7 +91,7 @@ def segment_layout(call: CompactedCall, size: int, *, aligned: bool) -> SegmentL
     row = call.rank[:, -q_len:].maximum(past)
     number = row // size - past // size
     slot = number * width + row - start.expand(row.shape[0], -1).gather(1, number)
-    return SegmentLayout(rank, real, begin, total[:, 0], slot, size)
+    return SegmentLayout(rank, real, begin, total[:, 0], slot, size, aligned, aligned and call.perm is None)
 
 
 def _take(x: torch.Tensor, rank: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -91,56 +111,102 @@ def segment_attention(
     Returns:
         `[B, H, N, W, D]`; slots without a token hold something finite.
     """
-    q = _take(call.q, layout.rank, layout.total).transpose(1, 2).flatten(0, 1)  # [B N, H, W, D]
+    batch = call.k.shape[0]
+    q = _by_segment(layout.cut(call.q))
+    if layout.aligned and not memory_length:  # slots of queries and keys are the same
+        k, v = (_by_segment(layout.cut(x)) for x in (call.k, call.v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        return out.unflatten(0, (batch, -1)).transpose(1, 2)
     first, device = layout.begin[..., None], layout.begin.device
     own = first + torch.arange(layout.size, device=device)
     earlier = first - memory_length + torch.arange(memory_length, device=device)
     rank = torch.cat([earlier, own], -1)  # [B or 1, N, M + S]
     seen = (rank >= 0)[:, :, None] & (rank[:, :, None] <= layout.rank[..., None])
     seen = seen | ~layout.real[..., None]  # a slot without a token sees all: some backends make nan of none
-    batch = call.k.shape[0]
     mask = seen.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
 
     def keys(x: torch.Tensor) -> torch.Tensor:
         parts = [_take(x.detach(), earlier, layout.total)] if memory_length else []
-        return torch.cat([*parts, _take(x, own, layout.total)], 3).transpose(1, 2).flatten(0, 1)
+        return _by_segment(torch.cat([*parts, _take(x, own, layout.total)], 3))
 
     out = F.scaled_dot_product_attention(q, keys(call.k), keys(call.v), attn_mask=mask, scale=scaling)
     return out.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def memory_attention(
-    q_features: torch.Tensor,
-    k_features: torch.Tensor,
+def _by_segment(x: torch.Tensor) -> torch.Tensor:
+    """`[B, H, N, W, D]` as `[B N, H, W, D]`."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def gated_memory(
+    local: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
     v: torch.Tensor,
     layout: SegmentLayout,
-    sums_before: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Linear attention over all *finished* segments before a query's own: Infini-attention, arXiv:2404.07143.
+    gate: torch.Tensor,
+    *,
+    reducer: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+    sums_before: _Tensors | None = None,
+) -> tuple[torch.Tensor, _Tensors]:
+    """g memory + (1 - g) local, Infini-attention, arXiv:2404.07143; local alone while no segment is finished.
 
     Args:
-        q_features, k_features: `[B, H, Tq, F]` of the new tokens, 0 or more.
-        v: `[B, H, Tq, D]`, their values.
+        local: attention within the segments, by slot `[B, H, N, W, D]`.
+        q, k, v: the new tokens, `[B, H, Tq, D]`.
         layout: their segments.
+        gate: g, `[H]`.
+        reducer: `query_mean` and `key_peak` of `bounded_key_weight`, or None for keys of equal weights.
+        scaling: factor of the logits.
         sums_before: before the call, sums phi(k) [v, 1]^T over the finished segments and over the one in progress,
-            `[B, H, F, D + 1]` each; None for a call that begins the sequence.
+            `[B, H, D, D + 1]` each; None for a call that begins the sequence.
 
     Returns:
-        the output by slot `[B, H, N, W, D]`, 0 while no segment is finished, and both sums after the call.
+        the output by slot, and both sums after the call.
     """
     dtype = accumulation_dtype(v.dtype)
-    q, k, values = (_take(x.to(dtype), layout.rank, layout.total) for x in (q_features, k_features, v))
-    zero = q.new_zeros(*q.shape[:2], q.shape[-1], values.shape[-1] + 1)
-    memory, pending = sums_before or (zero, zero)
-    values = F.pad(values, (0, 1), value=1.0).masked_fill(~layout.real[:, None, ..., None], 0)
+    if sums_before is None:
+        zero = v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1] + 1, dtype=dtype)
+        sums_before = zero, zero
+
+    def step(segments: slice, parts: _Tensors, sums: _Tensors, parameters: _Tensors) -> tuple[torch.Tensor, _Tensors]:
+        (local, q, k, v), own, (g,) = parts, layout.part(segments), parameters
+        weight = own.real[:, None, ..., None].to(dtype)
+        if reducer is not None:
+            weight = weight * bounded_key_weight(k.flatten(2, 3), *reducer, scaling).unflatten(2, k.shape[2:4])
+        read, *after = memory_attention(elu_features(q)[0], elu_features(k)[0] * weight, v.to(dtype), own, sums)
+        g = g.to(dtype)[:, None, None, None].masked_fill((own.begin == 0)[:, None, :, None, None], 0)
+        return torch.lerp(local.to(dtype), read, g).to(local.dtype), tuple(after)
+
     with torch.autocast(v.device.type, enabled=False):
-        sums = k.mT @ values  # [B, H, N, F, D + 1]
-        sums = torch.cat([sums[:, :, :1] + pending[:, :, None], sums[:, :, 1:]], 2)
-        before = torch.cat([memory[:, :, None], sums[:, :, :-1]], 2).cumsum(2)
-        output = divide(q @ before, dtype)
-        finished = (layout.begin + layout.size <= layout.total[:, None])[:, None, :, None, None]
-        memory = memory + sums.masked_fill(~finished, 0).sum(2)
-        return output, memory, sums.masked_fill(finished, 0).sum(2)
+        return scan(step, (local, *(layout.cut(x) for x in (q, k, v))), sums_before, (gate,))
+
+
+def memory_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SegmentLayout, sums_before: _Tensors
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Linear attention over all *finished* segments before a query's own.
+
+    Args:
+        q, k: features by slot `[B, H, N, W, F]`, 0 or more; those of keys 0 in slots without a token.
+        v: values by slot `[B, H, N, W, D]`.
+        layout: the segments.
+        sums_before: as of `gated_memory`.
+
+    Returns:
+        the output by slot `[B, H, N, W, D]`, 0 while no segment is finished, and both sums after these segments.
+    """
+    memory, pending = sums_before
+    # Matrix products dislike a width of D + 1, and backward passes gradients of the features that lie transposed.
+    sums = torch.cat([(v.mT @ k).mT, k.sum(-2)[..., None]], -1)  # [B, H, N, F, D + 1]
+    sums = torch.cat([sums[:, :, :1] + pending[:, :, None], sums[:, :, 1:]], 2)
+    before = torch.cat([memory[:, :, None], sums[:, :, :-1]], 2).cumsum(2)
+    denominator = (q * before[..., None, :, -1]).sum(-1, keepdim=True)
+    output = q @ before[..., :-1] / denominator.clamp(min=TINY)
+    finished = (layout.begin + layout.size <= layout.total[:, None])[:, None, :, None, None]
+    memory = memory + sums.masked_fill(~finished, 0).sum(2)
+    return output, memory, sums.masked_fill(finished, 0).sum(2)
 
 
 def bounded_key_weight(
@@ -159,5 +225,5 @@ def bounded_key_weight(
     """
     dtype = accumulation_dtype(k.dtype)
     with torch.autocast(k.device.type, enabled=False):
-        shared = k.to(dtype) @ (query_mean.to(dtype) * scaling)[..., None]
+        shared = mean_logit(k, query_mean, scaling)[..., None]
     return (shared - key_peak.to(dtype)[:, None, None]).clamp(_LEAST_WEIGHT, _MOST_WEIGHT).exp()

@@ -23,8 +23,8 @@ from torch import nn
 from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.ops.chunked_softmax import chunked_softmax_attention
 from hf_linear_attn.ops.compaction import CompactedCall, compact, init_kv_state, kv_state_after
-from hf_linear_attn.ops.feature_maps import accumulation_dtype, elu_features
-from hf_linear_attn.ops.segments import bounded_key_weight, memory_attention, segment_attention, segment_layout
+from hf_linear_attn.ops.feature_maps import accumulation_dtype
+from hf_linear_attn.ops.segments import gated_memory, segment_attention, segment_layout
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -149,8 +149,9 @@ class MemoryAttention(AttentionVariant):
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         self._check(inputs, state)
         query, q_len = inputs.query, inputs.query.shape[2]
-        if self.config.form != "chunked":  # the layout of segments is one of queries with their keys
-            query = F.pad(query, (0, 0, inputs.key.shape[2] - q_len, 0))
+        missing = inputs.key.shape[2] - q_len
+        if self.config.form != "chunked" and missing:  # the layout of segments is one of queries with their keys
+            query = F.pad(query, (0, 0, missing, 0))
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(query, inputs.key, inputs.value, inputs.key_padding, past)
         if self.config.form == "chunked":
@@ -182,12 +183,9 @@ class MemoryAttention(AttentionVariant):
         after = {**kv_state_after(call), "key": call.k[:, :, kept:], "value": call.v[:, :, kept:]}
         if self.config.form == "infini":
             k, v = (x[:, :, -call.q.shape[2] :] for x in (call.k, call.v))  # of the new tokens
-            q_features, k_features = elu_features(call.q)[0], elu_features(k)[0]
-            if self.reduces:
-                k_features = k_features * bounded_key_weight(k, self.query_mean, self.key_peak, inputs.scaling)
-            sums = None if state is None else (state["memory"], state["pending"])
-            read, after["memory"], after["pending"] = memory_attention(q_features, k_features, v, layout, sums)
-            gate = self.beta.to(read.dtype).sigmoid()[:, None, None, None]
-            empty = (layout.begin == 0)[:, None, :, None, None]
-            out = torch.where(empty, out.to(read.dtype), gate * read + (1 - gate) * out)
+            given: dict[str, Any] = {"reducer": (self.query_mean, self.key_peak) if self.reduces else None}
+            given["sums_before"] = None if state is None else (state["memory"], state["pending"])
+            gate = self.beta.to(accumulation_dtype(v.dtype)).sigmoid()
+            out, sums = gated_memory(out, call.q, k, v, layout, gate, scaling=inputs.scaling, **given)
+            after["memory"], after["pending"] = sums
         return layout.restore(out), after

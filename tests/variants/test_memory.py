@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_linear_attn import get_variant
+from hf_linear_attn.ops import recomputed_scan
 from hf_linear_attn.testing.tools import AllocationRecorder
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.memory import MemoryAttention, MemoryConfig
@@ -154,6 +155,23 @@ def test_infini_learns_through_its_memory():
     attend(module, q, k, v)[0][:, :, 8:].sum().backward()
     assert v.grad[:, :, :8].any()
     assert module.beta.grad.all()
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("length", [16, 41])
+def test_infini_is_the_same_in_pieces(length, padded, monkeypatch):
+    """Pieces of one segment or all segments at once: the same output and gradients."""
+    padding = torch.rand(2, length, generator=torch.Generator().manual_seed(1)) < 0.6 if padded else None
+    found = []
+    for elements in (1, 1 << 20):
+        monkeypatch.setattr(recomputed_scan, "PIECE_ELEMENTS", elements)
+        module = build(form="infini", segment_size=5).double()
+        module.query_mean.fill_(0.3)
+        module.beta.data.fill_(0.5)
+        q, k, v = (x.requires_grad_() for x in draw(length))
+        output = attend(module, q, k, v, padding)[0]
+        found.append((output, *torch.autograd.grad(output.sin().sum(), [q, k, v, module.beta])))
+    torch.testing.assert_close(*found)
 
 
 def test_gates_start_almost_closed_and_calibration_opens_those_that_help():
