@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.chunk_plan import Plan, plan_round, sizes_may_depend_on_numbers
+
 __all__ = ["attend_chunks"]
 
-# Rows of a block of queries; more rows leave more of them empty (measured on CPU).
-BLOCK_ROWS = 32
 # Upper bound on the logits of the blocks in hand (1 MiB in fp32): with more, memory is mapped anew for every group.
 GROUP_ELEMENTS = 1 << 18
-# Blocks of twice the rows are taken where they hold at most 9 rows for every 8 (measured on CPU).
-SPARE, SPARE_OF = 8, 9
+# Upper bound on the keys of the heads in hand, by their places in chunks (4 MiB in fp32), measured on CPU: larger
+# tensors are mapped anew in each use, and what is gathered from them comes from main memory.
+HEAD_ELEMENTS = 1 << 20
 # Added to the logit of a key that a query does not see: finite, so that a row without keys stays finite too.
 UNSEEN = -1e30
 _NOTHING = UNSEEN / 2  # a log-sum-exp below this is that of a row without keys
@@ -70,76 +71,22 @@ def attend_chunks(
     """
     can_fuse = q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
     settings = (is_causal, scaling, self_bias, by_position, can_fuse if fused is None else fused, same)
+    heads = _heads_at_a_time(q, num_chunks * chunk_size)
+    parts = [*(x.split(heads) for x in (q, k, v)), *(x.split(heads, 1) for x in (q_chunk, k_chunk, k_place))]
+    groups = zip(*parts, real.split(heads), strict=True)
     with torch.autocast(q.device.type, enabled=False):
-        where = q_chunk, k_chunk, k_place, real, num_chunks, chunk_size
-        out: torch.Tensor = _AttendChunks.apply(q, k, v, *where, settings)  # type: ignore[no-untyped-call]
-    return out
+        outs = [_AttendChunks.apply(*x, num_chunks, chunk_size, settings) for x in groups]  # type: ignore[no-untyped-call]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _heads_at_a_time(q: torch.Tensor, places: int) -> int:
+    """How many heads to go through at once, each with as many places for keys."""
+    if sizes_may_depend_on_numbers(q.device):
+        return max(1, HEAD_ELEMENTS // (places * q.shape[2]))
+    return max(1, q.shape[0])
 
 
 _Settings = tuple[bool, float, float, bool, bool, bool]  # is_causal, scaling, self_bias, by_position, fused, same
-
-
-class _Plan:
-    """Where the blocks of one round find their queries and keys, C = num_chunks.
-
-    Attributes:
-        slot: long `[N * Tq]`, the row of each query among the rows of all blocks.
-        query: long `[blocks * rows]`, the query of each row, N * Tq for a row without one.
-        chunk: long `[blocks]`, the row n * C + c of each block's own chunk.
-        key: long `[N * C, chunk_size]`, the key at each place of each chunk, N * Tk for none.
-        place: long `[N * Tk]`, the place of each key; one too high for keys that are not real.
-    """
-
-    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        self.slot, self.query, self.chunk, self.key, self.place = tensors
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.slot, self.query, self.chunk, self.key, self.place
-
-
-def _plan(
-    q_chunk: torch.Tensor,
-    k_chunk: torch.Tensor,
-    k_place: torch.Tensor,
-    real: torch.Tensor,
-    num_chunks: int,
-    chunk_size: int,
-    same: bool,
-) -> _Plan:
-    (N, q_len), k_len, device = q_chunk.shape, k_chunk.shape[1], q_chunk.device
-    first_chunk = torch.arange(N, device=device)[:, None] * num_chunks
-    # A place more takes the keys that are not real.
-    places = N * num_chunks * chunk_size
-    place = torch.where(real, (first_chunk + k_chunk) * chunk_size + k_place, places).flatten()
-    key = torch.full((places + 1,), N * k_len, device=device)
-    key = key.scatter_(0, place, torch.arange(N * k_len, device=device))[:-1].view(-1, chunk_size)
-
-    on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()
-    own = (first_chunk + q_chunk).flatten()
-    if same:
-        number = (key < N * k_len).sum(-1)  # of the queries of each chunk
-        inside = k_place.flatten()
-    else:
-        ordered, order = own.sort(stable=True)
-        first = torch.searchsorted(ordered, torch.arange(N * num_chunks + 1, device=device))  # query of each chunk
-        number = first.diff()
-        inside = torch.arange(N * q_len, device=device) - first.index_select(0, ordered)
-        inside = torch.empty_like(inside).scatter_(0, order, inside)
-    rows = min(BLOCK_ROWS, q_len)
-    needed = -(-number // rows)
-    # What is needed is read from the CPU, where that costs nothing: larger blocks if they leave few rows empty.
-    if on_cpu and rows < chunk_size and q_len >= 2 * rows:
-        halved = -(-number // (2 * rows))
-        if halved.sum() * 2 * SPARE <= needed.sum() * SPARE_OF:
-            rows, needed = 2 * rows, halved
-    end = needed.cumsum(0)
-    # At most one block per chunk is not full.
-    blocks = int(end[-1]) if on_cpu else N * min(q_len, q_len // rows + num_chunks)
-    slot = ((end - needed) * rows).index_select(0, own) + inside
-    query = torch.full((blocks * rows,), N * q_len, device=device)
-    query = query.scatter_(0, slot, torch.arange(N * q_len, device=device))
-    chunk = torch.searchsorted(end, torch.arange(blocks, device=device), right=True).clamp(max=N * num_chunks - 1)
-    return _Plan((slot, query, chunk, key, place))
 
 
 class _AttendChunks(torch.autograd.Function):
@@ -158,7 +105,7 @@ class _AttendChunks(torch.autograd.Function):
         settings: _Settings,
     ) -> torch.Tensor:
         plans = [
-            _plan(*x, real, num_chunks, chunk_size, settings[5])
+            plan_round(*x, real, num_chunks, chunk_size, settings[5])
             for x in list(zip(q_chunk.unbind(), k_chunk.unbind(), k_place.unbind(), strict=True))[settings[3] :]
         ]
         kind = _kind(num_chunks, k.shape[1], settings[0])
@@ -179,14 +126,14 @@ class _AttendChunks(torch.autograd.Function):
         assert total is not None
         out = out.masked_fill((total < _NOTHING)[:, None], 0).to(q.dtype)
         ctx.save_for_backward(q, k, v, out, total, real, *ids, *(x for plan in plans for x in plan.tensors()))
-        ctx.settings, ctx.chunk_size = settings, chunk_size
+        ctx.settings, ctx.chunk_size, ctx.alone = settings, chunk_size, [plan.alone for plan in plans]
         return out.view(*q.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, total, real, q_ids, k_ids, *rest = ctx.saved_tensors
-        plans = [_Plan(tuple(rest[i : i + 5])) for i in range(0, len(rest), 5)]
+        plans = [Plan(tuple(rest[5 * i : 5 * i + 5]), alone) for i, alone in enumerate(ctx.alone)]
         dead = total < _NOTHING
         grad, total = grad.flatten(0, 1).masked_fill(dead[:, None], 0), total.masked_fill(dead, -UNSEEN)
         grads: tuple[torch.Tensor, ...] = ()
@@ -224,7 +171,7 @@ class _Round:
     def __init__(
         self,
         number: int,
-        plan: _Plan,
+        plan: Plan,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -246,49 +193,51 @@ class _Round:
         self.bias_dtype = torch.promote_types(q.dtype, torch.float32)
 
     def groups(self) -> Iterator[slice]:
-        blocks = self.plan.chunk.shape[0]
-        step = max(1, GROUP_ELEMENTS // (self.rows * 2 * self.plan.key.shape[1]))
-        for start in range(0, blocks, step):
-            yield slice(start, min(start + step, blocks))
+        edges = 0, self.plan.alone, self.plan.chunk.shape[0]
+        for chunks in (1, 2):
+            step = max(1, GROUP_ELEMENTS // (self.rows * chunks * self.plan.key.shape[1]))
+            for start in range(edges[chunks - 1], edges[chunks], step):
+                yield slice(start, min(start + step, edges[chunks]))
 
     def queries(self, group: slice) -> torch.Tensor:
         """long `[blocks * rows]`: the query of each row, N * Tq for none."""
         return self.plan.query[group.start * self.rows : group.stop * self.rows]
 
     def pairs(self, group: slice) -> torch.Tensor:
-        """long `[blocks * 2]`: the chunk before and the own one."""
-        chunk = self.plan.chunk[group]
-        return torch.stack([chunk - 1, chunk], 1).clamp(min=0).flatten()
+        """long `[blocks, chunks]`: the chunk before and the own one, or that alone."""
+        chunk = self.plan.chunk[group, None]
+        return chunk if group.stop <= self.plan.alone else torch.cat([chunk - 1, chunk], 1).clamp_(min=0)
 
     def bias(self, query: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
-        """`[blocks, 1, rows or 1, 2 * chunk_size]`, `UNSEEN` or less for keys that the round does not show first."""
+        """`[blocks, 1, rows or 1, chunks * chunk_size]`, at most `UNSEEN` for keys that are not first shown here."""
+        blocks = pair.shape[0]
 
-        def of_keys(x: torch.Tensor) -> torch.Tensor:  # [N * C, chunk_size] to [blocks, 1, 2 * chunk_size]
-            return x.index_select(0, pair).view(pair.shape[0] // 2, 1, -1)
+        def of_keys(x: torch.Tensor) -> torch.Tensor:  # [N * C, chunk_size] to [blocks, 1, chunks * chunk_size]
+            return x.index_select(0, pair.flatten()).view(blocks, 1, -1)
 
         query = query.clamp(max=self.q.shape[0] - 1)
         seen = of_keys(self.real)  # 2, or 0 or 1 for keys that are not
         if self.positions is not None:
-            at = (query % self.q_len + self.offset + 2).to(seen.dtype).view(seen.shape[0], -1, 1)
+            at = (query % self.q_len + self.offset + 2).to(seen.dtype).view(blocks, -1, 1)
             ahead = (at - of_keys(self.positions)).clamp_(0, 2)
             seen = torch.minimum(ahead, seen, out=ahead)
         for q_id, k_id in zip(self.q_ids, self.ids, strict=False):
-            distance = _distance(q_id.index_select(0, query).view(seen.shape[0], -1, 1), of_keys(k_id))
+            distance = _distance(q_id.index_select(0, query).view(blocks, -1, 1), of_keys(k_id))
             seen = torch.minimum(distance, seen, out=distance)
         bias = seen.to(self.bias_dtype).sub_(2).mul_(-UNSEEN)
         if self.self_bias:
             own = query + (query // self.q_len + 1) * self.offset  # the key of each query's token
-            column = (
-                self.plan.place.index_select(0, own).view(seen.shape[0], -1) - (pair[::2] * seen.shape[2] // 2)[:, None]
-            )
+            start = pair[:, :1] * self.plan.key.shape[1]
+            column = self.plan.place.index_select(0, own).view(blocks, -1) - start
             held = (column >= 0) & (column < seen.shape[2])
             bias = bias.expand(-1, column.shape[1], -1).contiguous()
             bias.scatter_add_(2, (column * held)[..., None], (held * self.self_bias).to(bias.dtype)[..., None])
         return bias[:, None]
 
     def tokens(self, x: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
-        """Keys or values `[N * C, chunk_size * D]` as `[blocks, 1, 2 * chunk_size, D]`."""
-        return x.index_select(0, pair).view(pair.shape[0] // 2, 1, 2 * self.plan.key.shape[1], -1)
+        """Keys or values `[N * C, chunk_size * D]` as `[blocks, 1, chunks * chunk_size, D]`."""
+        D = x.shape[1] // self.plan.key.shape[1]
+        return x.index_select(0, pair.flatten()).view(pair.shape[0], 1, -1, D)
 
     def of_queries(self, x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Rows of `x` `[N * Tq, ...]` as `[blocks, 1, rows, ...]`, some row where there is no query."""
@@ -324,7 +273,7 @@ def _round_backward(this: _Round, out: torch.Tensor, lse: torch.Tensor, grad: to
         new = _attend_backward(q, k, v, bias, of_rows[0], of_rows[1], of_rows[2], this.scaling, this.fused)
         grads.append(new[0].flatten(0, 2))
         for total, part in ((dk, new[1]), (dv, new[2])):
-            total.index_add_(0, pair, part.reshape(pair.shape[0], -1))
+            total.index_add_(0, pair.flatten(), part.reshape(pair.numel(), -1))
     places = this.plan.key.numel()
     place = this.plan.place.clamp(max=places - 1)
     dk, dv = (x.view(places, -1).index_select(0, place) for x in (dk, dv))

@@ -20,12 +20,13 @@ __all__ = ["Rounds", "hash_buckets", "naive_round_attention", "round_attention",
 SELF_LOGIT = -1e5
 
 
-def hash_buckets(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+def hash_buckets(x: torch.Tensor, rotations: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
     """Angular hash: the nearest of the directions [R, -R], in float32 at least.
 
     Args:
         x: `[B, H, T, D]`.
-        rotations: `[H, D, rounds, b / 2]`; b / 2 = 0 is a single bucket.
+        rotations: R, `[H, D, rounds, b / 2]`; b / 2 = 0 is a single bucket.
+        mean: `[H, D]`, subtracted from x, or None.
 
     Returns:
         long `[B, H, T, rounds]`, from 0 to b - 1.
@@ -36,8 +37,13 @@ def hash_buckets(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     # A hash of rounded numbers is another hash: no autocast.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        both = torch.cat([rotations, -rotations], -1).to(dtype)
-        return (x.to(dtype) @ both.flatten(2)).unflatten(-1, (rounds, 2 * half)).argmax(-1)
+        directions = rotations.to(dtype).flatten(2)
+        score = x.to(dtype) @ directions
+        if mean is not None:
+            score = score.sub_(mean.to(dtype)[:, None] @ directions)
+        score = score.unflatten(-1, (rounds, half))
+        nearest = score.abs().argmax(-1, keepdim=True)  # direction, of either sign
+        return torch.where(score.gather(-1, nearest) < 0, nearest + half, nearest)[..., 0]
 
 
 @dataclass

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.calibration import balancing_maps, choose_start, collect_rows, head_tokens
-from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
-from hf_linear_attn.ops.lsh import hash_buckets, round_attention, visible
+from hf_linear_attn.ops.compaction import compact
+from hf_linear_attn.ops.lsh import SELF_LOGIT, hash_buckets, round_attention, visible
+from hf_linear_attn.ops.lsh_decode import decode_token, init_lsh_state, lsh_past, lsh_state_after
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -81,7 +82,7 @@ class ReformerAttention(AttentionVariant):
 
     Buffers (persistent): `rotations [H, D, rounds, num_buckets / 2]`; unless queries are keys `query_mean`,
     `key_mean [H, D]` and `query_map`, `key_map [H, D, D]`, applied as `(q - query_mean) @ query_map` before hashing.
-    The decode state holds all keys and values, and the buckets of the keys.
+    The decode state holds all keys, values and buckets, and which tokens of each bucket came last.
     """
 
     config: ReformerConfig
@@ -138,37 +139,50 @@ class ReformerAttention(AttentionVariant):
             starts += [start, {**start, "rotations": directions}]
         choose_start(dict(self.named_buffers()), starts, self.error_meter(rows, scaling))
 
+    @property
+    def _num_buckets(self) -> int:
+        return max(2 * self.rotations.shape[3], 1)
+
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
-        bucket = torch.zeros(batch_size, heads, 0, self.rotations.shape[2], dtype=torch.long, device=device)
-        return {**init_kv_state(batch_size, heads, dim, dtype, device), "bucket": bucket}
+        hashing = self.config.num_hashes, self.config.chunk_size, self._num_buckets
+        return init_lsh_state(batch_size, heads, dim, *hashing, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        query, key, share = inputs.query, inputs.key, self.config.share_qk
+        query, key, share, real = inputs.query, inputs.key, self.config.share_qk, inputs.key_padding
         if share:
             query = key if key.shape[2] == query.shape[2] else key[:, :, key.shape[2] - query.shape[2] :]
             k_bucket = hash_buckets(key, self.rotations)
             q_bucket = k_bucket if query is key else k_bucket[:, :, key.shape[2] - query.shape[2] :]
+            key = F.normalize(key, dim=-1) / inputs.scaling
         else:
             q_bucket = self._hash(query, self.query_mean, self.query_map)
             k_bucket = self._hash(key, self.key_mean, self.key_map)
+        if state is not None and inputs.is_causal and key.shape[2] == 1 and _all_real(real):
+            given, bias = (query, key, inputs.value, q_bucket, k_bucket), SELF_LOGIT if share else 0.0
+            output, after = decode_token(*given, state, scaling=inputs.scaling, self_bias=bias)
+            return output.to(inputs.query.dtype), after
         past = past_bucket = None
         if state is not None:
-            past = state["key"], state["value"], state["count"]
-            past_bucket = state["bucket"], state["bucket"], state["count"]
-        call = compact(query, key, inputs.value, inputs.key_padding, past)
-        bucket = compact(q_bucket, k_bucket, k_bucket, inputs.key_padding, past_bucket)
-        real = None if inputs.key_padding is None and state is None else call.rank >= 0
-        buckets = max(2 * self.rotations.shape[3], 1)
-        rounds = visible(bucket.q, bucket.k, real, self.config.chunk_size, buckets, is_causal=inputs.is_causal)
-        keys = F.normalize(call.k, dim=-1) / inputs.scaling if share else call.k
-        output = round_attention(call.q, keys, call.v, rounds, scaling=inputs.scaling, self_penalty=share)
-        after = None if state is None else {**kv_state_after(call), "bucket": bucket.k}
-        return call.restore(output).to(inputs.query.dtype), after
+            past_key, past_value, held = lsh_past(state)
+            past, past_bucket = (past_key, past_value, state["count"]), (held, held, state["count"])
+        call = compact(query, key, inputs.value, real, past)
+        bucket = compact(q_bucket, k_bucket, k_bucket, real, past_bucket)
+        seen = None if real is None and state is None else call.rank >= 0
+        sizes = self.config.chunk_size, self._num_buckets
+        rounds = visible(bucket.q, bucket.k, seen, *sizes, is_causal=inputs.is_causal)
+        output = round_attention(call.q, call.k, call.v, rounds, scaling=inputs.scaling, self_penalty=share)
+        output = call.restore(output).to(inputs.query.dtype)
+        return output, None if state is None else lsh_state_after(call, bucket.k, *sizes)
 
     def _hash(self, x: torch.Tensor, mean: torch.Tensor, linear_map: torch.Tensor) -> torch.Tensor:
-        """Buckets of `(x - mean) @ linear_map`, which only the directions need to go through."""
+        """Buckets of `(x - mean) @ linear_map`: the map goes to the directions, which are few."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x = (x.to(dtype) - mean.to(dtype)[:, None]) @ linear_map.to(dtype)
-        return hash_buckets(x, self.rotations)
+            rotations = (linear_map.to(dtype) @ self.rotations.to(dtype).flatten(2)).view(self.rotations.shape)
+        return hash_buckets(x, rotations, mean)
+
+
+def _all_real(real: torch.Tensor | None) -> bool:
+    """Whether no token is padding; a traced graph cannot tell."""
+    return real is None or (not torch.compiler.is_compiling() and bool(real.all()))

@@ -162,13 +162,19 @@ def test_buckets_by_the_length_of_the_model(max_length, chunk, buckets):
 
 
 def test_the_decode_state_holds_keys_values_and_buckets():
-    module = build(True, num_hashes=3)
+    """Tokens of a prompt, those after it one by one, and the last two chunks of each of 4 buckets."""
+    module = build(True, num_hashes=3, chunk_size=5, num_buckets=4)
     state = module(draw(9, True), module.init_state(2, torch.float64, torch.device("cpu")))[1]
+    for _ in range(2):
+        state = module(draw(1, True), state)[1]
     assert {name: tuple(x.shape) for name, x in state.items()} == {
-        "key": (2, HEADS, 9, DIM),
-        "value": (2, HEADS, 9, DIM),
-        "count": (2,),
+        **dict.fromkeys(("key", "value"), (2, HEADS, 9, DIM)),
+        **{f"recent_{name}": (2, HEADS, 2, DIM) for name in ("key", "value")},
         "bucket": (2, HEADS, 9, 3),
+        "recent_bucket": (2, HEADS, 2, 3),
+        "count": (2,),
+        "filled": (2, HEADS, 3, 4),
+        "member": (2, HEADS, 3, 4, 10),
     }
 
 
