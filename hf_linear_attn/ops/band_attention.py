@@ -236,7 +236,7 @@ def _widen(x: torch.Tensor, like: torch.Tensor, value: float) -> torch.Tensor:
 
 
 def attend_with_sums(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scaling: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[N, H, T, D]` and log-sum-exp `[N, H, T]`."""
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -252,7 +252,7 @@ def attend_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, given the output and the log-sum-exp over all keys and the output's gradient."""

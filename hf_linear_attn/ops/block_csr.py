@@ -6,50 +6,18 @@ graph contains it. Lists that depend on lengths alone are kept.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.kernels.block_sparse_lists import ANYWHERE, BlockCSR
 from hf_linear_attn.ops.block_patterns import CAUSAL, EMPTY, FULL, BlockLists
 from hf_linear_attn.ops.block_sparse import BlockGrid
+from hf_linear_attn.ops.kept_lists import kept_lists
 
-__all__ = ["Tiles", "blocks_csr", "kept_lists", "window_csr"]
+__all__ = ["Tiles", "blocks_csr", "window_csr"]
 
 # Tiles of rows' and of columns' lists.
 Tiles = tuple[tuple[int, int], tuple[int, int]]
-
-_KEPT_LISTS = 64
-_kept: OrderedDict[tuple[object, ...], Any] = OrderedDict()
-_lock = threading.Lock()
-T = TypeVar("T")
-
-
-def kept_lists(key: tuple[object, ...], device: torch.device, build: Callable[[], T]) -> T:
-    """What `build()` returns, made once per key; the key names pattern, lengths, tiles and device.
-
-    Nothing is kept of a compiled graph, a captured one or under a fake tensor mode.
-    """
-    passing = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
-    if passing or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return build()
-    with _lock:
-        if key in _kept:
-            _kept.move_to_end(key)
-            return _kept[key]
-    with torch.inference_mode(False), torch.no_grad():
-        made = build()
-    if device.type == "cuda":  # other streams will read them
-        torch.cuda.current_stream(device).synchronize()
-    with _lock:
-        _kept[key] = made
-        while len(_kept) > _KEPT_LISTS:
-            _kept.popitem(last=False)
-    return made
 
 
 def window_csr(

@@ -6,6 +6,7 @@ never held in memory, and what is gathered at once is bounded, so that memory st
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,8 @@ from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.band_attention import serves
 from hf_linear_attn.ops.block_patterns import CAUSAL, EMPTY, FULL, TAIL, BlockLists
 from hf_linear_attn.ops.block_segments import Piece, attend_segments
-from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
+from hf_linear_attn.ops.compaction import CompactedCall, heads_apart, take_tokens
+from hf_linear_attn.ops.kept_lists import kept_lists
 
 __all__ = [
     "ANYONE",
@@ -38,8 +40,10 @@ ANYONE, NOBODY = -1, -2
 # allocator and cost page faults at each use: smaller segments measured up to 100 times faster to gather.
 SEGMENT_ELEMENTS = 1 << 22
 SEGMENT_PER_INPUT = 4
+# The same for keys, and for values, that are gathered into memory which is used again: it should stay in cache.
+CACHED_ELEMENTS = 1 << 19
 # All keys are read behind a mask, not gathered, while they are at most so many times as many (measured on CPU).
-DENSE_FACTOR = 1.2
+DENSE_FACTOR = 1.3
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class BlockGrid:
         count: long `[B or 1]`, real tokens among the keys.
         source: long `[B or 1, R * t]`, the query at each place of the tiles; None when it is that place.
         back: long `[B or 1, Tq]`, the place of each query; None likewise.
+        aligned: whether there is neither padding nor an earlier key: blocks are slices.
     """
 
     block_size: int
@@ -84,6 +89,7 @@ class BlockGrid:
     count: torch.Tensor
     source: torch.Tensor | None
     back: torch.Tensor | None
+    aligned: bool = False
 
     @property
     def blocks(self) -> torch.Tensor:
@@ -98,6 +104,15 @@ class BlockGrid:
         elif R * t != q.shape[2]:
             q = F.pad(q, (0, 0, 0, R * t - q.shape[2]))
         return q.unflatten(2, (R, t)).transpose(1, 2)
+
+    def in_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values `[B, H, Tk, D]` by rank, whole blocks of them: anything finite at ranks without a token."""
+        T = x.shape[2]
+        length = -(-T // self.block_size) * self.block_size
+        if self.aligned:
+            return x if length == T else F.pad(x, (0, 0, 0, length - T))
+        place = self.start[:, None] + torch.arange(length, device=x.device)
+        return take_tokens(x, place.clamp(0, T - 1).expand(x.shape[0], -1))
 
     def untile(self, out: torch.Tensor, q_len: int) -> torch.Tensor:
         """The inverse of `tiles`."""
@@ -118,14 +133,14 @@ def block_grid(call: CompactedCall, block_size: int, *, aligned: bool) -> BlockG
     rank = call.rank[:, k_len - q_len :]
     if q_len == 1:  # decoding: one query is a tile, not a block of which one row counts
         rank = rank.clamp(min=0)
-        return BlockGrid(block_size, rank // block_size, rank % block_size, start, count, None, None)
+        return BlockGrid(block_size, rank // block_size, rank % block_size, start, count, None, None, aligned)
     # Queries after earlier keys may begin in the middle of a block.
     num_tiles = -(-q_len // block_size) if q_len == k_len else (q_len + block_size - 2) // block_size + 1
     first = rank[:, :1].clamp(min=0) // block_size
     row = first + torch.arange(num_tiles, device=device)
     place = torch.arange(block_size, device=device)[None]
     if aligned:
-        return BlockGrid(block_size, row, place, start, count, None, None)
+        return BlockGrid(block_size, row, place, start, count, None, None, aligned)
     shift = first * block_size - rank[:, :1]  # from a place in the tiles to a query
     source = (torch.arange(num_tiles * block_size, device=device) + shift).clamp(0, q_len - 1)
     back = (torch.arange(q_len, device=device) - shift).clamp(min=0)
@@ -170,34 +185,28 @@ def block_sparse_attention(
 
         if use_triton(backend, call.q, fused.refusal(call.q)):
             return fused.block_sparse_attention(call, grid, lists, scaling=scaling, extra=extra, kept_as=kept_as)
-    lists = lists() if callable(lists) else lists
-    q, k, v = grid.tiles(call.q), call.k, call.v
-    (B, R, H, _, D), L = q.shape, lists.columns.shape[-1]
-    if extra is None and _dense_is_cheaper(lists, R, -(-k.shape[2] // grid.block_size)):
-        return grid.untile(_attend_behind_mask(q, call, grid, lists, scaling), call.q.shape[2])
-    width = L * grid.block_size + (0 if extra is None else extra.key.shape[2])
-    shift = None
+    if callable(lists):
+        key = "lists", kept_as, grid.block_size, call.q.shape[2], call.k.shape[2], call.q.device
+        lists = lists() if kept_as is None else kept_lists(key, call.q.device, lists)
+    q, shift = grid.tiles(call.q), None
+    B, R, H, _, D = q.shape
+    width, G = lists.columns.shape[-1] * grid.block_size, 0 if extra is None else extra.key.shape[2]
     if extra is not None and extra.shift is not None:
-        shift = extra.shift.to(q.dtype)[:, None, None].expand(-1, 1, extra.key.shape[2])
-        shift = F.pad(shift, (0, L * grid.block_size))
-    # The op of its own has no gradient of the shift, and a compiled graph holds no such op.
-    on_its_own = serves(q, v) and not (shift is not None and shift.requires_grad) and not torch.compiler.is_compiling()
-    # It has keys, values and their gradients in hand: half as many at once measured up to 1.2 times faster.
-    step = segment_rows((1 + on_its_own) * B * H * D * width, call.q.numel())
-    segments = partial(_segments, lists, grid, extra, shift, k.shape[2], step)
-    columns = None if extra is None else (extra.key, extra.value)
-    if on_its_own:
-        out = attend_segments(q, k, v, columns, segments, scaling)
+        shift = F.pad(extra.shift.to(q.dtype)[:, None, None].expand(-1, 1, G), (0, width))
+    listed, row_elements = _Listed(lists, grid, extra, shift, call.k.shape[2]), B * H * D * (G + width)
+    full = None
+    # The op of its own has no gradient of the shift, a compiled graph holds no such op, and it copies each key.
+    on_its_own = serves(q, call.v) and not (shift is not None and shift.requires_grad) and R * width >= call.k.shape[2]
+    if on_its_own and not torch.compiler.is_compiling():
+        full, step = listed.full_tiles(), segment_rows(2 * row_elements, call.q.numel())
+        step = min(step, max(1, CACHED_ELEMENTS // row_elements))
+        pieces = partial(_pieces, listed, full or set(), step)
+        columns = None if extra is None else (extra.key, extra.value)
+        keys, values = grid.in_blocks(call.k), grid.in_blocks(call.v)
+        out = attend_segments(q, keys, values, columns, pieces, scaling, grid.block_size)
     else:
-        outputs = []
-        for part, places, shift, seen in segments():
-            keys, values = _gather_tokens(k, places), _gather_tokens(v, places)
-            if columns is not None:
-                shared = (x[:, None].expand(-1, keys.shape[1], -1, -1, -1) for x in columns)
-                keys, values = (torch.cat(pair, dim=3) for pair in zip(shared, (keys, values), strict=True))
-            outputs.append(_attend(q[:, part], keys, values, seen, scaling, shift))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    if lists.full_rows is not None:
+        out = _attend_gathered(q, call, listed, segment_rows(row_elements, call.q.numel()), scaling)
+    if lists.full_rows is not None and full is None:
         out = _place_full_rows(out, q, call, grid, lists.full_rows, scaling)
     return grid.untile(out, call.q.shape[2])
 
@@ -222,53 +231,97 @@ def global_columns(call: CompactedCall, tokens: torch.Tensor, shift: torch.Tenso
 def _dense_is_cheaper(lists: BlockLists, rows: int, blocks: int) -> bool:
     """Whether `rows` tiles of queries over all of so many key blocks cost less than gathering what their lists name."""
     full = 0 if lists.full_rows is None else lists.full_rows.shape[1]
-    listed = rows * lists.columns.shape[-1] + full * blocks
+    listed = (rows - full) * lists.columns.shape[-1] + full * blocks
     return not lists.is_causal and rows * blocks <= DENSE_FACTOR * listed
 
 
-def _attend_behind_mask(
-    q: torch.Tensor, call: CompactedCall, grid: BlockGrid, lists: BlockLists, scaling: float
-) -> torch.Tensor:
-    """Tiles of queries `[B, R, H, t, D]` over all keys, those of blocks not listed hidden; returns their shape."""
-    B, _, H, _, _ = q.shape
-    T = call.k.shape[2]
-    blocks = -(-T // grid.block_size)
-    listed = (lists.kind != EMPTY)[:, None]  # [B or 1, 1, R, L]
-    column, listed = torch.broadcast_tensors(lists.columns.masked_fill(~listed, blocks), listed)
-    seen = torch.zeros(*column.shape[:3], blocks + 1, dtype=torch.bool, device=q.device).scatter_(-1, column, True)
-    if lists.full_rows is not None:
-        seen = seen | (grid.row[..., None] == lists.full_rows[:, None]).any(-1)[:, None, :, None]
-    block = call.rank.div(grid.block_size, rounding_mode="floor").clamp(min=0)[:, None, None]
-    batch = max(seen.shape[0], block.shape[0])
-    seen = seen.expand(batch, -1, -1, -1).gather(-1, block.expand(batch, *seen.shape[1:3], -1))
-    seen = seen & (call.rank >= 0)[:, None, None]  # [B or 1, H or 1, R, Tk]
-    seen = (seen | ~seen.any(-1, keepdim=True)).expand(B, H, -1, -1)
-    out = [
-        F.scaled_dot_product_attention(tile, call.k, call.v, attn_mask=seen[:, :, r : r + 1], scale=scaling)
-        for r, tile in enumerate(q.unbind(1))
-    ]
-    return torch.stack(out, 1)
+@dataclass(frozen=True)
+class _Listed:
+    """What tiles of a grid see of the columns and of k_len keys; `shift` `[H, 1, G + L * b]` is added to the logits."""
 
+    lists: BlockLists
+    grid: BlockGrid
+    extra: Extra | None
+    shift: torch.Tensor | None
+    k_len: int
 
-def _segments(
-    lists: BlockLists,
-    grid: BlockGrid,
-    extra: Extra | None,
-    shift: torch.Tensor | None,
-    k_len: int,
-    step: int,
-) -> Iterator[Piece]:
-    """The tiles of a grid, `step` at a time, with the keys of their lists."""
-    for begin in range(0, lists.columns.shape[2], step):
-        part = slice(begin, begin + step)
-        allowed = _allowed(lists.kind[:, part], grid, lists.is_causal)  # [B or 1, R, t or 1, L * b]
-        if extra is not None:
-            seen = extra.seen(grid.row[:, part], lists.is_causal)
+    @property
+    def blocks(self) -> int:
+        return -(-self.k_len // self.grid.block_size)
+
+    def full_tiles(self) -> set[int] | None:
+        """The tiles that see every key, if they are the same in all rows of the batch; None if they may differ."""
+        full_rows, row = self.lists.full_rows, self.grid.row
+        if full_rows is None:
+            return set()
+        return set((full_rows - row[:, :1])[0].tolist()) if len(full_rows) == len(row) == 1 else None
+
+    def pieces(self, begin: int, end: int, step: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Tiles begin .. end, `step` at a time, the blocks of their lists and which columns and keys are seen."""
+        # The same for all queries of a tile and without columns, of which there may be many, what is seen is small.
+        of_all = None if self.lists.is_causal or self.extra is not None else self.seen(slice(begin, end))
+        for first in range(begin, end, step):
+            part = slice(first, min(first + step, end))
+            columns = self.lists.columns[:, :, part].clamp(0, self.blocks - 1)
+            yield (
+                part,
+                columns,
+                self.seen(part) if of_all is None else of_all[:, part.start - begin : part.stop - begin],
+            )
+
+    def seen(self, part: slice) -> torch.Tensor:
+        """Which columns and listed keys are seen by some tiles: bool `[B or 1, r, t or 1, G + L * b]`."""
+        lists, grid = self.lists, self.grid
+        allowed = _allowed(lists.kind[:, part], grid, lists.is_causal)
+        if self.extra is not None:
+            seen = self.extra.seen(grid.row[:, part], lists.is_causal)
             batch = max(seen.shape[0], allowed.shape[0])
             seen = seen[:, :, None].expand(batch, allowed.shape[1], allowed.shape[2], -1)
             allowed = torch.cat([seen, allowed.expand(batch, -1, -1, -1)], dim=-1)
-        # A row without any key would be nan; nobody reads it.
-        yield part, _places(lists.columns[:, :, part], grid, k_len), shift, allowed | ~allowed.any(-1, keepdim=True)
+        return allowed | ~allowed.any(-1, keepdim=True)  # a row without any key would be nan; nobody reads it
+
+    def blocks_seen(self) -> torch.Tensor:
+        """Which block is listed for which tile: bool `[B or 1, H or 1, R, blocks]`."""
+        there = (self.lists.kind != EMPTY)[:, None]
+        column, there = torch.broadcast_tensors(self.lists.columns.masked_fill(~there, self.blocks), there)
+        seen = torch.zeros(*column.shape[:3], self.blocks + 1, dtype=torch.bool, device=column.device)
+        return seen.scatter_(-1, column, True)[..., :-1]
+
+
+def _pieces(listed: _Listed, full: set[int], step: int) -> Iterator[Piece]:
+    """All tiles: neighbours that see every key as one, the others with their lists or, if that is cheaper, a mask."""
+    size, count, tiles = listed.grid.block_size, listed.grid.count, range(listed.lists.columns.shape[2])
+    real = torch.arange(listed.blocks * size, device=count.device) < count.clamp(min=1)[:, None]
+    real = real[:, None, None]  # [B or 1, 1, 1, keys]
+    all_real = None if bool(real.all()) else real
+    seen = None
+    if listed.extra is None and _dense_is_cheaper(listed.lists, len(tiles), listed.blocks):
+        seen = listed.blocks_seen()
+        full = full.union(seen.all(-1).flatten(0, 1).all(0).nonzero().flatten().tolist())
+    for is_full, neighbours in itertools.groupby(tiles, key=full.__contains__):
+        some = list(neighbours)
+        if is_full:
+            yield Piece(slice(some[0], some[-1] + 1), None, all_real)
+        elif seen is None:
+            for given in listed.pieces(some[0], some[-1] + 1, step):
+                yield Piece(*given, listed.shift)
+        else:
+            for r in some:
+                of_tile = seen[:, :, r : r + 1].repeat_interleave(size, -1) & real
+                yield Piece(slice(r, r + 1), None, of_tile | ~of_tile.any(-1, keepdim=True))
+
+
+def _attend_gathered(q: torch.Tensor, call: CompactedCall, listed: _Listed, step: int, scaling: float) -> torch.Tensor:
+    """What tiles of queries `[B, R, H, t, D]` read, by autograd; returns their shape."""
+    outputs = []
+    for part, columns, seen in listed.pieces(0, q.shape[1], step):
+        places = _places(columns, listed.grid, listed.k_len)
+        keys, values = _gather_tokens(call.k, places), _gather_tokens(call.v, places)
+        if listed.extra is not None:
+            shared = (x[:, None].expand(-1, keys.shape[1], -1, -1, -1) for x in (listed.extra.key, listed.extra.value))
+            keys, values = (torch.cat(pair, dim=3) for pair in zip(shared, (keys, values), strict=True))
+        outputs.append(_attend(q[:, part], keys, values, seen, scaling, listed.shift))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _places(columns: torch.Tensor, grid: BlockGrid, k_len: int) -> torch.Tensor:
@@ -286,8 +339,10 @@ def _gather_tokens(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     if heads == 1:  # all heads of a token lie together
         taken = take_tokens(x, index.flatten(1)).unflatten(2, (R, -1))
         return taken.transpose(1, 2)
-    rows = torch.arange(B * H, device=x.device).view(B, H, 1, 1) * T + index
-    taken = x.reshape(B * H * T, D).index_select(0, rows.transpose(1, 2).flatten())
+    in_place = heads_apart(x)
+    rows = torch.arange(B * H, device=x.device).view(B, H, 1) * T
+    matrix, first = (x.reshape(B * H * T, D), rows) if in_place is None else in_place
+    taken = matrix.index_select(0, (first[..., None] + index).transpose(1, 2).flatten())
     return taken.view(B, R, H, K, D)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_linear_attn.ops.growing import append_tokens, may_grow
 from hf_linear_attn.ops.masking import invert_permutation, pads_first_permutation, safe_masked_fill
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "GlobalTokens",
     "compact",
     "first_tokens",
+    "heads_apart",
     "init_kv_state",
     "kv_state_after",
     "marked_tokens",
@@ -32,12 +34,30 @@ def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     them together would copy all of `x`.
     """
     B, H, T, D = x.shape
-    if x.is_contiguous() and index.shape[1] <= T and not torch.compiler.is_compiling():
-        rows = torch.arange(B * H, device=x.device).view(B, H, 1) * T + index[:, None]
-        return x.view(B * H * T, D).index_select(0, rows.flatten()).view(B, H, index.shape[1], D)
+    apart = heads_apart(x) if index.shape[1] <= T and not torch.compiler.is_compiling() else None
+    if apart is not None:
+        matrix, first = apart
+        return matrix.index_select(0, (first + index[:, None]).flatten()).view(B, H, index.shape[1], D)
     rows = (index + torch.arange(B, device=x.device)[:, None] * T).flatten()
     taken = x.transpose(1, 2).reshape(B * T, H * D).index_select(0, rows)
     return taken.view(B, index.shape[1], H, D).transpose(1, 2)
+
+
+def heads_apart(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`x` `[B, H, T, D]` as a matrix of tokens `[rows, D]`, without a copy, and the row of each head's first token.
+
+    Returns:
+        the matrix and long `[B, H, 1]`; None where the tokens of a head do not lie one after the other.
+    """
+    B, H, T, D = x.shape
+    heads = torch.arange(B * H, device=x.device).view(B, H, 1)
+    if x.is_contiguous():
+        return x.view(B * H * T, D), heads * T
+    if torch.is_grad_enabled() or x.stride()[2:] != (D, 1) or x.stride(0) % D or x.stride(1) % D:
+        return None
+    of_row, of_head = x.stride(0) // D, x.stride(1) // D  # a view with room behind its tokens
+    matrix = x.as_strided(((B - 1) * of_row + (H - 1) * of_head + T, D), (D, 1))
+    return matrix, heads // H * of_row + heads % H * of_head
 
 
 @dataclass
@@ -103,7 +123,7 @@ def compact(
         k, v = safe_masked_fill(k, real), safe_masked_fill(v, real)
     if past is not None:
         past_key, past_value, count = past
-        k, v = torch.cat([past_key.to(k.dtype), k], dim=2), torch.cat([past_value.to(v.dtype), v], dim=2)
+        k, v = append_tokens(past_key.to(k.dtype), k), append_tokens(past_value.to(v.dtype), v)
         if real is not None:
             window = past_key.shape[2]
             held = torch.arange(window, device=device) >= window - count[:, None]
@@ -133,7 +153,8 @@ def init_kv_state(
 def kv_state_after(call: CompactedCall) -> dict[str, torch.Tensor]:
     """The state of `init_kv_state` after a call: all keys and values so far, padding in front, and their count."""
     batch = call.k.shape[0]
-    return {"key": call.k, "value": call.v, "count": (call.rank[:, -1] + 1).expand(batch).contiguous()}
+    count = (call.rank[:, -1] + 1).expand(batch).contiguous()
+    return {"key": may_grow(call.k), "value": may_grow(call.v), "count": count}
 
 
 @dataclass

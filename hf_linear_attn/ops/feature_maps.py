@@ -172,7 +172,7 @@ def query_random_features(projected: torch.Tensor, kernel: str) -> torch.Tensor:
     """FAVOR+ features (arXiv:2009.14794) of queries, up to a factor of each query, which cancels.
 
     Args:
-        projected: `[..., m]`, the queries on the random directions.
+        projected: `[..., m]`, the queries on the random directions; overwritten.
         kernel: one of `RANDOM_FEATURE_KERNELS`.
 
     Returns:
@@ -184,8 +184,7 @@ def query_random_features(projected: torch.Tensor, kernel: str) -> torch.Tensor:
         return projected.relu() + _RELU_EPSILON
     if kernel == "hyperbolic":
         projected = torch.cat([projected, -projected], -1)
-    # exp up to the sum over features, a factor of the query as exp(-|q|^2 / 2) is; softmax cannot overflow.
-    return projected.softmax(-1)
+    return _relative_exponentials(projected)[0]  # the largest is a factor of the query, as exp(-|q|^2 / 2) is
 
 
 def key_random_features(projected: torch.Tensor, x: torch.Tensor, scaling: float, kernel: str) -> Features:
@@ -207,8 +206,14 @@ def key_random_features(projected: torch.Tensor, x: torch.Tensor, scaling: float
         return fourier_features(projected), half_norm
     if kernel == "hyperbolic":
         projected = torch.cat([projected, -projected], -1)
-    peak = projected.detach().amax(-1)
-    return exp_(projected.sub_(peak[..., None])), peak - half_norm
+    features, peak = _relative_exponentials(projected)
+    return features, peak - half_norm
+
+
+def _relative_exponentials(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(x - max x) along the last dimension, written over x, and max x: no overflow."""
+    peak = x.detach().amax(-1)
+    return exp_(x.sub_(peak[..., None])), peak
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from hf_linear_attn.kernels.block_sparse_config import block_tile, tiles_for
 from hf_linear_attn.kernels.block_sparse_lists import BlockCSR
-from hf_linear_attn.ops.block_csr import Tiles, blocks_csr, kept_lists, window_csr
+from hf_linear_attn.ops.block_csr import Tiles, blocks_csr, window_csr
 from hf_linear_attn.ops.block_patterns import BlockLists
 from hf_linear_attn.ops.block_sparse import BlockGrid, Extra
 from hf_linear_attn.ops.compaction import CompactedCall
+from hf_linear_attn.ops.kept_lists import kept_lists
 from hf_linear_attn.ops.sliding_window import Extra as WindowExtra
 from hf_linear_attn.ops.sliding_window import by_dilation
 

@@ -233,7 +233,7 @@ def _forward(call: _Call, start: _Sums | None) -> Any:
         for now in call.key_blocks():
             k, weight, carry = keys(now)
             carry = _rescaled(carry, weight[0])
-            k = _weighted(k, weight, carry[2])
+            k = _weighted(call, k, weight, carry[2])
             kv, z = chunks.key_sums(k, call.values(now))
             carry = carry[0] + kv, carry[1] + z, carry[2]
         if not call.is_causal:
@@ -254,7 +254,7 @@ def _forward(call: _Call, start: _Sums | None) -> Any:
                 else:
                     seen = _seen(call, weight[0], carry[2])
                     carry = _rescaled(carry, weight[0])
-                    k = _weighted(k, weight, carry[2])
+                    k = _weighted(call, k, weight, carry[2])
                     numerator, den, *after = chunks.causal(q, k, call.values(now), *carry[:2], sums.CHUNK)
                     peak = (
                         carry[2][..., None] if seen is None else torch.where(seen, carry[2][..., None], sums.LOG_ZERO)
@@ -296,9 +296,13 @@ def _scale(weight: _Weight, peak: torch.Tensor) -> torch.Tensor | None:
     return factor if power is None else factor * (power - peak[..., None]).exp2()  # type: ignore[operator]
 
 
-def _weighted(k: torch.Tensor, weight: _Weight, peak: torch.Tensor) -> torch.Tensor:
+def _weighted(call: _Call, k: torch.Tensor, weight: _Weight, peak: torch.Tensor) -> torch.Tensor:
+    """Weighted features of keys, written over them unless they are the call's own keys."""
     scale = _scale(weight, peak)
-    return k if scale is None else k * scale[..., None]
+    if scale is None:
+        return k
+    given = k.untyped_storage().data_ptr() == call.k.untyped_storage().data_ptr()
+    return k * scale[..., None] if given else k.mul_(scale[..., None])
 
 
 def _is_steep(power: torch.Tensor | None, start: torch.Tensor) -> bool:

@@ -10,7 +10,6 @@ here records gradients; `ops.linear_blocks` does that.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -240,20 +239,21 @@ def _earlier(
     """Sums before each chunk (after it if `reverse`), and those over all chunks.
 
     Args:
-        states: sums of each chunk, `[B H N, F, D]` or `[B H N, F]`; overwritten if `kept` is given.
+        states: sums of each chunk, `[B H N, F, D]` or `[B H N, F]`; overwritten.
         total: sums over all chunks before (after), `[B, H, F, D]` or `[B, H, F]`.
         count: chunks N.
         kept: see `causal`.
     """
-    # A loop over chunks: additions of whole states, several times faster than cumsum over an outer dimension.
+    # A loop over chunks: additions of whole states, several times faster than cumsum over an outer dimension, and
+    # written over the states: memory that was not touched before costs more than the additions.
     order = range(count - 1, -1, -1) if reverse else range(count)
     steps = states.view(*total.shape[:2], count, *total.shape[2:])
-    before = torch.empty_like(steps)
     if kept is None:
-        before[:, :, order[0]] = total
-        for n, following in itertools.pairwise(order):
-            torch.add(before[:, :, n], steps[:, :, n], out=before[:, :, following])
-        return before.flatten(0, 2), before[:, :, order[-1]] + steps[:, :, order[-1]]
+        for n in order:
+            after = total + steps[:, :, n]
+            steps[:, :, n], total = total, after
+        return steps.flatten(0, 2), total
+    before = torch.empty_like(steps)
     borders = (kept[..., None] if total.ndim == 4 else kept).unbind(2)
     if reverse:
         borders = borders[1:] + borders[:1]

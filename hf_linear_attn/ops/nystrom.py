@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.compaction import take_tokens
 from hf_linear_attn.ops.masking import invert_permutation, pads_first_permutation, safe_masked_fill
-from hf_linear_attn.ops.pooling import even_segment_starts, segment_mean
+from hf_linear_attn.ops.pooling import even_segment_mean
 
 __all__ = ["CENTROIDS", "OWN_QUERIES", "SEGMENT_MEANS", "iterative_pinv", "nystrom_attention", "rank_convolution"]
 
@@ -36,12 +36,15 @@ def iterative_pinv(matrix: torch.Tensor, num_iterations: int) -> torch.Tensor:
     with torch.autocast(matrix.device.type, enabled=False):
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        inverse = matrix.mT / (matrix.sum(-2).amax(-1) * matrix.sum(-1).amax(-1))[..., None, None]
+        scale = matrix.sum(-2).amax(-1) * matrix.sum(-1).amax(-1)
+        shape, matrix = matrix.shape, matrix.reshape(-1, *matrix.shape[-2:])
+        # Of -Z, whose polynomial has no minus: a product and its sum are one call, forward and backward.
+        inverse = matrix.mT / -scale.reshape(-1, 1, 1)
         for _ in range(num_iterations):
-            product = matrix @ inverse
-            inner = 15 * identity - product @ (7 * identity - product)
-            inverse = inverse @ (13 * identity - product @ inner) / 4
-    return inverse
+            product = torch.bmm(matrix, inverse)
+            inner = torch.baddbmm(15 * identity, product, product + 7 * identity)
+            inverse = torch.bmm(inverse, torch.baddbmm(13 * identity, product, inner)).div_(4)
+    return -inverse.view(shape)
 
 
 def nystrom_attention(
@@ -80,21 +83,15 @@ def nystrom_attention(
     q_len, k_len, m = q.shape[2], k.shape[2], num_landmarks
     if q_len > k_len:
         raise ValueError(f"Nystrom attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
-    n_keys = torch.full((1,), k_len, device=k.device)
-    n_queries = torch.full((1,), q_len, device=k.device)
-    key_rank = query_rank = visible = None
+    query_real = visible = None
     if key_padding is not None:
-        n_keys = key_padding.sum(-1)
-        q = safe_masked_fill(q, key_padding[:, k_len - q_len :])
-        k, v = safe_masked_fill(k, key_padding), safe_masked_fill(v, key_padding)
-        key_rank, query_rank = (_rank(x) for x in (key_padding, key_padding[:, k_len - q_len :]))
-        n_queries = key_padding[:, k_len - q_len :].sum(-1)
+        n_keys, query_real = key_padding.sum(-1), key_padding[:, k_len - q_len :]
+        q, k, v = safe_masked_fill(q, query_real), safe_masked_fill(k, key_padding), safe_masked_fill(v, key_padding)
         visible = (key_padding | (n_keys == 0)[:, None])[:, None, None]  # without any key: values are 0, so is the mean
     if min(q_len, k_len) <= m:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
-    q_marks = segment_mean(q, even_segment_starts(n_queries, m), query_rank)  # [B, H, m, D]
-    k_marks = segment_mean(k, even_segment_starts(n_keys, m), key_rank)
+    q_marks, k_marks = even_segment_mean(q, m, query_real), even_segment_mean(k, m, key_padding)  # [B, H, m, D]
     bias = torch.zeros((), dtype=q.dtype, device=q.device)
     if form is not None and centroids is not None:
         form = form[:, None, None]
@@ -116,11 +113,6 @@ def nystrom_attention(
         bias = bias.masked_fill(short, 0).masked_fill(~token[:, None, None], float("-inf"))
     mask = None if key_padding is None and form is None else bias.expand(q.shape[0], q.shape[1], 1, m)
     return F.scaled_dot_product_attention(q, k_marks, mixed, attn_mask=mask, scale=scaling)
-
-
-def _rank(real: torch.Tensor) -> torch.Tensor:
-    """Rank of each real token, and T for padding, which is in no segment: long `[B, T]`."""
-    return (real.long().cumsum(-1) - 1).masked_fill(~real, real.shape[1])
 
 
 def rank_convolution(x: torch.Tensor, weight: torch.Tensor, key_padding: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,7 +5,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["attend_segments", "even_segment_starts", "segment_max", "segment_mean", "segment_of_rank"]
+__all__ = [
+    "attend_segments",
+    "even_segment_mean",
+    "even_segment_starts",
+    "mix_tokens",
+    "segment_max",
+    "segment_mean",
+    "segment_of_rank",
+]
+
+
+def mix_tokens(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Sums over tokens `[B, H, T, D]` weighted by `[B or 1, slots, T]`, the same for all heads: `[B, H, slots, D]`."""
+    # Heads side by side, one large product: a product for each head would give the weight a gradient for each.
+    return (weight @ x.transpose(1, 2).flatten(2)).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
 
 
 def even_segment_starts(n_real: torch.Tensor, slots: int) -> torch.Tensor:
@@ -44,7 +58,28 @@ def segment_mean(x: torch.Tensor, starts: torch.Tensor, rank: torch.Tensor | Non
     slot = torch.arange(starts.shape[1] - 1, device=x.device)[:, None]
     member = segment_of_rank(starts, x.shape[2], rank)[:, None, :] == slot  # [B, slots, T]
     # A matrix product, not a scatter: the sum has the same order in every run on a GPU.
-    return (member.to(x.dtype) / starts.diff()[:, :, None].clamp(min=1))[:, None] @ x
+    return mix_tokens(member.to(x.dtype) / starts.diff()[:, :, None].clamp(min=1), x)
+
+
+def even_segment_mean(x: torch.Tensor, slots: int, real: torch.Tensor | None = None) -> torch.Tensor:
+    """Means over even segments of the real tokens, 0 for an empty one.
+
+    Args:
+        x: `[B, H, T, D]`.
+        slots: segments, as of `even_segment_starts`.
+        real: bool `[B, T]`, or None when all tokens are real.
+
+    Returns:
+        `[B, H, slots, D]`.
+    """
+    length = x.shape[2]
+    if real is None and length % slots == 0:
+        heads = x.transpose(1, 2).flatten(2)  # side by side, where the mean is quicker
+        return heads.unflatten(1, (slots, -1)).mean(2).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+    if real is None:
+        return segment_mean(x, even_segment_starts(torch.full((1,), length, device=x.device), slots))
+    rank = (real.long().cumsum(-1) - 1).masked_fill(~real, length)
+    return segment_mean(x, even_segment_starts(real.sum(-1), slots), rank)
 
 
 def segment_max(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -58,21 +93,23 @@ def segment_max(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
 
 
 def attend_segments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, in_use: torch.Tensor, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, in_use: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     """Softmax attention, in float32 at least, over pooled keys; a row of the batch without any gives 0.
 
     Args:
         query: `[B, H, Tq, D]`.
         key: `[B, H, slots, D]`, and `value` likewise.
-        in_use: bool `[B, slots]`, the segments that hold a real token.
+        in_use: bool `[B, slots]`, the segments that hold a real token; None if all do.
         scaling: factor of the logits.
 
     Returns:
         `[B, H, Tq, D]` in the query's dtype.
     """
-    some = in_use.any(-1)[:, None, None, None]
-    # Rows without any segment attend to all, to values of 0: no nan in the output nor in the gradients.
-    allowed = in_use[:, None, None, :] | ~some
-    value = value.masked_fill(~some, 0)
+    allowed = None
+    if in_use is not None:
+        some = in_use.any(-1)[:, None, None, None]
+        # Rows without any segment attend to all, to values of 0: no nan in the output nor in the gradients.
+        allowed = in_use[:, None, None, :] | ~some
+        value = value.masked_fill(~some, 0)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling).to(query.dtype)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops.masking import gather_tokens, pads_first_permutation, safe_masked_fill
-from hf_linear_attn.ops.pooling import even_segment_starts, segment_max, segment_mean
+from hf_linear_attn.ops.compaction import take_tokens
+from hf_linear_attn.ops.masking import pads_first_permutation, safe_masked_fill
+from hf_linear_attn.ops.pooling import even_segment_starts, mix_tokens, segment_max, segment_mean
 
 __all__ = ["PROJECTION_CHOICES", "SequenceProjection", "check_projection_options"]
 
@@ -158,7 +159,7 @@ class SequenceProjection:
         padding: torch.Tensor | None,
         key_weight: torch.Tensor | None,
         value_weight: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Project.
 
         Args:
@@ -168,49 +169,58 @@ class SequenceProjection:
             value_weight: F; None for F = E.
 
         Returns:
-            keys and values `[B, H, slots, D]`, and the slots in use, bool `[B, slots]`.
+            keys and values `[B, H, slots, D]` of the slots that T tokens reach, and which of them are in use, bool
+            `[B, slots]`; None if all are.
 
         Raises:
             ValueError: for more tokens than `max_length`.
         """
-        batch, _, length, _ = key.shape
+        length = key.shape[2]
         if length > self.max_length:
             limit = f"E has {self.max_length} columns: it was built for at most {self.max_length} tokens and got"
             raise ValueError(f"{limit} {length}. Convert with max_length={length} or more.")
+        slots = self._slots(length)
         if padding is None:
-            n_real = torch.full((batch,), length, device=key.device)
+            n_real = torch.full((1,), length, device=key.device)
         else:
             # Real tokens to the front: a token's place is then its rank, the column of E.
             order = pads_first_permutation(~padding)
-            key = gather_tokens(safe_masked_fill(key, padding), order)
-            value = gather_tokens(safe_masked_fill(value, padding), order)
+            key, value = (take_tokens(safe_masked_fill(x, padding), order) for x in (key, value))
             n_real = padding.sum(-1)
-        slots = -(-length // self.kernel_size) if self.is_convolution else self.k
-        starts = self._segment_starts(n_real, slots)  # [B, slots + 1]
-        counts = starts.minimum(n_real[:, None]).diff()  # real tokens per slot
         if key_weight is None:
+            starts = even_segment_starts(n_real, slots)
             pool = segment_mean if self.options.projection == "mean_pool" else segment_max
-            return pool(key, starts), pool(value, starts), counts > 0
+            return pool(key, starts), pool(value, starts), None if padding is None else starts.diff() > 0
         key = self._project(key, key_weight, slots)
         value = self._project(value, key_weight if value_weight is None else value_weight, slots)
+        if self.options.init == "random" and self.is_linear:  # slots have no segments: any token brings all into use
+            return key, value, None if padding is None else (n_real > 0)[:, None].expand(-1, slots)
+        if padding is None and self._first_rank(slots) == length:
+            return key, value, None
+        starts = self._first_rank(torch.arange(slots + 1, device=key.device)).expand(len(n_real), -1)
+        counts = starts.minimum(n_real[:, None]).diff()  # real tokens per slot
         if self.options.init == "mean_pool":
             # The last slot in use may be half full: its mean is over the tokens that are there.
             fill = (starts.diff() / counts.clamp(min=1))[:, None, :, None].to(key.dtype)
             key, value = key * fill, value * fill
-        elif self.is_linear:
-            counts = n_real[:, None].expand_as(counts)  # slots have no segments: all are in use
-        return key, value, counts > 0
+        return key, value, None if padding is None else counts > 0
 
-    def _segment_starts(self, n_real: torch.Tensor, slots: int) -> torch.Tensor:
-        """First rank of each slot's segment, and the end of the last: `[B, slots + 1]`."""
-        if self.options.projection.endswith("pool"):
-            return even_segment_starts(n_real, slots)
-        slot = torch.arange(slots + 1, device=n_real.device).expand(n_real.shape[0], -1)
+    def _slots(self, length: int) -> int:
+        """Slots that some of so many tokens fall into."""
+        if self.is_convolution:
+            return -(-length // self.kernel_size)
+        if not self.is_linear:
+            return min(self.k, length)
+        return self.k if self.options.init == "random" else (length - 1) * self.k // self.max_length + 1
+
+    def _first_rank(self, slot: Any) -> Any:
+        """First rank of a slot's segment, for an int or a tensor of them."""
         return slot * self.kernel_size if self.is_convolution else -(-slot * self.max_length // self.k)
 
     def _project(self, x: torch.Tensor, weight: torch.Tensor, slots: int) -> torch.Tensor:
         weight = weight.to(x.dtype)
-        if self.is_linear:
-            return weight[:, :, : x.shape[2]] @ x  # [h, k, n] @ [B, H, n, D]
-        x = F.pad(x, (0, 0, 0, slots * self.kernel_size - x.shape[2]))
-        return x.unflatten(2, (slots, self.kernel_size)).flatten(3) @ weight.flatten(1, 2)
+        if not self.is_linear:
+            x = F.pad(x, (0, 0, 0, slots * self.kernel_size - x.shape[2]))
+            return x.unflatten(2, (slots, self.kernel_size)).flatten(3) @ weight.flatten(1, 2)
+        weight = weight[:, :slots, : x.shape[2]]
+        return mix_tokens(weight, x) if len(weight) == 1 else weight @ x  # [h, k, n] @ [B, H, n, D]

@@ -200,6 +200,9 @@ def _band_attention(
 ) -> torch.Tensor:
     (B, H, q_len, D), k_len, value_dim = q.shape, k.shape[2], v.shape[3]
     left, right = min(left, k_len - 1), min(right, q_len - 1)
+    if left == k_len - 1 and right in (0, q_len - 1) and q_len in (1, k_len) and key_allowed is None and extra is None:
+        is_causal = right < q_len - 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scaling)
     on_views = serves(q, v)
     if on_views and block_size is None:
         # Windows cost nothing there, but for the gradients: the wider they are, the more passes (measured).

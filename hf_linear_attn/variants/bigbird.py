@@ -181,15 +181,15 @@ class BigBirdAttention(AttentionVariant):
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
         k_len, scaling = call.k.shape[2], inputs.scaling
+        aligned = inputs.key_padding is None and state is None and inputs.query.shape[2] == k_len
         limit = self.full_blocks() * self.config.block_size
         if k_len <= limit and not self.num_global_tokens:  # by the shape of this call alone: nothing is remembered
             if not torch.compiler.is_compiling():
                 _note_full(limit)
             where: dict[str, Any] = {"left": k_len, "right": 0 if inputs.is_causal else k_len, "backend": self.backend}
-            where |= {"key_allowed": call.rank >= 0, "scaling": scaling}
+            where |= {"key_allowed": None if aligned else call.rank >= 0, "scaling": scaling}
             out = sliding_window_attention(call.q, call.k, call.v, **where)
         else:
-            aligned = inputs.key_padding is None and state is None and inputs.query.shape[2] == k_len
             grid, extra, kept_as = block_grid(call, self.config.block_size, aligned=aligned), None, None
             if self.num_global_tokens:
                 extra = global_columns(call, self.global_tokens, self.global_shift, scaling)

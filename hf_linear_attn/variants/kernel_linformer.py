@@ -154,7 +154,8 @@ class KernelLinformerAttention(AttentionVariant):
         key, value, in_use = self.projection(inputs.key, inputs.value, inputs.key_padding, *weights)
         full = accumulation_dtype(inputs.query.dtype)
         query = safe_masked_fill(inputs.query, query_padding(inputs.key_padding, inputs.query.shape[2], False)).to(full)
-        key, feature_map, scale = key.to(full), FEATURE_MAPS[self.config.feature_map], inputs.scaling**0.5
+        key, value = key.to(full).contiguous(), value.contiguous()  # small; heads lay side by side
+        feature_map, scale = FEATURE_MAPS[self.config.feature_map], inputs.scaling**0.5
         shared = None
         if self.config.variance_reducer:
             a, c = self.query_mean.to(full)[:, None], self.key_mean.to(full)[:, None]  # [H, 1, D]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops.block_csr import blocks_csr, kept_lists, window_csr
+from hf_linear_attn.ops.block_csr import blocks_csr, window_csr
 from hf_linear_attn.ops.block_patterns import FULL, BlockLists, bigbird_lists, hashed, own_block_lists, random_blocks
 from hf_linear_attn.ops.block_sparse import block_grid, naive_block_sparse_attention
 from hf_linear_attn.ops.compaction import compact
+from hf_linear_attn.ops.kept_lists import kept_lists
 from hf_linear_attn.ops.sliding_window import naive_sliding_window_attention
 from tests.kernels.block_sparse_reference import seen_by_lists
 
