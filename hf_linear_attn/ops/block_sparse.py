@@ -262,12 +262,8 @@ class _Listed:
         of_all = None if self.lists.is_causal or self.extra is not None else self.seen(slice(begin, end))
         for first in range(begin, end, step):
             part = slice(first, min(first + step, end))
-            columns = self.lists.columns[:, :, part].clamp(0, self.blocks - 1)
-            yield (
-                part,
-                columns,
-                self.seen(part) if of_all is None else of_all[:, part.start - begin : part.stop - begin],
-            )
+            seen = self.seen(part) if of_all is None else of_all[:, part.start - begin : part.stop - begin]
+            yield part, self.lists.columns[:, :, part].clamp(0, self.blocks - 1), seen
 
     def seen(self, part: slice) -> torch.Tensor:
         """Which columns and listed keys are seen by some tiles: bool `[B or 1, r, t or 1, G + L * b]`."""

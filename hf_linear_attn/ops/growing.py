@@ -36,13 +36,14 @@ class _Memory:
 
 
 _claiming = threading.Lock()
-_memories = WeakIdKeyDictionary()  # of the tensors that may grow
+_memories = WeakIdKeyDictionary()  # of the tensors that may grow; a value that held its own key would never be freed
+_NO_ROOM = _Memory(torch.empty(1, 1, 0, 1), 0)  # of those that have not grown yet
 
 
 def may_grow(x: torch.Tensor) -> torch.Tensor:
     """The same tensor `[B, H, T, D]`, with the permission to give it room when tokens are appended."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and x not in _memories:
-        _memories[x] = _Memory(x, x.shape[2])
+        _memories[x] = _NO_ROOM
     return x
 
 

@@ -1,6 +1,8 @@
 """Sequences that grow equal concatenated ones, whoever continues them, and hold at most a bounded room."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -29,6 +31,16 @@ def test_a_token_at_a_time_copies_seldom_and_keeps_a_bounded_room():
         assert x.untyped_storage().nbytes() <= 1.25 * x.nbytes + 16 * x[:, :, :1].nbytes
         places.add(x.untyped_storage().data_ptr())
     assert len(places) <= 6
+
+
+def test_nothing_outlives_its_owner():
+    prompt = may_grow(draw(20))
+    grown = append_tokens(prompt, draw(1, seed=1))
+    of_prompt, of_grown = weakref.ref(prompt), weakref.ref(grown)
+    del prompt, grown
+    gc.collect()
+    assert of_prompt() is None
+    assert of_grown() is None
 
 
 def test_two_continuations_of_one_sequence_do_not_meet():
