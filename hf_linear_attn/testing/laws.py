@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
 import json
+import weakref
 from typing import Any
 
 import torch
@@ -158,15 +160,23 @@ def state_is_batch_first(subject: Subject) -> None:
 
 @law(lambda subject: subject.decodes)
 def state_memory(subject: Subject) -> None:
-    """A state keeps its own tensors alive and nothing else: none of them is a small view of a whole sequence's."""
+    """A state keeps its own tensors alive and nothing else, and nobody keeps them: none of them is a small view of a
+    whole sequence's, and they are freed with the state.
+    """
     module = subject.build(trained=True)
     for side, padding in {"none": None, **padding_masks(2, 70)}.items():
         inputs = draw(module.context, 70, padding=padding)
-        _, state = module(inputs, module.init_state(2, inputs.query.dtype, inputs.query.device))
+        with torch.no_grad():  # a backward pass may keep what it reads
+            state = module(inputs, module.init_state(2, inputs.query.dtype, inputs.query.device))[1]
         assert state is not None, "a state was given and none came back"
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()}
         used = sum(x.nbytes for x in state.values())
         assert sum(held.values()) <= used, f"padding={side}: {used} bytes of state hold {sum(held.values())} bytes"
+        owned = {name: weakref.ref(x) for name, x in state.items()}
+        del inputs, state
+        gc.collect()
+        kept = [name for name, x in owned.items() if x() is not None]
+        assert not kept, f"padding={side}: kept after the state is gone: {', '.join(kept)}"
 
 
 @law()

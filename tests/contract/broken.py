@@ -154,6 +154,18 @@ class KeepsTheSequence(DenseAttention):
         return super().next_state(torch.cat([key, key], 2)[:, :, : key.shape[2]], value, real)
 
 
+_STATES = []
+
+
+class KeepsItsStates(DenseAttention):
+    """A record of states outlives them: every prompt stays in memory."""
+
+    def next_state(self, key, value, real):
+        state = super().next_state(key, value, real)
+        _STATES.append(state["key"])
+        return state
+
+
 class StateInPlace(DenseAttention):
     """The state given is changed: a beam that continues from it twice is wrong."""
 
@@ -328,6 +340,7 @@ BROKEN = [
     (spec_of(Remembers), ENCODER, {}, "determinism", "changed the module: last_key"),
     (spec_of(ForgetsTheWindow), DECODER, {}, "decode", "chunks="),
     (spec_of(KeepsTheSequence), DECODER, {}, "state_memory", "padding=none"),
+    (spec_of(KeepsItsStates), DECODER, {}, "state_memory", "kept after the state is gone: key"),
     (spec_of(StateInPlace), DECODER, {}, "decode", "changed the state in place"),
     (spec_of(StateNotBatchFirst), DECODER, {}, "state_is_batch_first", "for a batch of 3"),
     (spec_of(Quadratic, linear_cost=True), ENCODER, {}, "linear_memory", "2048, 2048"),
