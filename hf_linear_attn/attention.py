@@ -1,4 +1,4 @@
-"""The seam with Transformers: the attention function, the mask function and the cache layer.
+"""The seam with Transformers: the attention function and the mask function (`seam.cache` has the cache layer).
 
 Transformers looks attention up by name. Every attention module of a converted model calls `linear_attention_forward`,
 which finds the layer's variant on the module; layers that keep softmax come through here as well, because they
@@ -17,19 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 from transformers.utils import logging
 
 from hf_linear_attn.auto_config import IMPLEMENTATION, converted_name
 from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
-from hf_linear_attn.variants.base import AttentionInputs, State
+from hf_linear_attn.seam.cache import LinearAttnCacheLayer, find_cache, prepare_cache_layer
+from hf_linear_attn.variants.base import AttentionInputs
 
 __all__ = [
     "AttentionRecorder",
     "ConvertedAttention",
-    "LinearAttnCacheLayer",
     "LinearAttnCall",
     "converted_attention_class",
     "with_sequence_plan",
@@ -53,93 +52,16 @@ class LinearAttnCall:
     cache_layer: LinearAttnCacheLayer | None
 
 
-class LinearAttnCacheLayer(CacheLayerMixin):
-    """One layer's decode state inside a `DynamicCache`.
-
-    `update` counts tokens and hands the new keys and values back unchanged; what has to be remembered is the
-    variant's own state, a dict of tensors whose first dimension is the batch.
-    """
-
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: State | None = None
-        self.seen_tokens = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the new tokens; keys and values `[B, H, T, D]` come back as they are."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.seen_tokens += key_states.shape[-2]
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen_tokens + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The same under the name older releases ask for."""
-        return -1
-
-    def _map_state(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.state is not None:
-            self.state = {name: fn(tensor) for name, tensor in self.state.items()}
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map_state(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch `repeats` times."""
-        self._map_state(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices` of the batch."""
-        self._map_state(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def offload(self) -> None:
-        self._map_state(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self._map_state(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def reset(self) -> None:
-        self.state = None
-        self.seen_tokens = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raises `ValueError`: tokens that went into a linear-attention state cannot be taken out of it."""
-        if tokens_to_remove == 0:
-            return
-        raise ValueError(
-            "The cache of a converted layer cannot be cropped: its state has already absorbed the tokens. Assisted "
-            "generation and other methods that roll a cache back need softmax attention "
-            '(model.set_attn_implementation("sdpa")).'
-        )
-
-
 class ConvertedAttention:
     """Mixin put before an upstream self-attention class; its instances own a variant, `linear_attn`."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.config._attn_implementation != IMPLEMENTATION:  # type: ignore[attr-defined]
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        cache = kwargs.get("past_key_values")
+        cache = find_cache([*(("", value) for value in args), *kwargs.items()])
         cache_layer = None
         if cache is not None:
-            cache_layer = _prepare_cache_layer(cache, self.layer_idx, hidden_states.shape[1])  # type: ignore[attr-defined]
+            cache_layer = prepare_cache_layer(cache, self.layer_idx, hidden_states)  # type: ignore[attr-defined]
         kwargs["linear_attn_call"] = LinearAttnCall(hidden_states, cache_layer)
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
@@ -156,43 +78,6 @@ def converted_attention_class(upstream: type) -> type:
             {"__module__": "hf_linear_attn.auto", "__doc__": f"`{upstream.__name__}` that runs an attention variant."},
         )
     return _ATTENTION_CLASSES[upstream]
-
-
-def _prepare_cache_layer(cache: Cache, layer_idx: int, new_tokens: int) -> LinearAttnCacheLayer:
-    """Our layer inside `cache`, put there now if the one in its place is still empty."""
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= layer_idx:
-            cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
-    if not isinstance(layer, LinearAttnCacheLayer):
-        if type(layer) is not DynamicLayer:
-            raise ValueError(
-                f"A converted layer works with a DynamicCache, but layer {layer_idx} of the cache is a "
-                f"{type(layer).__name__}. Leave cache_implementation unset."
-            )
-        if layer.get_seq_length() > 0:
-            raise ValueError(
-                f"Layer {layer_idx} of the cache already holds {layer.get_seq_length()} tokens of keys and values that "
-                "a converted layer cannot use. Start from an empty DynamicCache."
-            )
-        layer = cache.layers[layer_idx] = LinearAttnCacheLayer()
-    _check_lengths(cache, layer, layer_idx, new_tokens)
-    return layer
-
-
-def _check_lengths(cache: Cache, layer: LinearAttnCacheLayer, layer_idx: int, new_tokens: int) -> None:
-    """Raise if an exception in an earlier forward left some layers of the cache a step ahead of others."""
-    # Layer 0 opens the call, so the last layer must be where it is; later layers follow layer 0, which has just
-    # taken the new tokens.
-    other: Any = cache.layers[0] if layer_idx else cache.layers[-1]
-    expected = layer.seen_tokens + (new_tokens if layer_idx else 0)
-    if other.get_seq_length() != expected:
-        raise ValueError(
-            f"The cache is inconsistent: layer {layer_idx} has seen {layer.seen_tokens} tokens, another layer "
-            f"{other.get_seq_length()}. An earlier forward probably failed half-way; start from a new cache."
-        )
 
 
 def linear_attention_mask(

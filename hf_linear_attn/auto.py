@@ -9,24 +9,31 @@ what pickling needs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from hf_linear_attn.attention import OUTPUT_ATTENTIONS_MESSAGE, converted_attention_class, with_sequence_plan
+from hf_linear_attn.attention import (
+    OUTPUT_ATTENTIONS_MESSAGE,
+    ConvertedAttention,
+    converted_attention_class,
+    with_sequence_plan,
+)
 from hf_linear_attn.auto_config import IMPLEMENTATION, config_class_for, converted_name
 from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, LayerReport, OutputErrors
+from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_held
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
 
 __all__ = [
@@ -68,7 +75,17 @@ class LinearAttnPreTrainedModel:
                     f"(its variants: {', '.join(LinearAttentionConfig.from_dict(self.config.linear_attn).variants())})."
                 )
             kwargs = with_sequence_plan(self, args, kwargs)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if self.base_model is not self:  # type: ignore[attr-defined]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        given = find_cache([*(("", value) for value in args), *kwargs.items()])
+        if self.config._attn_implementation != IMPLEMENTATION:
+            refuse_held(given)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        used = given if given is not None else _returned_cache(outputs)
+        if used is not None and not _checkpoints(self):
+            check_cache(used, _converted_indices(self))
+        return outputs
 
     @property
     def conversion_report(self) -> ConversionReport:
@@ -116,6 +133,20 @@ class LinearAttnPreTrainedModel:
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the model with a model card and the loader code; see `hf_linear_attn.hub.push_to_hub`."""
         return importlib.import_module("hf_linear_attn.hub").push_to_hub(self, repo_id, **kwargs)
+
+
+def _returned_cache(outputs: Any) -> Cache | None:
+    return find_cache(outputs.items() if isinstance(outputs, Mapping) else (("", value) for value in outputs))
+
+
+def _checkpoints(model: Any) -> bool:
+    """Whether the model recomputes its layers in the backward pass: upstream hands them no cache then."""
+    return model.training and model.is_gradient_checkpointing
+
+
+def _converted_indices(model: Any) -> list[int]:
+    """Places of the converted layers of a base model."""
+    return [module.layer_idx for module in model.modules() if isinstance(module, ConvertedAttention)]
 
 
 def _refuse_incomplete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:

@@ -11,7 +11,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_linear_attn import convert_model, get_variant, list_variants
-from hf_linear_attn.attention import LinearAttnCacheLayer
+from hf_linear_attn.seam.cache import LinearAttnCacheLayer
 from tests.tiny import (
     PAD,
     VOCAB,

@@ -1,0 +1,227 @@
+"""The decode state of a converted layer inside Transformers' caches.
+
+A converted layer takes the place of an empty `DynamicLayer`. Nothing here trusts a keyword's name: Transformers has
+renamed the cache's before (5.24: `past_key_values` became `cache`), and a cache that is not recognized is a decode
+state that is lost without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import transformers
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+
+from hf_linear_attn.variants.base import State
+
+__all__ = ["CACHE_KEYWORDS", "LinearAttnCacheLayer", "check_cache", "find_cache", "prepare_cache_layer", "refuse_held"]
+
+CACHE_KEYWORDS = ("cache", "past_key_values")
+"""Names under which Transformers hands a cache to models and attention modules, newest first."""
+
+
+class LinearAttnCacheLayer(CacheLayerMixin):
+    """One layer's decode state inside a `DynamicCache`.
+
+    `update` counts tokens and hands the new keys and values back unchanged; what has to be remembered is the
+    variant's own state, a dict of tensors whose first dimension is the batch.
+
+    The layer serves the converted layer that announced itself (`prepare_cache_layer`) and nobody else: softmax
+    attention would see the new tokens alone. While it is empty it becomes an ordinary layer again for who needs one.
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: State | None = None
+        self.seen_tokens = 0
+        self.announced = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count the new tokens; keys and values `[B, H, T, D]` come back as they are.
+
+        Raises:
+            ValueError: when softmax attention asks while the layer holds a state.
+        """
+        if not self.announced:
+            self.refuse_softmax()
+            self.__class__ = DynamicLayer  # type: ignore[assignment]
+            DynamicLayer.__init__(self)  # type: ignore[arg-type]
+            return self.update(key_states, value_states, *args, **kwargs)
+        self.announced = False
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seen_tokens += key_states.shape[-2]
+        return key_states, value_states
+
+    def refuse_softmax(self) -> None:
+        """Raise `ValueError` if there are tokens in the state, which softmax attention cannot read."""
+        if self.seen_tokens:
+            raise ValueError(
+                f"The cache holds the state of a converted layer after {self.seen_tokens} tokens; softmax attention "
+                "cannot use it, the keys are gone. Start from a new cache, or call cache.reset()."
+            )
+
+    def get_seq_length(self) -> int:
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The same under the name older releases ask for."""
+        return -1
+
+    def _map_state(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.state is not None:
+            self.state = {name: fn(tensor) for name, tensor in self.state.items()}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_state(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times."""
+        self._map_state(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        self._map_state(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def offload(self) -> None:
+        self._map_state(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map_state(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self.state = None
+        self.seen_tokens = 0
+        self.announced = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises `ValueError`: tokens that went into a linear-attention state cannot be taken out of it."""
+        if tokens_to_remove == 0:
+            return
+        raise ValueError(
+            "The cache of a converted layer cannot be cropped: its state has already absorbed the tokens. Assisted "
+            "generation and other methods that roll a cache back need softmax attention "
+            '(model.set_attn_implementation("sdpa")) and a new cache.'
+        )
+
+
+def find_cache(values: Iterable[tuple[str, Any]]) -> Cache | None:
+    """The cache among named values: arguments of a model or of a layer, or what a model returned.
+
+    It is known by its type, whatever its name.
+
+    Raises:
+        ValueError: for something under a name of the cache that is none.
+    """
+    found = None
+    for name, value in values:
+        if isinstance(value, Cache):
+            found = value
+        elif name in CACHE_KEYWORDS and value is not None:
+            raise ValueError(
+                f"{name} is a {type(value).__name__}; converted layers work with a DynamicCache. Leave "
+                "cache_implementation unset, and use no continuous batching."
+            )
+    return found
+
+
+def prepare_cache_layer(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> LinearAttnCacheLayer:
+    """Our layer inside `cache`, put there now if the one in its place is still empty; its next update is ours.
+
+    Args:
+        cache: what the attention module was given.
+        layer_idx: the module's place in it.
+        hidden_states: `[B, T, hidden_size]`, the tokens of this call.
+
+    Raises:
+        ValueError: for a layer of another kind, one that holds keys and values, or a state of another batch size or
+            of another call.
+    """
+    cache = _self_attention_cache(cache)
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if not isinstance(layer, LinearAttnCacheLayer):
+        if type(layer) is not DynamicLayer:
+            raise ValueError(
+                f"A converted layer works with a DynamicCache, but layer {layer_idx} of the cache is a "
+                f"{type(layer).__name__}. Leave cache_implementation unset."
+            )
+        if layer.get_seq_length() > 0:
+            raise ValueError(
+                f"Layer {layer_idx} of the cache already holds {layer.get_seq_length()} tokens of keys and values that "
+                "a converted layer cannot use. Start from an empty DynamicCache."
+            )
+        layer = cache.layers[layer_idx] = LinearAttnCacheLayer()
+    _check_batch(layer, hidden_states.shape[0])
+    _check_lengths(cache, layer, layer_idx, hidden_states.shape[1])
+    layer.announced = True
+    return layer
+
+
+def check_cache(cache: Cache, layer_indices: Iterable[int]) -> None:
+    """Raise unless every converted layer (by its place) keeps its state in `cache`, after a forward that used it.
+
+    Raises:
+        RuntimeError: naming the layer and the version of Transformers.
+    """
+    layers = _self_attention_cache(cache).layers
+    for index in layer_indices:
+        if index >= len(layers) or not isinstance(layers[index], LinearAttnCacheLayer):
+            kind = type(layers[index]).__name__ if index < len(layers) else "nothing"
+            raise RuntimeError(
+                f"The model ran with a cache, but converted layer {index} was not given it (the cache holds {kind} in "
+                f"its place), so its tokens are lost. transformers {transformers.__version__} hands caches on in a way "
+                "that this hf_linear_attn does not know: run `hf-linear-attn doctor`, or pass use_cache=False."
+            )
+
+
+def refuse_held(cache: Cache | None) -> None:
+    """Raise `ValueError` if a layer of `cache` holds the state of a converted layer: softmax is about to use it."""
+    for layer in [] if cache is None else _self_attention_cache(cache).layers:
+        if isinstance(layer, LinearAttnCacheLayer):
+            layer.refuse_softmax()
+
+
+def _self_attention_cache(cache: Any) -> Cache:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _check_batch(layer: LinearAttnCacheLayer, batch: int) -> None:
+    held = {tensor.shape[0] for tensor in (layer.state or {}).values()}
+    if held - {batch}:
+        raise ValueError(
+            f"The cache holds states of {max(held)} sequences, the batch has {batch}. Start from a new cache, or use "
+            "cache.batch_repeat_interleave or cache.batch_select_indices."
+        )
+
+
+def _check_lengths(cache: Cache, layer: LinearAttnCacheLayer, layer_idx: int, new_tokens: int) -> None:
+    """Raise if an exception in an earlier forward left some layers of the cache a step ahead of others."""
+    # Layer 0 opens the call, so the last layer must be where it is; later layers follow layer 0, which has just
+    # taken the new tokens.
+    other: Any = cache.layers[0] if layer_idx else cache.layers[-1]
+    expected = layer.seen_tokens + (new_tokens if layer_idx else 0)
+    if other.get_seq_length() != expected:
+        raise ValueError(
+            f"The cache is inconsistent: layer {layer_idx} has seen {layer.seen_tokens} tokens, another layer "
+            f"{other.get_seq_length()}. An earlier forward probably failed half-way; start from a new cache."
+        )
