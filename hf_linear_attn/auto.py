@@ -146,7 +146,7 @@ def _checkpoints(model: Any) -> bool:
 
 def _converted_indices(model: Any) -> list[int]:
     """Places of the converted layers of a base model."""
-    return [module.layer_idx for module in model.modules() if isinstance(module, ConvertedAttention)]
+    return [module.layer_idx for module in model.modules() if isinstance(module, ConvertedAttention)]  # type: ignore[attr-defined]
 
 
 def _refuse_incomplete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
