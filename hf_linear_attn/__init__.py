@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_linear_attn.auto_config import register_auto_configs
+from hf_linear_attn.seam.versions import say_if_untested
 
 if TYPE_CHECKING:
     from hf_linear_attn.convert import convert_model, extend_positions, revert_model, set_backend
@@ -48,6 +49,7 @@ _HOMES = {
     "set_backend": "convert",
 }
 
+say_if_untested()
 register_auto_configs()
 
 

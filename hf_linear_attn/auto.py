@@ -34,6 +34,7 @@ from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, LayerReport, OutputErrors
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_held
+from hf_linear_attn.seam.checkpointing import is_checkpointing
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
 
 __all__ = [
@@ -83,7 +84,8 @@ class LinearAttnPreTrainedModel:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
         used = given if given is not None else _returned_cache(outputs)
-        if used is not None and not _checkpoints(self):
+        if used is not None and not (self.training and is_checkpointing(self)):  # type: ignore[attr-defined]
+            # Upstream hands no cache to layers that it will recompute.
             check_cache(used, _converted_indices(self))
         return outputs
 
@@ -137,11 +139,6 @@ class LinearAttnPreTrainedModel:
 
 def _returned_cache(outputs: Any) -> Cache | None:
     return find_cache(outputs.items() if isinstance(outputs, Mapping) else (("", value) for value in outputs))
-
-
-def _checkpoints(model: Any) -> bool:
-    """Whether the model recomputes its layers in the backward pass: upstream hands them no cache then."""
-    return model.training and model.is_gradient_checkpointing
 
 
 def _converted_indices(model: Any) -> list[int]:

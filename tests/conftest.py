@@ -16,6 +16,11 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _loopback_only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Fail a test that opens a connection beyond this machine."""
     connect = socket.socket.connect

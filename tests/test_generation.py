@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
-from transformers.cache_utils import EncoderDecoderCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_linear_attn import convert_model, get_variant, list_variants
-from hf_linear_attn.seam.cache import LinearAttnCacheLayer
+from hf_linear_attn.seam.cache import LinearAttnCacheLayer, cache_keyword
 from tests.tiny import (
     PAD,
     VOCAB,
@@ -33,6 +33,11 @@ PAIRS = [(v, f) for f in causal_families() for v in (VARIANTS if is_causal(f) el
 
 def converted(variant: str, family: str = MAIN, **kwargs: Any) -> GPT2LMHeadModel:
     return convert_model(causal_lm(family), variant, **small_options(variant, family, causal=True), **kwargs)
+
+
+def cached(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """`cache` under the name that this release of Transformers has for it."""
+    return {cache_keyword(type(model).forward): cache}
 
 
 def left_padded(length: int = 21) -> dict[str, torch.Tensor]:
@@ -100,7 +105,7 @@ def test_hand_made_chunks_give_the_same_logits(variant: str, chunks: tuple[int, 
         full = model(input_ids=batch["input_ids"], use_cache=False).logits
         cache, pieces = DynamicCache(), []
         for ids in batch["input_ids"].split(list(chunks), dim=1):
-            pieces.append(model(input_ids=ids, past_key_values=cache).logits)
+            pieces.append(model(input_ids=ids, **cached(model, cache)).logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=2e-4, rtol=1e-4)
     assert cache.get_seq_length() == 30
 
@@ -116,7 +121,7 @@ def test_the_state_does_not_grow(variant: str) -> None:
     for length in (60, 120):
         cache = DynamicCache()
         with torch.no_grad():
-            model(input_ids=token_batch(length=length)["input_ids"], past_key_values=cache)
+            model(input_ids=token_batch(length=length)["input_ids"], **cached(model, cache))
         assert all(isinstance(layer, LinearAttnCacheLayer) for layer in cache.layers)
         sizes.append(state_numbers(cache))
     assert sizes[0] == sizes[1] > 0
@@ -139,11 +144,11 @@ def test_caches_that_would_be_wrong_are_refused() -> None:
     softmax = causal_lm(MAIN)
     cache = DynamicCache()
     with torch.no_grad():
-        softmax(input_ids=ids, past_key_values=cache)
+        softmax(input_ids=ids, **cached(softmax, cache))
     with pytest.raises(ValueError, match="already holds 10 tokens"):
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cached(model, cache))
     with pytest.raises(ValueError, match="DynamicCache"):
-        model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+        model(input_ids=ids, **cached(model, StaticCache(config=model.config, max_cache_len=32)))
     with pytest.raises(ValueError, match="DynamicCache"):
         model.generate(input_ids=ids, cache_implementation="static", max_new_tokens=3)
 
@@ -153,17 +158,17 @@ def test_a_forward_that_failed_half_way_is_noticed() -> None:
     ids = token_batch(length=10)["input_ids"]
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cached(model, cache))
 
         def fail(*_args: object) -> None:
             raise RuntimeError("interrupted")
 
         handle = model.transformer.h[1].register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="interrupted"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **cached(model, cache))
         handle.remove()
         with pytest.raises(ValueError, match="inconsistent"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **cached(model, cache))
 
 
 def test_cropping_is_refused_and_reset_starts_over() -> None:
@@ -171,12 +176,12 @@ def test_cropping_is_refused_and_reset_starts_over() -> None:
     ids = token_batch(length=10)["input_ids"]
     cache = DynamicCache()
     with torch.no_grad():
-        first = model(input_ids=ids, past_key_values=cache).logits
+        first = model(input_ids=ids, **cached(model, cache)).logits
         with pytest.raises(ValueError, match="cropped"):
             cache.crop(-3)
         cache.reset()
         assert cache.get_seq_length() == 0
-        assert torch.equal(model(input_ids=ids, past_key_values=cache).logits, first)
+        assert torch.equal(model(input_ids=ids, **cached(model, cache)).logits, first)
 
 
 def test_batch_operations_on_the_cache() -> None:
@@ -185,9 +190,9 @@ def test_batch_operations_on_the_cache() -> None:
     ids, step = batch["input_ids"], torch.tensor([[5], [6]])
     with torch.no_grad():
         cache = DynamicCache()
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cached(model, cache))
         cache.batch_repeat_interleave(2)
-        repeated = model(input_ids=step.repeat_interleave(2, dim=0), past_key_values=cache).logits
+        repeated = model(input_ids=step.repeat_interleave(2, dim=0), **cached(model, cache)).logits
         cache.batch_select_indices(torch.tensor([0, 2]))
         assert cache.layers[0].state is not None
         assert all(t.shape[0] == 2 for t in cache.layers[0].state.values())
@@ -232,7 +237,7 @@ def test_cross_attention_stays_softmax_and_its_cache_is_unwrapped() -> None:
         full = model(input_ids=batch["input_ids"], use_cache=False, **kwargs).logits
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         pieces = [
-            model(input_ids=ids, past_key_values=cache, **kwargs).logits for ids in batch["input_ids"].split(5, dim=1)
+            model(input_ids=ids, **cached(model, cache), **kwargs).logits for ids in batch["input_ids"].split(5, dim=1)
         ]
         poisoned = context.clone()
         poisoned[0, 6:] = 1e3

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_linear_attn import convert_model, get_variant
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from tests.tiny import (
     PAD,
     VOCAB,
@@ -156,7 +157,7 @@ def test_gradient_checkpointing_changes_nothing(variant: str, family: str, reent
     batch = token_batch(length=33)
     batch["attention_mask"][0, 20:] = 0
     plain = loss_and_gradients(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, use_reentrant=reentrant)
     model.enable_input_require_grads()
     again = loss_and_gradients(model, batch)
     assert plain.keys() == again.keys()

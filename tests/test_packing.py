@@ -13,6 +13,7 @@ from hf_linear_attn import convert_model
 from hf_linear_attn.attention import softmax_attention, with_sequence_plan
 from hf_linear_attn.ops import packing
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from tests.tiny import (
     FAMILIES,
     PAD,
@@ -272,7 +273,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, use_reentrant=reentrant)
         model.zero_grad()
         run(model, **given).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

@@ -18,6 +18,7 @@ TOP_LEVEL = {
     "LICENSE",
     "Makefile",
     "README.md",
+    "constraints.txt",
     "hf_linear_attn",
     "model_cards",
     "notebooks",

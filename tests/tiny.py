@@ -8,45 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from hf_linear_attn import get_variant, list_patchers, list_variants
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam.tiny import PAD, VOCAB, build, has_causal_lm, tiny_config, tiny_model, token_batch
 from hf_linear_attn.variants.base import LayerContext
 
-VOCAB = 97
-PAD = 0
+__all__ = ["PAD", "VOCAB", "build", "tiny_config", "token_batch"]  # for the tests, from the package's own tiny models
+
 FAMILIES = list_patchers()
-# Fields that only some families have.
-FAMILY_FIELDS = {
-    "intermediate_size": 48,
-    "hidden_dim": 48,  # the same in DistilBERT
-    "embedding_size": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 16,  # not hidden_size / num_attention_heads
-    "sliding_window": None,
-}
-
-
-def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
-    """A config of two small layers; the generic field names reach each family through its attribute map."""
-    config_class = get_patcher(model_type).config_class
-    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    fields = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 160,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "num_labels": 2,
-        **{name: value for name, value in FAMILY_FIELDS.items() if name in known},
-    }
-    return config_class(**{**fields, **overrides})
 
 
 def without_dropout(model_type: str) -> dict[str, float]:
@@ -68,34 +41,19 @@ def head_classes(model_type: str) -> list[type[PreTrainedModel]]:
     return [found[name] for name in sorted(found)]
 
 
-def build(cls: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0, scale: float = 6.0) -> PreTrainedModel:
-    """A model in eval mode whose attention is far from uniform: random weights are scaled up."""
-    torch.manual_seed(seed)
-    model = cls(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "LayerNorm" not in name:
-                parameter.mul_(scale)
-    return model
-
-
 def base_model(model_type: str, **overrides: Any) -> PreTrainedModel:
     """The family's base model."""
-    config = tiny_config(model_type, **overrides)
-    return build(modeling_auto.MODEL_MAPPING[type(config)], config)
+    return tiny_model(model_type, decoder=False, **overrides)
 
 
 def causal_lm(model_type: str = "gpt2", **overrides: Any) -> PreTrainedModel:
     """The family's causal language model."""
-    config = tiny_config(model_type, **overrides)
-    if hasattr(config, "is_decoder"):
-        config.is_decoder = True
-    return build(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+    return tiny_model(model_type, decoder=True, **overrides)
 
 
 def causal_families() -> list[str]:
     """Families that have a causal language model."""
-    return [f for f in FAMILIES if get_patcher(f).config_class in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING]
+    return [family for family in FAMILIES if has_causal_lm(family)]
 
 
 def is_causal(model_type: str) -> bool:
@@ -161,13 +119,6 @@ def thorough_pairs() -> list[tuple[str, str]]:
 def over(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
     """Parametrises a test over (variant, family) pairs."""
     return pytest.mark.parametrize(("variant", "family"), cases, ids=[f"{v}-{f}" for v, f in cases])
-
-
-def token_batch(batch: int = 2, length: int = 37, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens without padding."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, VOCAB, (batch, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def inputs_for(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The commands that measure: `report`, `analyze`, `methods`."""
+"""The commands that measure: `doctor`, `report`, `analyze`, `methods`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,31 @@ Calibration = Annotated[
 ]
 Layers = Annotated[str | None, typer.Option("--layers", help="Layers, as 0,1,4.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder for pictures and numbers.")]
+
+
+@app.command("doctor")
+def doctor_command(
+    family: Annotated[list[str] | None, typer.Option("--family", help="A model type; may be repeated.")] = None,
+) -> None:
+    """Try whether the installed Transformers is one that converted models can trust; what to paste into a bug report.
+
+    Runs in a minute on tiny models of every family; the exit status is 1 if something is wrong.
+
+    Examples:
+
+        hf-linear-attn doctor
+
+        hf-linear-attn doctor --family bert --family gpt2
+    """
+    from rich.console import Console
+
+    with plain_errors():
+        from hf_linear_attn.doctor import diagnose, report
+
+        with Console(stderr=True).status("probing") as status:
+            result = diagnose(family, say=lambda name: status.update(f"probing: {name}"))
+    typer.echo(report(result))
+    raise typer.Exit(code=int(bool(result.failures)))
 
 
 @app.command("report")

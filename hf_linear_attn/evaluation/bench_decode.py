@@ -17,6 +17,7 @@ from hf_linear_attn.evaluation.bench_recipe import SDPA, BenchMethod, BenchRecip
 from hf_linear_attn.evaluation.profile import median_ratio, time_interleaved
 from hf_linear_attn.evaluation.rows import RowFile
 from hf_linear_attn.registry import get_patcher, get_variant
+from hf_linear_attn.seam.cache import cache_keyword
 
 __all__ = ["cache_bytes", "measure_decode"]
 
@@ -47,15 +48,16 @@ class _Session:
     def __init__(self, model: nn.Module, context: torch.Tensor) -> None:
         self._model: Any = model
         self.cache = DynamicCache()
+        self._kwargs = {cache_keyword(self._model.forward): self.cache, "use_cache": True}
         with torch.inference_mode():
-            self._model(input_ids=context, past_key_values=self.cache, use_cache=True)
+            self._model(input_ids=context, **self._kwargs)
         self.bytes = cache_bytes(self.cache)
         self._token = context[:, -1:]
 
     def step(self) -> None:
         """One more token."""
         with torch.inference_mode():
-            self._model(input_ids=self._token, past_key_values=self.cache, use_cache=True)
+            self._model(input_ids=self._token, **self._kwargs)
 
 
 def measure_decode(

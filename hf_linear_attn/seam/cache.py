@@ -7,6 +7,7 @@ state that is lost without a word.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from hf_linear_attn.variants.base import State
 
-__all__ = ["CACHE_KEYWORDS", "LinearAttnCacheLayer", "check_cache", "find_cache", "prepare_cache_layer", "refuse_held"]
+__all__ = [
+    "CACHE_KEYWORDS",
+    "LinearAttnCacheLayer",
+    "cache_keyword",
+    "check_cache",
+    "find_cache",
+    "prepare_cache_layer",
+    "refuse_held",
+]
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """Names under which Transformers hands a cache to models and attention modules, newest first."""
@@ -140,6 +149,22 @@ def find_cache(values: Iterable[tuple[str, Any]]) -> Cache | None:
                 "cache_implementation unset, and use no continuous batching."
             )
     return found
+
+
+def cache_keyword(forward: Callable[..., Any]) -> str:
+    """The name under which a model's or a module's `forward` takes a cache.
+
+    Raises:
+        RuntimeError: if it has none that is known, naming the version of Transformers.
+    """
+    parameters = inspect.signature(forward).parameters
+    for name in CACHE_KEYWORDS:
+        if name in parameters:
+            return name
+    raise RuntimeError(
+        f"{forward.__qualname__} of transformers {transformers.__version__} takes a cache under none of the names that "
+        f"this hf_linear_attn knows ({', '.join(CACHE_KEYWORDS)}); it takes {', '.join(parameters)}."
+    )
 
 
 def prepare_cache_layer(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> LinearAttnCacheLayer:

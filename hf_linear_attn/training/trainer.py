@@ -22,6 +22,7 @@ from transformers import get_scheduler
 from hf_linear_attn.data import LongDocumentCollator
 from hf_linear_attn.evaluation.metrics import load_metrics
 from hf_linear_attn.evaluation.profile import parameter_counts, track_peak_memory
+from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from hf_linear_attn.training.batching import LengthGroupedBatches
 from hf_linear_attn.training.parts import apply_trainable, freeze_dropout, optimizer_groups
 from hf_linear_attn.training.prefix import FrozenPrefix
@@ -167,7 +168,7 @@ class _Run:
             )
         model, self.trained = apply_trainable(model, options)
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         self.counts = parameter_counts(model)
         self.layers = int(model.config.num_hidden_layers)
         self.last_layers = options.last_layers
