@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +15,22 @@ _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+class _DeprecationsAreErrors(logging.Handler):
+    """Transformers announces some of them in its log alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise AssertionError(f"Transformers says: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_deprecated_calls() -> Iterator[None]:
+    handler = _DeprecationsAreErrors()
+    logging.getLogger("transformers").addHandler(handler)
+    yield
+    logging.getLogger("transformers").removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,10 @@
 A converted layer takes the place of an empty `DynamicLayer`. Nothing here trusts a keyword's name: Transformers has
 renamed the cache's before (5.24: `past_key_values` became `cache`), and a cache that is not recognized is a decode
 state that is lost without a word.
+
+Transformers' own layers for linear attention do not carry these states: they hold one recurrent state of a fixed shape
+that is copied into place at every step, and count no tokens, which masks and positions of an all-converted model need.
+A variant's state is several named tensors, of dtypes of their own, and some grow.
 """
 
 from __future__ import annotations
