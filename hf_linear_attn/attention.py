@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, find_cache, prepare_cache_layer
+from hf_linear_attn.seam.masks import packed_rows
 from hf_linear_attn.variants.base import AttentionInputs
 
 __all__ = [
@@ -81,25 +82,38 @@ def converted_attention_class(upstream: type) -> type:
 
 
 def linear_attention_mask(
-    *, attention_mask: torch.Tensor | None = None, kv_length: int, kv_offset: int = 0, **kwargs: Any
-) -> torch.Tensor | None:
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., torch.Tensor],
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | SequencePlan | None:
     """Mask function: the bool padding mask `[B, kv_length]` (True = real), or None when everything is real.
 
+    Rows that Transformers takes for packed, which have no mask, come as the plan of their sequences.
+
     Raises:
-        ValueError: for a mask that is not two-dimensional, or shorter than the keys.
+        ValueError: for a mask that is not two-dimensional, of another batch size, or shorter than the keys.
     """
     if attention_mask is None:
-        return None
+        return packed_rows(mask_function, batch_size, q_length, kv_length, torch.device(device))
     if attention_mask.ndim != 2:
         raise ValueError(_mask_message(attention_mask))
+    given = tuple(attention_mask.shape)
     attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    if attention_mask.shape[1] != kv_length:
+    if attention_mask.shape != (batch_size, kv_length):
         raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} tokens but there are {kv_length} (with a cache, the "
-            "mask covers past tokens as well; converted layers work with a DynamicCache, not a static one)."
+            f"attention_mask has shape {given}, but the call needs {(batch_size, kv_length)} [batch, tokens] (with a "
+            "cache, the mask covers past tokens as well; converted layers work with a DynamicCache, not a static one)."
         )
-    # Masks cost time, and most are all ones. Not while tracing: the answer depends on the data.
-    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    # Masks cost time, and most are all ones. Not while tracing: the answer depends on the data. Without a cache the
+    # keys are counted by the mask itself, so that one of another length has to reach the layers, which know better.
+    if not is_traced() and kv_length == q_offset + q_length and bool(attention_mask.all()):
         return None
     return attention_mask
 
@@ -116,11 +130,10 @@ def linear_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | SequencePlan | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    position_ids: torch.Tensor | None = None,
     global_attention_mask: torch.Tensor | None = None,
     sliding_window: int | None = None,
     linear_attn_call: LinearAttnCall | None = None,
@@ -136,88 +149,140 @@ def linear_attention_forward(
     need not know of groups; a decode state that keeps keys grows by that factor. `sliding_window` (tokens) concerns
     layers that keep softmax: a layer that upstream runs with one is not converted.
 
-    Packed sequences (`position_ids` that restart, `cu_seq_lens_q` or `seq_idx`) do not see one another, and a batch
-    that is mostly padding runs without most of it. `linear_attn_plan` is what `with_sequence_plan` made of these
-    keywords for all layers.
+    Packed sequences do not see one another: `cu_seq_lens_q` or `seq_idx` say where they begin, or the plan in place of
+    a mask, which is what Transformers made of a decoder's `position_ids`. A batch that is mostly padding runs without
+    most of it. `linear_attn_plan` is what `with_sequence_plan` made of these keywords for all layers.
+
+    At masked positions self-attention gives 0, whatever the method, the layout and the batch, as flash attention does.
+    One of them is read nevertheless, the last place of a decoder's prompt that is padded on the right: there stands
+    what softmax gives its query over the real keys, if they are at hand (not in a chunk after others).
 
     Raises:
-        ValueError: for a mask that is not a 2-D padding mask, packed sequences with a cache or while a graph is traced,
-            `output_attentions`, or a module that is neither converted nor listed as softmax in its config.
+        ValueError: for a mask that is not a 2-D padding mask of the tokens, packed sequences with a cache or while a
+            graph is traced, `output_attentions`, or a module that is neither converted nor listed as softmax in its
+            config.
     """
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(_mask_message(attention_mask))
     if kwargs.get("output_attentions"):
         raise ValueError(OUTPUT_ATTENTIONS_MESSAGE)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    causal = _is_causal(module, is_causal)
+    if linear_attn_call is None:
+        _check_listed_as_softmax(module)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-
-    if linear_attn_call is None:
-        _check_listed_as_softmax(module)
     cache_layer = None if linear_attn_call is None else linear_attn_call.cache_layer
-    plan = linear_attn_plan
-    if not _is_self_attention(module):
-        plan = SequencePlan()  # every packed sequence may see all of the encoder's tokens
-    elif plan is None:
-        given = attention_mask, position_ids, cu_seq_lens_q, seq_idx
-        plan = plan_call(query.shape[0], query.shape[2], *given, gaps=causal)
-    regroups = cache_layer is None and linear_attn_recorder is None and query.shape[2] == key.shape[2]
-    if plan.packed and not regroups:
-        raise ValueError(PACKED_MESSAGE)
-
-    if linear_attn_call is None:
-
-        def attend_softmax(q: Any, k: Any, v: Any, real: Any, *_: Any) -> torch.Tensor:
-            # Padding of buckets is on the right: causality hides it, and SDPA is faster without a mask.
-            return softmax_attention(q, k, v, None if causal else real, causal, scaling, dropout, sliding_window)
-
-        if plan.buckets and regroups:
-            output = attend_by_bucket(plan, attend_softmax, query, key, value)
-        else:
-            output = softmax_attention(query, key, value, attention_mask, causal, scaling, dropout, sliding_window)
-        return output.transpose(1, 2), None
-
-    variant: Any = module.linear_attn
+    packed, mask = (attention_mask, None) if isinstance(attention_mask, SequencePlan) else (None, attention_mask)
+    real = _padding(mask, query, key, cache_layer)
     inputs = AttentionInputs(
         query=query,
         key=key,
         value=value,
-        # With a cache the mask also covers tokens that are already in the state.
-        key_padding=None if attention_mask is None else attention_mask[:, -key.shape[-2] :],
-        is_causal=causal,
-        scaling=scaling,
-        hidden_states=linear_attn_call.hidden_states,
-        global_mask=_global_mask(global_attention_mask, query),
+        key_padding=real,
+        is_causal=_is_causal(module, is_causal),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        hidden_states=None if linear_attn_call is None else linear_attn_call.hidden_states,
+        global_mask=None if linear_attn_call is None else _global_mask(global_attention_mask, query),
     )
-    if linear_attn_recorder is not None:
-        output = softmax_attention(query, key, value, inputs.key_padding, causal, scaling, 0.0)
+
+    if not _is_self_attention(module):  # every packed sequence may see all of the encoder's tokens
+        return _softmax(inputs, dropout).transpose(1, 2), None
+    plan = linear_attn_plan
+    if plan is None:
+        queries = None if real is None else real[:, -query.shape[2] :]
+        plan = plan_call(query.shape[0], query.shape[2], queries, cu_seq_lens_q, seq_idx)
+    if packed is not None and not plan.packed:
+        plan = packed
+    regroups = cache_layer is None and linear_attn_recorder is None and query.shape[2] == key.shape[2]
+    if plan.packed and not regroups:
+        raise ValueError(PACKED_MESSAGE)
+
+    if linear_attn_call is not None and linear_attn_recorder is not None:
+        output = _softmax(inputs, 0.0)
         replacement = linear_attn_recorder(module, inputs, output)
         return (output if replacement is None else replacement).transpose(1, 2), None
+    if linear_attn_call is None:
 
+        def attend(inputs: AttentionInputs) -> torch.Tensor:
+            return _softmax(inputs, dropout, sliding_window)
+
+    else:
+        _warn_of_dropout(dropout)
+
+        def attend(inputs: AttentionInputs) -> torch.Tensor:
+            return _run_variant(module.linear_attn, inputs, cache_layer)
+
+    keys_at_hand = cache_layer is None or cache_layer.state is None
+    output = _by_bucket(plan, attend, inputs) if plan.buckets and regroups else attend(inputs)
+    if real is not None:
+        reads_last = keys_at_hand and not plan.packed and (is_traced() or not plan.last_real)
+        output = _settle_padding(output, inputs, reads_last=reads_last, window=sliding_window)
+    return output.transpose(1, 2), None
+
+
+def _padding(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, cache_layer: LinearAttnCacheLayer | None
+) -> torch.Tensor | None:
+    """The padding of the keys `[B, Tk]`; a mask also covers the tokens that are already in a decode state."""
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise ValueError(_mask_message(mask))
+    expected = query.shape[0], key.shape[2] if cache_layer is None else cache_layer.seen_tokens
+    if tuple(mask.shape) != expected:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but there are {expected} [batch, tokens] to attend to."
+        )
+    return mask[:, -key.shape[2] :].to(device=key.device, dtype=torch.bool)
+
+
+def _softmax(inputs: AttentionInputs, dropout: float, sliding_window: int | None = None) -> torch.Tensor:
+    q, k, v, real = inputs.query, inputs.key, inputs.value, inputs.key_padding
+    return softmax_attention(q, k, v, real, inputs.is_causal, inputs.scaling, dropout, sliding_window)
+
+
+def _run_variant(variant: Any, inputs: AttentionInputs, cache_layer: LinearAttnCacheLayer | None) -> torch.Tensor:
+    """The variant's output `[B, H, Tq, D]`; its state is in `cache_layer`."""
+    if cache_layer is None:
+        return variant(inputs)[0]
+    query = inputs.query
+    if cache_layer.state is None:
+        cache_layer.state = variant.init_state(query.shape[0], query.dtype, query.device)
+    output, cache_layer.state = variant(inputs, cache_layer.state)
+    return output
+
+
+def _by_bucket(
+    plan: SequencePlan, attend: Callable[[AttentionInputs], torch.Tensor], inputs: AttentionInputs
+) -> torch.Tensor:
+    def attend_rows(q: Any, k: Any, v: Any, real: Any, hidden: Any, marked: Any) -> torch.Tensor:
+        # Padding of buckets is on the right: causality hides it, and attention is faster without a mask.
+        real = None if inputs.is_causal and marked is None else real
+        given = {"query": q, "key": k, "value": v, "key_padding": real, "hidden_states": hidden, "global_mask": marked}
+        return attend(replace(inputs, **given))
+
+    tokens = inputs.query, inputs.key, inputs.value, inputs.hidden_states, inputs.global_mask
+    return attend_by_bucket(plan, attend_rows, *tokens)
+
+
+def _settle_padding(
+    output: torch.Tensor, inputs: AttentionInputs, *, reads_last: bool, window: int | None
+) -> torch.Tensor:
+    """`output` `[B, H, Tq, D]` with what stands at masked positions (see `linear_attention_forward`)."""
+    assert inputs.key_padding is not None
+    q_len = output.shape[2]
+    real = inputs.key_padding[:, None, -q_len:, None]
+    settled = output.masked_fill(~real, 0)
+    if not (reads_last and inputs.is_causal and q_len > 1):
+        return settled
+    last = _softmax(replace(inputs, query=inputs.query[:, :, -1:]), 0.0, window)
+    return torch.cat([settled[:, :, :-1], torch.where(real[:, :, -1:], settled[:, :, -1:], last)], dim=2)
+
+
+def _warn_of_dropout(dropout: float) -> None:
     if dropout > 0.0:
         logger.warning_once(
             f"Attention dropout ({dropout}) has no form in converted layers and is not applied there. "
             "Set the config's attention dropout to 0 to silence this."
         )
-    if plan.buckets and regroups:
-
-        def attend(q: Any, k: Any, v: Any, real: Any, hidden: Any, marked: Any) -> torch.Tensor:
-            real = None if causal and marked is None else real  # hidden by causality
-            return variant(AttentionInputs(q, k, v, real, causal, scaling, hidden, marked))[0]
-
-        output = attend_by_bucket(plan, attend, query, key, value, inputs.hidden_states, inputs.global_mask)
-        return output.transpose(1, 2), None
-    state = None
-    if cache_layer is not None:
-        if cache_layer.state is None:
-            cache_layer.state = variant.init_state(query.shape[0], query.dtype, query.device)
-        state = cache_layer.state
-    output, state = variant(inputs, state)
-    if cache_layer is not None:
-        cache_layer.state = state
-    return output.transpose(1, 2), None
 
 
 OUTPUT_ATTENTIONS_MESSAGE = (
@@ -292,27 +357,22 @@ def _check_listed_as_softmax(module: nn.Module) -> None:
 def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a model's call, with the plan of its sequences for all layers if this is the base model.
 
-    Layers make the plan themselves when it is not given, from what reaches them: every one reads the positions again,
-    and families whose layers get no `position_ids` would not know of packed sequences.
+    Layers make the plan themselves when it is not given, every one again. Of `position_ids` they learn by their mask
+    (`seam.masks.packed_rows`).
     """
-    if model.base_model is not model or "linear_attn_plan" in kwargs:
-        return kwargs
-    names = ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx")
-    gaps = get_patcher(model.config.base_model_type).is_causal(model.config)  # an encoder may leave positions out
-    if is_traced():
-        position_ids = kwargs.get("position_ids")
-        if position_ids is not None:  # asserts what a family's layers may be unable to
-            plan_call(*position_ids.shape, *(kwargs.get(name) for name in names), gaps=gaps)
+    if model.base_model is not model or "linear_attn_plan" in kwargs or is_traced():
         return kwargs
     given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
     given = {**given, **given.pop("kwargs", {})}
     mask, of_tokens = given.get("attention_mask"), given.get("input_ids")
     if of_tokens is None and given.get("inputs_embeds") is not None:
         of_tokens = given["inputs_embeds"][..., 0]
-    if of_tokens is None or (mask is not None and mask.ndim != 2):
+    if of_tokens is None:
         return kwargs  # refused later on
-    shape = of_tokens.shape
-    plan = plan_call(shape[:-1].numel(), shape[-1], *(given.get(name) for name in names), gaps=gaps)
+    if mask is not None and mask.shape != of_tokens.shape:
+        mask = None  # with a cache it covers past tokens, and nothing is regrouped; else it is refused later on
+    batch, length = of_tokens.shape[:-1].numel(), of_tokens.shape[-1]
+    plan = plan_call(batch, length, mask, given.get("cu_seq_lens_q"), given.get("seq_idx"))
     return {**kwargs, "linear_attn_plan": plan}
 
 

@@ -33,7 +33,7 @@ from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, LayerReport, OutputErrors
-from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_held
+from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
 
@@ -94,6 +94,16 @@ class LinearAttnPreTrainedModel:
         """What each layer runs, the parameters it added, and its measured error if the conversion was calibrated."""
         stored = self.__dict__.get(REPORT_ATTRIBUTE)
         return stored if stored is not None else describe(self)  # type: ignore[arg-type]
+
+    @property
+    def _is_stateful(self) -> bool:
+        """What generation asks before it rolls a cache back; softmax layers alone can do that."""
+        return bool(self.config._attn_implementation == IMPLEMENTATION)
+
+    def _validate_generation_mode(self, mode: Any, generation_config: Any, *args: Any, **kwargs: Any) -> None:
+        if self._is_stateful:
+            refuse_generation(mode, generation_config)
+        super()._validate_generation_mode(mode, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AttentionVariant):
@@ -186,6 +196,8 @@ def model_class_for(upstream: Any) -> type[PreTrainedModel]:
             "__module__": __name__,
             "__doc__": f"`{upstream.__name__}` with converted attention.",
             "config_class": config_class_for(_config_class(upstream).model_type),
+            # The promise is about static caches, which a decode state does not fit.
+            "_can_compile_fullgraph": upstream._can_compile_fullgraph and not upstream.can_generate(),
         },
     )
 

@@ -11,7 +11,7 @@ CPU from lengths (one read from the device), and all moves are copies of whole r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class SequencePlan:
         slot: long `[B * T]`, the place of each token; 0 for padding.
         token_real: bool `[B * T]`, False for padding of the batch; None without.
         slot_real: bool `[S]`, False for padding of the buckets; None without.
+        last_real: whether the last token of every row is real.
     """
 
     packed: bool = False
@@ -87,6 +88,7 @@ class SequencePlan:
     slot: torch.Tensor | None = None
     token_real: torch.Tensor | None = None
     slot_real: torch.Tensor | None = None
+    last_real: bool = True
 
 
 def is_traced() -> bool:
@@ -97,12 +99,9 @@ def is_traced() -> bool:
 def plan_call(
     batch: int,
     length: int,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
+    key_padding: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
-    *,
-    gaps: bool = True,
 ) -> SequencePlan:
     """Plan of a forward over `batch` rows of `length` tokens: of packed sequences, else of its padding.
 
@@ -112,11 +111,9 @@ def plan_call(
     Args:
         batch: B.
         length: T.
-        attention_mask: `[B, at least T]`, whose last T columns are these tokens', or None.
-        position_ids: as for `plan_sequences`, like the others.
-        cu_seq_lens: `[sequences + 1]` or None.
+        key_padding: `[B, T]`, nonzero for a real token, or None.
+        cu_seq_lens: `[sequences + 1]` or None, as for `plan_sequences`.
         seq_idx: `[B, T]` or None.
-        gaps: as for `plan_sequences`.
 
     Raises:
         ValueError: for cu_seq_lens of several sequences while a graph is traced, and as `plan_sequences`.
@@ -128,52 +125,41 @@ def plan_call(
             raise ValueError(PACKED_MESSAGE)
         if seq_idx is not None:
             torch._assert_async((seq_idx.diff(dim=-1) == 0).all(), PACKED_MESSAGE)
-        if position_ids is not None and attention_mask is None:
-            steps = position_ids.diff(dim=-1)
-            torch._assert_async(((steps == 1) if gaps else (steps > 0)).all(), PACKED_MESSAGE)
         return SequencePlan()
-    padding = None if attention_mask is None else attention_mask[:, -length:].bool()
+    padding = None if key_padding is None else key_padding.bool()
     if padding is not None and bool(padding.all()):
         padding = None
-    if position_ids is not None and padding is None and bool((position_ids.diff(dim=-1) == 1).all()):
-        position_ids = None
-    if position_ids is not None or cu_seq_lens is not None or seq_idx is not None:
-        starts: dict[str, Any] = {"position_ids": position_ids, "cu_seq_lens": cu_seq_lens, "seq_idx": seq_idx}
-        plan = plan_sequences(batch, length, key_padding=padding, gaps=gaps, **starts)
-        if plan.packed:
-            return plan
-    return SequencePlan() if padding is None else plan_padded(padding)
+    plan = SequencePlan()
+    if cu_seq_lens is not None or seq_idx is not None:
+        plan = plan_sequences(batch, length, cu_seq_lens=cu_seq_lens, seq_idx=seq_idx, key_padding=padding)
+    if padding is None:
+        return plan
+    return replace(plan if plan.packed else plan_padded(padding), last_real=bool(padding[:, -1].all()))
 
 
 def plan_sequences(
     batch: int,
     length: int,
     *,
-    position_ids: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
     key_padding: torch.Tensor | None = None,
-    gaps: bool = True,
 ) -> SequencePlan:
     """Plan of a batch whose rows may hold several sequences.
 
-    A sequence begins at each row's start, wherever `position_ids` do not go up by one (with padding, or without `gaps`:
-    where they do not go up from one real token to the next), at every entry of `cu_seq_lens` and where `seq_idx`
-    changes.
+    A sequence begins at each row's start, at every entry of `cu_seq_lens` and where `seq_idx` changes.
 
     Args:
         batch: B.
         length: T.
-        position_ids: `[1 or B, T]`.
         cu_seq_lens: `[sequences + 1]`, where sequences begin and end among the B * T tokens.
-        seq_idx: `[B, T]`.
+        seq_idx: `[1 or B, T]`.
         key_padding: bool `[B, T]`, True for a real token, or None when all are.
-        gaps: whether positions left out begin a sequence, as Transformers has it for decoders.
 
     Raises:
-        ValueError: for position_ids or seq_idx of another shape, or cu_seq_lens beyond the tokens.
+        ValueError: for seq_idx of another shape, or cu_seq_lens beyond the tokens.
     """
-    device = next((x.device for x in (key_padding, position_ids, cu_seq_lens, seq_idx) if x is not None), None)
+    device = next((x.device for x in (key_padding, cu_seq_lens, seq_idx) if x is not None), None)
     if key_padding is not None:
         key_padding = key_padding.bool().cpu()
         key_padding = None if bool(key_padding.all()) else key_padding
@@ -182,17 +168,12 @@ def plan_sequences(
     rows = rows if order is None else rows[order]
     starts = torch.ones_like(rows, dtype=torch.bool)
     starts[1:] = row_changes = rows[1:] != rows[:-1]
-    for name, ids, begins in (
-        ("position_ids", position_ids, lambda step: step != 1 if gaps and order is None else step <= 0),
-        ("seq_idx", seq_idx, lambda step: step != 0),
-    ):
-        if ids is None:
-            continue
-        ids = ids[None] if ids.ndim == 1 else ids
+    if seq_idx is not None:
+        ids = seq_idx[None] if seq_idx.ndim == 1 else seq_idx
         if ids.ndim != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {(batch, length)} [batch, length].")
+            raise ValueError(f"seq_idx has shape {tuple(ids.shape)}; expected {(batch, length)} [batch, length].")
         flat = ids.cpu().expand(batch, -1).flatten()
-        starts[1:] |= begins((flat if order is None else flat[order]).diff())
+        starts[1:] |= (flat if order is None else flat[order]).diff() != 0
     if cu_seq_lens is not None:
         places = cu_seq_lens.cpu().long()
         if places.ndim != 1 or (len(places) and not 0 <= int(places.min()) <= int(places.max()) <= batch * length):

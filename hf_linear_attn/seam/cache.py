@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
 from hf_linear_attn.variants.base import State
 
@@ -28,11 +29,19 @@ __all__ = [
     "check_cache",
     "find_cache",
     "prepare_cache_layer",
+    "refuse_generation",
     "refuse_held",
 ]
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """Names under which Transformers hands a cache to models and attention modules, newest first."""
+
+
+CROP_MESSAGE = (
+    "The cache of a converted layer cannot be cropped: its state has already absorbed the tokens. Assisted generation, "
+    "prompt lookup and other methods that roll a cache back need softmax attention "
+    '(model.set_attn_implementation("sdpa")) and a new cache.'
+)
 
 
 class LinearAttnCacheLayer(CacheLayerMixin):
@@ -128,11 +137,7 @@ class LinearAttnCacheLayer(CacheLayerMixin):
         """Raises `ValueError`: tokens that went into a linear-attention state cannot be taken out of it."""
         if tokens_to_remove == 0:
             return
-        raise ValueError(
-            "The cache of a converted layer cannot be cropped: its state has already absorbed the tokens. Assisted "
-            "generation and other methods that roll a cache back need softmax attention "
-            '(model.set_attn_implementation("sdpa")) and a new cache.'
-        )
+        raise ValueError(CROP_MESSAGE)
 
 
 def find_cache(values: Iterable[tuple[str, Any]]) -> Cache | None:
@@ -221,6 +226,22 @@ def check_cache(cache: Cache, layer_indices: Iterable[int]) -> None:
                 f"its place), so its tokens are lost. transformers {transformers.__version__} hands caches on in a way "
                 "that this hf_linear_attn does not know: run `hf-linear-attn doctor`, or pass use_cache=False."
             )
+
+
+def refuse_generation(mode: GenerationMode, generation_config: Any) -> None:
+    """Raise `ValueError` if a way of generating needs a cache that no converted layer can keep its state in.
+
+    Args:
+        mode: how.
+        generation_config: the call's.
+    """
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(CROP_MESSAGE)
+    if generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+        raise ValueError(
+            f"cache_implementation={generation_config.cache_implementation!r}: converted layers work with a "
+            "DynamicCache. Leave cache_implementation unset."
+        )
 
 
 def refuse_held(cache: Cache | None) -> None:

@@ -19,13 +19,12 @@ def test_a_plan_holds_every_token_once(call_tokens: int, padded: bool, monkeypat
         lengths = torch.randint(1, 80, (1 + 3 * trial,), generator=generator)
         lengths = lengths if trial % 2 else (lengths.float() ** 1.7).long() + 1
         at = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
-        # A document's first token stays: without it the next one may seem to go on where the last one was.
         mask = (torch.rand(at.shape, generator=generator) < (0.7 if padded else 2.0)) | (at == 0)
-        plan = packing.plan_call(1, at.shape[1], mask, at)
+        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        plan = packing.plan_call(1, at.shape[1], mask, seq_idx=document[None])
         if not plan.packed:
             assert len(lengths) == 1
             continue
-        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         assert plan.index is not None
         assert plan.slot is not None
         real = torch.ones_like(plan.index, dtype=torch.bool) if plan.slot_real is None else plan.slot_real
