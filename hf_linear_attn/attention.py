@@ -369,11 +369,27 @@ def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         of_tokens = given["inputs_embeds"][..., 0]
     if of_tokens is None:
         return kwargs  # refused later on
-    if mask is not None and mask.shape != of_tokens.shape:
+    if not isinstance(mask, torch.Tensor) or mask.shape != of_tokens.shape:
         mask = None  # with a cache it covers past tokens, and nothing is regrouped; else it is refused later on
+    if given.get("attention_mask") is None:
+        _warn_of_positions(model, given)
     batch, length = of_tokens.shape[:-1].numel(), of_tokens.shape[-1]
     plan = plan_call(batch, length, mask, given.get("cu_seq_lens_q"), given.get("seq_idx"))
     return {**kwargs, "linear_attn_plan": plan}
+
+
+def _warn_of_positions(model: Any, given: dict[str, Any]) -> None:
+    """Say that positions which look like packing are none, as a cache is in use."""
+    at, uses_cache = given.get("position_ids"), given.get("use_cache")
+    if at is None or not get_patcher(model.config.base_model_type).is_causal(model.config):
+        return
+    if uses_cache is None:
+        uses_cache = getattr(model.config, "use_cache", False)
+    if (uses_cache or find_cache(given.items()) is not None) and bool((at.diff(dim=-1) != 1).any()):
+        logger.warning_once(
+            "position_ids do not go up by one. Beside a cache they are positions and nothing else, as in Transformers: "
+            "if this row holds packed sequences, they see one another. Pass use_cache=False to keep them apart."
+        )
 
 
 @cache

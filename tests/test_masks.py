@@ -122,6 +122,22 @@ def test_decoders_read_packing_off_positions_as_upstream_does(family: str, metho
 
 
 @torch.no_grad()
+def test_positions_that_look_like_packing_beside_a_cache_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = convert_model(base_model("gpt2"), "linear")
+    said: list[str] = []
+    monkeypatch.setattr(attention.logger, "warning_once", said.append)
+    ids = token_batch(length=20)["input_ids"]
+    packed, plain = (torch.arange(20) % 7).expand(2, -1), torch.arange(20).expand(2, -1)
+    model(input_ids=ids, position_ids=packed, use_cache=False)
+    model(input_ids=ids, position_ids=packed, attention_mask=torch.ones_like(ids))
+    model(input_ids=ids, position_ids=plain)
+    assert not said
+    model(input_ids=ids, position_ids=packed)
+    assert len(said) == 1
+    assert "use_cache=False" in said[0]
+
+
+@torch.no_grad()
 def test_encoders_turned_decoders_hand_no_positions_to_their_mask() -> None:
     softmax = causal_lm("bert", **without_dropout("bert"))
     model = convert_model(causal_lm("bert", **without_dropout("bert")), "entmax", **EXACT["entmax"])

@@ -109,7 +109,8 @@ class AttentionInputs:
         query: `[B, H, Tq, D]`.
         key: `[B, H, Tk, D]`, the keys of this call. With a decode state these are the *new* keys only (Tk == Tq).
         value: `[B, H, Tk, D]`.
-        key_padding: bool `[B, Tk]`, True for a real token, or None when all are real.
+        key_padding: bool `[B, Tk]`, True for a real token, or None when all are real. A variant need not care what it
+            gives at masked queries, as long as it is finite: in a model 0 stands there.
         is_causal: query row r sees keys up to position `Tk - Tq + r` (right-aligned) and everything in the state.
         scaling: factor of the softmax logits, usually `D ** -0.5`.
         hidden_states: input of the attention layer `[B, Tq, hidden_size]`, or None.
