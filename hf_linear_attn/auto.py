@@ -198,6 +198,7 @@ def model_class_for(upstream: Any) -> type[PreTrainedModel]:
             "config_class": config_class_for(_config_class(upstream).model_type),
             # The promise is about static caches, which a decode state does not fit.
             "_can_compile_fullgraph": upstream._can_compile_fullgraph and not upstream.can_generate(),
+            "_supports_context_parallel": False,  # a shard of the tokens does not know the others' state
         },
     )
 

@@ -343,6 +343,7 @@ def test_generation_that_rolls_a_cache_back_is_refused_before_the_first_token(
     assert not ran
     assert model._is_stateful
     assert not type(model)._can_compile_fullgraph
+    assert not type(model)._supports_context_parallel
     model.set_attn_implementation("sdpa")
     plain = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=PAD)
     looked_up = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=PAD, prompt_lookup_num_tokens=3)
