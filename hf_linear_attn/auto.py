@@ -33,6 +33,7 @@ from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, LayerReport, OutputErrors
+from hf_linear_attn.saving import whole_folder
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
@@ -136,11 +137,20 @@ class LinearAttnPreTrainedModel:
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As upstream; with `push_to_hub=True` also what `push_to_hub` uploads."""
+        """As upstream, except that a reader of the folder finds the old model or this one, never some of both.
+
+        With `push_to_hub=True` also what `push_to_hub` uploads.
+
+        Raises:
+            FileExistsError: if `save_directory` is a file.
+        """
         if push_to_hub:
             importlib.import_module("hf_linear_attn.hub").save_and_push(self, save_directory, *args, **kwargs)
-        else:
+        elif kwargs.get("distributed_checkpoint"):  # all processes write into one folder
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        else:
+            with whole_folder(save_directory) as stage:
+                super().save_pretrained(stage, *args, **kwargs)  # type: ignore[misc]
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the model with a model card and the loader code; see `hf_linear_attn.hub.push_to_hub`."""
