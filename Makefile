@@ -33,7 +33,7 @@ help: ## this list
 install: $(STAMP)-package ## the package in .venv, nothing else
 
 demo: $(STAMP)-demo $(STAMP)-weights ## convert, fine-tune and compare on long documents (ten minutes on 2 cores)
-	$(PY) -m hf_linear_attn demo $(ARGS)
+	$(PY) -m hf_linear_attn demo --overwrite $(ARGS)
 
 # One thread per worker: the workers share the cores, and results do not depend on the thread count.
 test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite and the notebooks
@@ -64,7 +64,7 @@ test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make
 	$(PYTHON) .ci/gpu.py test $(ARGS)
 
 bench: $(STAMP)-bench ## speed and memory on this CPU, for recipes/bench/results (half an hour on 2 cores)
-	$(PY) -m hf_linear_attn bench recipes/bench/cpu.yaml --output recipes/bench/results $(ARGS)
+	$(PY) -m hf_linear_attn bench recipes/bench/cpu.yaml --output recipes/bench/results --overwrite $(ARGS)
 
 bench-gpu: ## the same on a GPU (nine minutes at most), with the Python that has PyTorch there
 	$(PYTHON) .ci/gpu.py bench $(ARGS)

@@ -92,7 +92,8 @@ def run_bench(out: Path | None, arguments: list[str]) -> int:
     """Exit status of the bench; what it wrote is copied also if it failed."""
     begin = time.time()
     where = RESULTS.relative_to(ROOT)  # not absolute: the results say which command made them
-    command = [sys.executable, "-m", "hf_linear_attn", "bench", str(where.parent / "gpu.yaml"), "--output", str(where)]
+    files = [str(where.parent / "gpu.yaml"), "--output", str(where), "--overwrite"]
+    command = [sys.executable, "-m", "hf_linear_attn", "bench", *files]
     status = _run([*command, *arguments], BENCH_SECONDS)
     for path in sorted(RESULTS.iterdir()) if out is not None else ():
         if path.stat().st_mtime >= begin:

@@ -20,7 +20,7 @@ from hf_linear_attn.ops.backend import check_backend
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
 from hf_linear_attn.variants.base import AttentionVariant
 
-__all__ = ["convert_model", "extend_positions", "revert_model", "set_backend"]
+__all__ = ["convert_model", "extend_positions", "revert_model", "set_backend", "unmark_unpacked"]
 
 VariantChoice = str | tuple[str, dict[str, Any]] | None
 ExtendMode = Literal["tile", "interpolate"]
@@ -122,7 +122,7 @@ def convert_model(
         _restore_table(model, upstream_table)
         _forget(model)
         raise
-    _unmark_unpacked(model)
+    unmark_unpacked(model)
     setattr(model, REPORT_ATTRIBUTE, describe(model, errors, kept))
     return model
 
@@ -343,7 +343,7 @@ def _upstream_config(config: Any, implementation: str | None) -> PreTrainedConfi
     return new
 
 
-def _unmark_unpacked(model: PreTrainedModel) -> None:
+def unmark_unpacked(model: PreTrainedModel) -> None:
     """Let a model be saved whose weights were unpacked from a GGUF file: Transformers may still call it quantized."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":

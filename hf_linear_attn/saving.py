@@ -23,7 +23,7 @@ from typing import Any
 __all__ = ["to_json", "whole_folder", "write_json"]
 
 # Loading starts with one of these: taken away first, put back last.
-_ENTRIES = ("config.json", "adapter_config.json", "place.json")
+_ENTRIES = ("config.json", "adapter_config.json")
 _STAGE = ".saving-"
 # model.safetensors, model-00001-of-00002.safetensors, model.safetensors.index.json, and the same with a variant's name
 _WEIGHTS = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from hf_linear_attn.training.recipe import Recipe
     from hf_linear_attn.training.trainer import TrainResult
 
-__all__ = ["convert_checkpoint", "run_comparison", "run_training"]
+__all__ = ["check_options", "convert_checkpoint", "run_comparison", "run_training"]
 
 
 def convert_checkpoint(
@@ -24,28 +25,42 @@ def convert_checkpoint(
     extend: str,
     layers: list[int] | None,
 ) -> ConversionReport:
-    """Load `name` with the head its config names, convert it, save it and its tokenizer to `output`."""
-    import transformers
+    """Load `name` with the head its config names, convert it, and save it to `output`.
 
+    Its tokenizer and what else of its folder still holds go there too. Of a checkpoint that lies there nothing that
+    loading reads is left; other files stay.
+    """
     from hf_linear_attn.convert import convert_model
-    from hf_linear_attn.data.models import resolve_model, resolve_model_kwargs
+    from hf_linear_attn.data.companions import copy_companions, is_part_of_checkpoint
+    from hf_linear_attn.data.models import load_checkpoint, load_tokenizer, resolve_model
+    from hf_linear_attn.saving import whole_folder
 
-    path, kwargs = resolve_model(name), resolve_model_kwargs(name)
-    config = transformers.AutoConfig.from_pretrained(path, **kwargs)
-    architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    check_options(variant, options)
+    tokenizer = load_tokenizer(name)
     model: Any = convert_model(
-        architecture.from_pretrained(path, **kwargs),
+        load_checkpoint(name),
         variant,
         layers=layers,
         max_length=max_length,
         extend=extend,  # type: ignore[arg-type]
         **options,
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **kwargs)
-    tokenizer.model_max_length = model.conversion_report.tokenizer_max_length
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    return model.conversion_report
+    report = model.conversion_report
+    tokenizer.model_max_length = report.tokenizer_max_length
+    with whole_folder(output, replaces=partial(is_part_of_checkpoint, output)) as stage:
+        copy_companions(resolve_model(name), stage, None if max_length is None else report.tokenizer_max_length)
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+    return report
+
+
+def check_options(variant: str, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for an unknown variant or option: before anything is loaded, and before an option could be
+    taken for another argument of `convert_model`."""
+    from hf_linear_attn.registry import get_variant
+
+    config: Any = get_variant(variant).config_class
+    config.from_dict(options)
 
 
 def run_training(recipe: Recipe) -> TrainResult | None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_linear_attn.cli.arguments import MODEL_HELP, need_extra, numbers, plain_errors
+from hf_linear_attn.cli.arguments import (
+    MODEL_HELP,
+    Overwrite,
+    check_output,
+    check_output_file,
+    names,
+    need_extra,
+    numbers,
+    plain_errors,
+    read_device,
+)
 from hf_linear_attn.cli.commands import app
+from hf_linear_attn.saving import write_json
 
 __all__: list[str] = []
 
@@ -30,6 +40,7 @@ def bench_command(
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads (default: the recipe's).")] = None,
     variants: Variants = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured into this folder.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Speed and memory of everything, beside what else a user would run. Goes on where it was cut off.
 
@@ -43,9 +54,10 @@ def bench_command(
         need_extra("bench", "bench", ("matplotlib", "yaml"))  # what it is compared with may be missing
         from hf_linear_attn.cli.bench_actions import load_bench_recipe, run_bench
 
-        only = None if variants is None else [name.strip() for name in variants.split(",")]
+        check_output(output, overwrite, resumes="*.rows.jsonl")
+        only = names(variants, "--variants")
         command = " ".join(["hf-linear-attn", *sys.argv[1:]])
-        loaded = load_bench_recipe(recipe, device, threads)
+        loaded = load_bench_recipe(recipe, read_device(device), threads)
         results, table = run_bench(loaded, output, only, fresh, command, typer.echo)
     failed = [row for row in results["rows"] if "failure" in row]
     for row in failed:
@@ -73,6 +85,7 @@ def advise_command(
     seconds: Annotated[float, typer.Option("--seconds", help="About how long it may measure.")] = 90.0,
     device: Device = None,
     output: Annotated[Path | None, typer.Option("--output", help="A file for the numbers, as JSON.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
 ) -> None:
     """Which variant pays on this machine at a length, and below which length none does.
 
@@ -85,21 +98,21 @@ def advise_command(
     with plain_errors():
         from hf_linear_attn.evaluation.advise import advise, format_advice
 
-        if device not in (None, "cpu", "cuda"):
-            raise ValueError(f"--device takes cpu or cuda, got {device!r}")
+        if output is not None:
+            check_output_file(output, overwrite)
         advice = advise(
             model,
             length,
-            variants=None if variants is None else [name.strip() for name in variants.split(",")],
+            variants=names(variants, "--variants"),
             batch_size=batch_size,
             lengths=numbers(lengths, "--lengths"),
             training=training,
-            device=device,
+            device=read_device(device),
             budget_seconds=seconds,
         )
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(advice.to_dict(), indent=1) + "\n", encoding="utf-8")
+            write_json(output, advice.to_dict())
     typer.echo(format_advice(advice))
     if output is not None:
         typer.echo(f"Numbers: {output}")

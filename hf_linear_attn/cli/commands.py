@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_linear_attn.cli.arguments import MODEL_HELP, Options, need_train_extra, numbers, pairs, plain_errors
+from hf_linear_attn.cli.arguments import (
+    MODEL_HELP,
+    Options,
+    Overwrite,
+    check_output,
+    names,
+    need_train_extra,
+    numbers,
+    pairs,
+    plain_errors,
+)
 
 if TYPE_CHECKING:
     from hf_linear_attn.training.recipe import Recipe
@@ -72,17 +82,19 @@ def convert_command(
     variant: Annotated[str, typer.Argument(help="An attention variant, see `hf-linear-attn list`.")],
     output: Annotated[Path, typer.Option("--output", help="Folder for the converted model and its tokenizer.")],
     option: Options = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="New limit in tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", min=1, help="New limit in tokens.")] = None,
     extend: Annotated[str, typer.Option("--extend", help="How positions grow: tile or interpolate.")] = "tile",
     layers: Annotated[str | None, typer.Option("--layers", help="Layers to convert, as 0,1,4 (default: all).")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Convert a checkpoint and save it.
+    """Convert a checkpoint and save it, with its tokenizer and what else of its folder still holds.
 
     Example:
 
         hf-linear-attn convert minilm linear --max-length 4096 --output outputs/minilm-linear
     """
     with plain_errors():
+        check_output(output, overwrite)
         from hf_linear_attn.cli.actions import convert_checkpoint
 
         report = convert_checkpoint(
@@ -102,6 +114,7 @@ def convert_command(
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, see recipes/README.md.")],
     changes: Set = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune one model as a recipe says; `accelerate launch -m hf_linear_attn train ...` for many processes.
 
@@ -112,6 +125,8 @@ def train_command(
     with plain_errors():
         need_train_extra("train")
         loaded = _load_recipe(recipe, changes)
+        # A run that goes on writes to the folder it was cut off in.
+        check_output(loaded.training.output_dir, overwrite or loaded.training.resume_from is not None)
         from hf_linear_attn.cli.actions import run_training
 
         result = run_training(loaded)
@@ -130,6 +145,7 @@ def compare_command(
         str | None, typer.Option("--variants", help="Variants, as linear,longformer (default: the recipe's).")
     ] = None,
     changes: Set = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train softmax and converted models under one budget, and write a report.
 
@@ -140,14 +156,15 @@ def compare_command(
     with plain_errors():
         need_train_extra("compare")
         loaded = _load_recipe(recipe, changes)
-        names = None if variants is None else [name.strip() for name in variants.split(",")]
-        _run_comparison(loaded, names, "Converted models beside the checkpoint")
+        check_output(loaded.training.output_dir, overwrite)
+        _run_comparison(loaded, names(variants, "--variants"), "Converted models beside the checkpoint")
 
 
 @app.command("demo")
 def demo_command(
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Another recipe than the demo's own.")] = None,
     changes: Set = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert a real checkpoint four ways, fine-tune each on long documents, show what was gained and lost.
 
@@ -159,6 +176,7 @@ def demo_command(
         need_train_extra("demo")
         path = _demo_recipe() if recipe is None else recipe
         loaded = _load_recipe(path, changes)
+        check_output(loaded.training.output_dir, overwrite)
         _run_comparison(loaded, None, "Four attention variants on documents longer than the checkpoint reads")
 
 
@@ -196,8 +214,6 @@ def _demo_recipe() -> Path:
 def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:
     from hf_linear_attn.training.recipe import Recipe
 
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe {str(path)!r}")
     recipe = Recipe.from_yaml(path)
     for name, value in pairs(changes, "--set").items():
         section, dot, key = name.partition(".")

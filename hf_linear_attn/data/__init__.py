@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_linear_attn.data.bag_of_words import bag_of_words_baseline, bag_of_words_correct
     from hf_linear_attn.data.documents import BUNDLED_SOURCES, load_documents
-    from hf_linear_attn.data.models import BUNDLED_MODELS, resolve_model, resolve_model_kwargs
+    from hf_linear_attn.data.models import (
+        BUNDLED_MODELS,
+        load_config,
+        load_tokenizer,
+        resolve_model,
+        resolve_model_kwargs,
+    )
     from hf_linear_attn.data.task import DocumentTask
     from hf_linear_attn.data.tokenization import LongDocumentCollator, tokenize_documents
 
@@ -19,7 +25,9 @@ __all__ = [
     "LongDocumentCollator",
     "bag_of_words_baseline",
     "bag_of_words_correct",
+    "load_config",
     "load_documents",
+    "load_tokenizer",
     "resolve_model",
     "resolve_model_kwargs",
     "tokenize_documents",
@@ -32,7 +40,9 @@ _MODULES = {
     "LongDocumentCollator": "tokenization",
     "bag_of_words_baseline": "bag_of_words",
     "bag_of_words_correct": "bag_of_words",
+    "load_config": "models",
     "load_documents": "documents",
+    "load_tokenizer": "models",
     "resolve_model": "models",
     "resolve_model_kwargs": "models",
     "tokenize_documents": "tokenization",

@@ -62,10 +62,17 @@ def folder_task(path: Path, *, seed: int = 0, test_fraction: float = 0.3) -> Doc
 def _read_folder(root: Path) -> list[tuple[str, str, str]]:
     """(label, file, text) of every text file below a folder of label folders."""
     return [
-        (folder.name, f"{folder.name}/{file.relative_to(folder)}", file.read_text(encoding="utf-8"))
+        (folder.name, f"{folder.name}/{file.relative_to(folder)}", _read_text(file))
         for folder in sorted(p for p in root.iterdir() if p.is_dir())
         for file in sorted(folder.rglob("*.txt"))
     ]
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
 
 
 def hub_task(

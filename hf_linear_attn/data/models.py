@@ -1,15 +1,29 @@
-"""Short names for pretrained checkpoints that Python packages carry, for machines without a model hub."""
+"""Checkpoints by name: a Hub id, a folder, or a short name for what a Python package carries (no Hub needed)."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BUNDLED_MODELS", "BundledModel", "resolve_model", "resolve_model_kwargs", "sha256_of"]
+__all__ = [
+    "BUNDLED_MODELS",
+    "BundledModel",
+    "load_checkpoint",
+    "load_config",
+    "load_tokenizer",
+    "named_errors",
+    "resolve_model",
+    "resolve_model_kwargs",
+    "sha256_of",
+]
 
 
 @dataclass(frozen=True)
@@ -79,10 +93,15 @@ def resolve_model(name_or_path: str) -> str:
         otherwise.
 
     Raises:
+        FileNotFoundError: for a path at which there is no folder.
         ModuleNotFoundError: if the package of a short name is not installed; says how to install it.
-        ValueError: if the weights in the package are not the ones that are expected.
+        ValueError: if the weights in the package are not the ones that are expected, or for the path of a file.
     """
+    if Path(name_or_path).is_file():
+        raise ValueError(f"{name_or_path!r} is a file; name the folder of a checkpoint.")
     if name_or_path not in _MODELS or Path(name_or_path).is_dir():
+        if not name_or_path.strip() or (_is_path(name_or_path) and not Path(name_or_path).is_dir()):
+            raise FileNotFoundError(f"There is no folder {name_or_path!r}.")
         return name_or_path
     return _verified_folder(name_or_path)
 
@@ -92,6 +111,87 @@ def resolve_model_kwargs(name_or_path: str) -> dict[str, Any]:
     if name_or_path not in _MODELS or Path(name_or_path).is_dir():
         return {}
     return dict(_MODELS[name_or_path].load_kwargs)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be a Hub id, which is one or two words."""
+    return name.startswith((".", "~", os.sep)) or os.path.isabs(name) or "\\" in name or name.count("/") > 1
+
+
+@contextmanager
+def named_errors(name_or_path: str, what: str = "model") -> Iterator[None]:
+    """What the libraries raise for a checkpoint that is not there or cannot be read becomes one sentence.
+
+    Args:
+        name_or_path: of the checkpoint, for the message.
+        what: "model" or "tokenizer".
+
+    Raises:
+        ValueError: naming the checkpoint.
+    """
+    try:
+        yield
+    except Exception as error:
+        # By class and not by `except`: the readers of weights and of tokenizers are Rust, and raise bare `Exception`s.
+        if not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or what == "tokenizer"):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        message = f"The {what} of {name_or_path!r} cannot be read: {reason}."
+        if not Path(name_or_path).is_dir():
+            close = difflib.get_close_matches(name_or_path, BUNDLED_MODELS, n=1)
+            message = (
+                f"{name_or_path!r} is no folder, no bundled checkpoint ({', '.join(BUNDLED_MODELS)}), and cannot be "
+                f"had from the Hub: {reason}." + (f" Did you mean {close[0]!r}?" if close else "")
+            )
+        raise ValueError(message) from error
+
+
+def load_config(name_or_path: str) -> Any:
+    """The config of a checkpoint; raises as `resolve_model` and `named_errors`."""
+    from transformers import AutoConfig
+
+    path, kwargs = resolve_model(name_or_path), resolve_model_kwargs(name_or_path)
+    with named_errors(name_or_path):
+        return AutoConfig.from_pretrained(path, **kwargs)
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer of a checkpoint; raises as `resolve_model` and `named_errors`."""
+    from transformers import AutoTokenizer
+
+    path, kwargs = resolve_model(name_or_path), resolve_model_kwargs(name_or_path)
+    with named_errors(name_or_path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, **kwargs)
+
+
+def load_checkpoint(name_or_path: str) -> Any:
+    """A checkpoint with the head that its config names.
+
+    A GGUF file names none and holds a causal language model. Another checkpoint that names none is read without a head.
+
+    Raises:
+        ValueError: for a class that Transformers does not have, or a head that no name says the class of.
+    """
+    import transformers
+
+    path, kwargs = resolve_model(name_or_path), resolve_model_kwargs(name_or_path)
+    config = load_config(name_or_path)
+    if getattr(config, "linear_attn", None) is not None:
+        raise ValueError(f"{name_or_path!r} is converted already. Name the checkpoint that it was made from.")
+    names = config.architectures or (["AutoModelForCausalLM"] if "gguf_file" in kwargs else ["AutoModel"])
+    architecture = getattr(transformers, names[0], None)
+    if architecture is None:
+        raise ValueError(
+            f"The config of {name_or_path!r} names the class {names[0]!r}, which Transformers does not have."
+        )
+    with named_errors(name_or_path):
+        model, found = architecture.from_pretrained(path, output_loading_info=True, **kwargs)
+    if not config.architectures and found["unexpected_keys"]:
+        raise ValueError(
+            f"The config of {name_or_path!r} names no class (`architectures`), and its weights have a head: "
+            f"{', '.join(sorted(map(str, found['unexpected_keys']))[:3])}. Add the name of the class to config.json."
+        )
+    return model
 
 
 @cache

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from hf_linear_attn.convert import convert_model
-from hf_linear_attn.data import resolve_model, resolve_model_kwargs
+from hf_linear_attn.data import load_config
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers, list_variants
 
 __all__ = [
@@ -48,8 +48,7 @@ def read_config(model: Any) -> Any:
     if isinstance(model, PreTrainedConfig):
         config: Any = model
     elif isinstance(model, (str, os.PathLike)):
-        name = os.fspath(model)
-        config = AutoConfig.from_pretrained(resolve_model(name), **resolve_model_kwargs(name))
+        config = load_config(os.fspath(model))
     else:
         raise TypeError(f"model must be a name, a folder or a config, got {type(model).__name__}.")
     if getattr(config, "linear_attn", None) is not None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from hf_linear_attn.convert import convert_model
-from hf_linear_attn.data import resolve_model, resolve_model_kwargs
+from hf_linear_attn.data import load_config
 from hf_linear_attn.evaluation.bench_recipe import (
     SDPA,
     BenchMethod,
@@ -150,8 +150,7 @@ def shaped_model(part: ModelBench | DecodeBench, max_length: int) -> PreTrainedM
         ValueError: for an unknown model type or a key that its config does not have.
     """
     if part.checkpoint is not None:
-        path, kwargs = resolve_model(part.checkpoint), resolve_model_kwargs(part.checkpoint)
-        config = AutoConfig.from_pretrained(path, **kwargs)
+        config = load_config(part.checkpoint)
         changes = dict(part.config)
     else:
         changes = {key: value for key, value in part.config.items() if key != "model_type"}

@@ -251,11 +251,9 @@ class BenchRecipe:
         Raises:
             ValueError: for an unknown key, a missing one or a bad value.
         """
-        import yaml
+        from hf_linear_attn.training.recipe import build_strictly, read_yaml
 
-        from hf_linear_attn.training.recipe import build_strictly
-
-        return build_strictly(cls, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, "recipe")
+        return build_strictly(cls, read_yaml(path), "recipe")
 
     def setting(self) -> dict[str, Any]:
         """What must not change between the rows of one file; lengths and variants may grow."""

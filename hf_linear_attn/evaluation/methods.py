@@ -24,7 +24,7 @@ import transformers
 
 from hf_linear_attn.calibration import Recording, output_errors, regress
 from hf_linear_attn.convert import convert_model
-from hf_linear_attn.data import load_documents
+from hf_linear_attn.data import load_documents, load_tokenizer
 from hf_linear_attn.evaluation.methods_recipe import (
     CostsRecipe,
     Method,
@@ -39,7 +39,6 @@ from hf_linear_attn.evaluation.recordings import (
     choose_start,
     document_batches,
     load_model,
-    load_tokenizer,
     record_layers,
 )
 from hf_linear_attn.evaluation.rows import RowFile

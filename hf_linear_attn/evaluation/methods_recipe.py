@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_linear_attn.evaluation.systems import parse_variants, spell_options
 from hf_linear_attn.registry import VariantSpec, get_variant, list_variants
-from hf_linear_attn.training.recipe import build_strictly
+from hf_linear_attn.training.recipe import build_strictly, read_yaml
 
 __all__ = [
     "UNIFORM",
@@ -119,9 +119,7 @@ class MethodsRecipe:
         Raises:
             ValueError: for an unknown key, a missing one or a bad value.
         """
-        import yaml
-
-        return build_strictly(cls, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, "recipe")
+        return build_strictly(cls, read_yaml(path), "recipe")
 
     def setting(self) -> dict[str, Any]:
         """What must not change between the rows of one file."""

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from hf_linear_attn.auto import LinearAttnPreTrainedModel
 from hf_linear_attn.calibration import Recording, record
 from hf_linear_attn.convert import convert_model, extend_positions, revert_model
-from hf_linear_attn.data import resolve_model, resolve_model_kwargs
+from hf_linear_attn.data import load_config, resolve_model, resolve_model_kwargs
+from hf_linear_attn.data.models import named_errors
 from hf_linear_attn.registry import get_patcher, list_variants
 from hf_linear_attn.training.setup import quiet_libraries
 from hf_linear_attn.variants.base import AttentionVariant
@@ -26,7 +27,6 @@ __all__ = [
     "document_batches",
     "installed_layers",
     "load_model",
-    "load_tokenizer",
     "record_layers",
 ]
 
@@ -43,22 +43,17 @@ def load_model(name: str, *, max_length: int | None = None, num_layers: int | No
     """
     path, kwargs = resolve_model(name), resolve_model_kwargs(name)
     with quiet_libraries():  # of weights that a shorter model has no place for
-        config = AutoConfig.from_pretrained(path, **kwargs)
+        config = load_config(name)
         if num_layers is not None:
             config.num_hidden_layers = min(num_layers, config.num_hidden_layers)
-        model = AutoModel.from_pretrained(path, config=config, **kwargs).eval()
+        with named_errors(name):
+            model = AutoModel.from_pretrained(path, config=config, **kwargs).eval()
     model.config.use_cache = False
     converted = isinstance(model, LinearAttnPreTrainedModel)  # its limit was chosen when it was converted
     if max_length is not None and not converted:
         limit = get_patcher(model.config.model_type).max_length(model.config)
         extend_positions(model, max(max_length, limit))
     return model
-
-
-def load_tokenizer(name: str) -> Any:
-    """The checkpoint's tokenizer."""
-    with quiet_libraries():
-        return AutoTokenizer.from_pretrained(resolve_model(name), **resolve_model_kwargs(name))
 
 
 def document_batches(texts: Sequence[str], tokenizer: Any, length: int, count: int, seed: int = 0) -> list[Batch]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_linear_attn.saving import to_json
+
 __all__ = ["RowFile"]
 
 
@@ -35,14 +37,18 @@ class RowFile:
                 )
             self.rows = [row for row in map(json.loads, whole[1:]) if not any(key in row for key in retry)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in [setting, *self.rows]), encoding="utf-8")
+        path.write_text("".join(to_json(row) + "\n" for row in [setting, *self.rows]), encoding="utf-8")
 
     def has(self, **identity: Any) -> bool:
         """Whether a row with these values is there."""
         return any(all(row.get(name) == value for name, value in identity.items()) for row in self.rows)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Keep a row and write it."""
+        """Keep a row and write it; numbers that are not finite, which JSON does not have, are a failure."""
+        try:
+            json.dumps(row, allow_nan=False)
+        except ValueError:
+            row = {**json.loads(to_json(row)), "failure": "gave numbers that are not finite"}
         self.rows.append(row)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(to_json(row) + "\n")

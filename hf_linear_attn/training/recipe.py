@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_linear_attn.registry import get_variant
+
 __all__ = [
     "ConversionRecipe",
     "DataRecipe",
@@ -18,6 +20,7 @@ __all__ = [
     "Recipe",
     "TrainingRecipe",
     "build_strictly",
+    "read_yaml",
 ]
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -91,6 +94,8 @@ class ConversionRecipe:
     def __post_init__(self) -> None:
         _check(self.extend in ("tile", "interpolate"), f"conversion.extend is tile or interpolate, got {self.extend!r}")
         _check(self.calibration_documents >= 0, "conversion.calibration_documents must not be negative")
+        config: Any = get_variant(self.variant).config_class
+        config.from_dict(self.options)
 
 
 @dataclass(frozen=True)
@@ -254,10 +259,7 @@ class Recipe:
             FileNotFoundError: if there is no such file.
             ValueError: for an unknown key (with the allowed ones), a missing one or a bad value.
         """
-        import yaml
-
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return cls.from_dict(data if data is not None else {})
+        return cls.from_dict(read_yaml(path))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
@@ -280,6 +282,24 @@ class Recipe:
                     values = {**values, other: None}
             data[section] = values if values is None else {**(data.get(section) or {}), **values}
         return Recipe.from_dict(data)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a recipe file holds; `{}` for an empty one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is not YAML in UTF-8; names it.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no recipe {str(path)!r}")
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {str(path)!r} is not YAML in UTF-8: {error}") from error
+    return {} if data is None else data
 
 
 def build_strictly(kind: type, data: Any, where: str) -> Any:

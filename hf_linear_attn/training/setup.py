@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_linear_attn.convert import convert_model, extend_positions
+from hf_linear_attn.convert import convert_model, extend_positions, unmark_unpacked
 from hf_linear_attn.data import (
     LongDocumentCollator,
     load_documents,
+    load_tokenizer,
     resolve_model,
     resolve_model_kwargs,
     tokenize_documents,
 )
+from hf_linear_attn.data.models import named_errors
 from hf_linear_attn.registry import get_patcher
 
 if TYPE_CHECKING:
@@ -68,9 +70,7 @@ def prefix_dtype(precision: str) -> torch.dtype:
 
 def build_tokenizer(recipe: Recipe) -> Any:
     """The checkpoint's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(resolve_model(recipe.model.name))
+    return load_tokenizer(recipe.model.name)
 
 
 def build_model(recipe: Recipe, task: DocumentTask, tokenizer: Any) -> tuple[Any, int]:
@@ -84,7 +84,7 @@ def build_model(recipe: Recipe, task: DocumentTask, tokenizer: Any) -> tuple[Any
     """
     from transformers import AutoModelForSequenceClassification
 
-    with quiet_libraries():
+    with quiet_libraries(), named_errors(recipe.model.name):
         model = AutoModelForSequenceClassification.from_pretrained(
             resolve_model(recipe.model.name),
             num_labels=task.num_labels,
@@ -95,6 +95,7 @@ def build_model(recipe: Recipe, task: DocumentTask, tokenizer: Any) -> tuple[Any
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    unmark_unpacked(model)
     own_limit = get_patcher(model.config.model_type).max_length(model.config)
     conversion = recipe.conversion
     wanted = recipe.training.max_length

@@ -22,6 +22,7 @@ from transformers import get_scheduler
 from hf_linear_attn.data import LongDocumentCollator
 from hf_linear_attn.evaluation.metrics import load_metrics
 from hf_linear_attn.evaluation.profile import parameter_counts, track_peak_memory
+from hf_linear_attn.saving import whole_folder, write_json
 from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from hf_linear_attn.training.batching import LengthGroupedBatches
 from hf_linear_attn.training.parts import apply_trainable, freeze_dropout, optimizer_groups
@@ -361,11 +362,16 @@ class _Run:
 
     def _save_state(self, step: int, epoch: int, skip: int) -> None:
         folder = self.output_dir / "checkpoints" / f"step_{step}"
+        # Every process writes its part. place.json, without which nothing resumes, goes first and comes last.
+        if self.accelerator.is_main_process:
+            (folder / "place.json").unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
         with quiet_libraries():
             self.accelerator.save_state(str(folder))
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             place = {"step": step, "epoch": epoch, "batches_done_in_epoch": skip, "steps": self.steps}
-            (folder / "place.json").write_text(json.dumps(place), encoding="utf-8")
+            write_json(folder / "place.json", place)
 
     def _resume(self) -> tuple[int, int, int]:
         """Load a saved state; returns (optimizer steps done, epoch, batches of it done)."""
@@ -390,16 +396,15 @@ class _Run:
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            if save_model:
-                model: Any = accelerator.unwrap_model(self.model)
-                if hasattr(model, "merge_and_unload"):  # adapters become part of the weights
-                    model = model.merge_and_unload()
-                with quiet_libraries():
-                    model.save_pretrained(self.output_dir)
-                self.tokenizer.save_pretrained(self.output_dir)
-            text = json.dumps(result.to_dict(), indent=1)
-            (self.output_dir / "train_result.json").write_text(text, encoding="utf-8")
+            with whole_folder(self.output_dir) as stage:
+                if save_model:
+                    model: Any = accelerator.unwrap_model(self.model)
+                    if hasattr(model, "merge_and_unload"):  # adapters become part of the weights
+                        model = model.merge_and_unload()
+                    with quiet_libraries():
+                        model.save_pretrained(stage)
+                    self.tokenizer.save_pretrained(stage)
+                write_json(stage / "train_result.json", result.to_dict())
         accelerator.wait_for_everyone()
 
     @contextmanager
