@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,14 @@ runner = CliRunner(env={"COLUMNS": "200"})
 ROOT = Path(__file__).parents[1]
 TRAIN = "model: {name: model}\ndata: {source: documents}\ntraining: {epochs: 1, output_dir: out, tracker: null}\n"
 BENCH = "title: t\nlayers: [{name: a, lengths: [8], hidden_size: 16, num_heads: 2, variants: [linear]}]\n"
-METHODS = "models: [{name: model, lengths: [16]}]\nmethods: [linear]\ndocuments: {source: documents}\n"
+METHODS = (
+    "models: [{name: model, lengths: [16]}]\nmethods: [linear]\n"
+    "documents: {source: documents, calibration_tokens: 16, test_tokens: 16}\n"
+)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint, documents, recipes, and broken copies of each."""
     folder = tmp_path_factory.mktemp("place")
     save_checkpoint(folder / "model")
@@ -31,6 +34,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "bench.yaml").write_text(BENCH)
     (folder / "cuda.yaml").write_text(BENCH + "device: cuda\n")
     (folder / "methods.yaml").write_text(METHODS)
+    (folder / "methods_model.yaml").write_text(METHODS.replace("name: model", "name: modle"))
+    (folder / "methods_documents.yaml").write_text(METHODS.replace("source: documents", "source: nowhere"))
+    (folder / "methods_layers.yaml").write_text(METHODS.replace("[16]", "[16], layers: [9]"))
+    (folder / "bench_model.yaml").write_text("title: t\nmodels: [{name: a, lengths: [8], checkpoint: modle}]\n")
     (folder / "syntax.yaml").write_text("model: {name: [minilm\n")
     (folder / "latin.yaml").write_bytes("model: {name: caf\xe9}\n".encode("latin-1"))
     (folder / "list.yaml").write_text("- model\n")
@@ -59,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         else:
             config = json.loads((folder / name / file).read_text())
             (folder / name / file).write_text(json.dumps({**config, "architectures": ["BrotModel"]}))
-    yield folder
+    return folder
 
 
 # command line -> what the sentence says
@@ -83,7 +90,7 @@ CONVERT = {
     "convert bad_weights linear --output out": "The model of 'bad_weights' cannot be read",
     "convert no_weights linear --output out": "The model of 'no_weights' cannot be read",
     "convert bad_tokenizer linear --output out": "The tokenizer of 'bad_tokenizer' cannot be read",
-    "convert other_family linear --output out": "other_family",
+    "convert other_family linear --output out": "'t5' is not supported",
     "convert unknown_family linear --output out": "brot",
     "convert unknown_class linear --output out": "the class 'BrotModel', which Transformers does not have",
     "convert model lineer --output out": "Did you mean 'linear'",
@@ -100,9 +107,9 @@ CONVERT = {
     "convert model linear --output out --option variant=x": "Unknown option",
     "convert model linear --output out --layers 0;1": "--layers takes integers",
     "convert model linear --output out --layers 7": "7",
-    "convert model linear --output out --max-length 0": "not in the range x>=1",
-    "convert model linear --output out --max-length -5": "not in the range x>=1",
-    "convert model linear --output out --max-length many": "not a valid integer",
+    "convert model linear --output out --max-length 0": "Invalid value for '--max-length'",
+    "convert model linear --output out --max-length -5": "Invalid value for '--max-length'",
+    "convert model linear --output out --max-length many": "Invalid value for '--max-length'",
     "convert model linear --output out --max-length 8": "8",
     "convert model linear --output out --extend stretch": "stretch",
     "convert model linear --output file": "The output 'file' is a file; a folder is needed",
@@ -158,9 +165,9 @@ MEASURING = {
     "report model --output out --documents documents": "name what to convert it to, --variant KEY",
     "report model --variant linear --output full": "pass --overwrite",
     "report model --variant linear --output file": "The output 'file' is a file",
-    "report model --variant linear --length -5 --output out": "not in the range x>=1",
-    "report model --variant linear --test 0 --output out": "not in the range x>=1",
-    "report model --variant linear --calibration -1 --output out": "not in the range x>=0",
+    "report model --variant linear --length -5 --output out": "Invalid value for '--length'",
+    "report model --variant linear --test 0 --output out": "Invalid value for '--test'",
+    "report model --variant linear --calibration -1 --output out": "Invalid value for '--calibration'",
     "report model --variant linear --option layers=[0] --output out": "Unknown option",
     "report model --variant linear --option x=[1 --output out": "the value is not YAML",
     "report model --variant linear --documents nowhere --output out": "'nowhere' is none of",
@@ -170,12 +177,16 @@ MEASURING = {
     "analyze modle --output out": "'modle' is no folder",
     "analyze model --methods lineer --documents documents --output out": "Did you mean 'linear'",
     "analyze model --methods linear --layers 9 --documents documents --length 16 --output out": "9",
-    "analyze model --pattern-tokens -3 --output out": "not in the range x>=1",
+    "analyze model --pattern-tokens -3 --output out": "Invalid value for '--pattern-tokens'",
     "analyze model --output full": "pass --overwrite",
     "methods no.yaml --output out": "There is no recipe 'no.yaml'",
     "methods syntax.yaml --output out": "'syntax.yaml' is not YAML in UTF-8",
     "methods methods.yaml --methods lineer --output out": "Did you mean 'linear'",
     "methods methods.yaml --output full": "pass --overwrite",
+    "methods methods_model.yaml --output out": "'modle' is no folder",
+    "methods methods_documents.yaml --output out": "'nowhere' is none of",
+    "methods methods_layers.yaml --output out": "9",
+    "bench bench_model.yaml --output out": "'modle' is no folder",
     "methods train.yaml --output out": "Unknown key(s)",
     "bench no.yaml --output out": "There is no recipe 'no.yaml'",
     "bench latin.yaml --output out": "'latin.yaml' is not YAML in UTF-8",
@@ -215,6 +226,7 @@ def check(line: str, message: str, place: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("hf_linear_attn.training.setup.reuse_freed_memory", lambda: None)
     transformers_logging.disable_progress_bar()
     before = content(place)
+    monkeypatch.setattr("sys.argv", ["hf-linear-attn", *line.split()])
     result = runner.invoke(app, ["" if word == "EMPTY" else word for word in line.split()])
     assert result.exit_code in (1, 2), result.output
     assert isinstance(result.exception, SystemExit), repr(result.exception)
@@ -223,8 +235,10 @@ def check(line: str, message: str, place: Path, monkeypatch: pytest.MonkeyPatch)
     errors = [row for row in result.output.splitlines() if row.startswith("Error: ")]
     assert len(errors) == 1 or (result.exit_code == 2 and "Usage: " in result.output)
     assert result.exit_code == 2 or result.output.rstrip().splitlines()[-1] == errors[0]
+    made = (place / "out").exists()
+    shutil.rmtree(place / "out", ignore_errors=True)
     assert content(place) == before
-    assert not (place / "out").exists()
+    assert not made
 
 
 @pytest.mark.parametrize("line", CONVERT)

@@ -173,8 +173,9 @@ def analyze_model(
     keys = able if methods is None else list(methods)
     last = model.config.num_hidden_layers - 1
     chosen = sorted({0, (last + 1) // 2, last}) if layers is None else layers
+    if wrong := [layer for layer in chosen if not 0 <= layer <= last]:
+        raise ValueError(f"--layers has {wrong}; {name} has layers 0 to {last}.")
     tokenizer = load_tokenizer(name)
-    output.mkdir(parents=True, exist_ok=True)
     short_name = Path(name).name
     on_layers = "layers " + ", ".join(map(str, chosen))
 
@@ -182,6 +183,7 @@ def analyze_model(
         layer: analysis.attention_spectrum(recording).tolist()
         for layer, recording in record_layers(model, documents.batches(tokenizer)[1]).items()
     }
+    output.mkdir(parents=True, exist_ok=True)
     pictures.draw_spectrum(
         spectrum,
         output / "spectrum.png",

@@ -36,8 +36,11 @@ class RowFile:
                     "Give another --output, or delete the file."
                 )
             self.rows = [row for row in map(json.loads, whole[1:]) if not any(key in row for key in retry)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(to_json(row) + "\n" for row in [setting, *self.rows]), encoding="utf-8")
+        self._head = to_json(setting) + "\n"
+        if whole:
+            path.write_text(self._head + "".join(to_json(row) + "\n" for row in self.rows), encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)  # made by the first row: a run that cannot start leaves nothing
 
     def has(self, **identity: Any) -> bool:
         """Whether a row with these values is there."""
@@ -50,5 +53,7 @@ class RowFile:
         except ValueError:
             row = {**json.loads(to_json(row)), "failure": "gave numbers that are not finite"}
         self.rows.append(row)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
+            file.write(self._head if file.tell() == 0 else "")
             file.write(to_json(row) + "\n")

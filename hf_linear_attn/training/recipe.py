@@ -68,6 +68,9 @@ class DataRecipe:
     folds: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("max_train_documents", "max_test_documents"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"data.{name} must be positive, got {value}")
         _check(self.folds == 0 or self.folds >= 2, f"data.folds must be 0 or at least 2, got {self.folds}")
 
 
@@ -180,6 +183,17 @@ class TrainingRecipe:
         for name in ("epochs", "max_steps", "max_length", "batch_size", "gradient_accumulation_steps"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"training.{name} must be positive, got {value}")
+        for name in (
+            "learning_rate",
+            "head_learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "eval_every",
+            "save_every",
+        ):
+            value = getattr(self, name)
+            _check(value is None or value >= 0, f"training.{name} must not be negative, got {value}")
+        _check(0 <= self.warmup_ratio <= 1, f"training.warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
         _check(self.scheduler in SCHEDULERS, f"training.scheduler is one of {SCHEDULERS}, got {self.scheduler!r}")
         _check(
             self.mixed_precision in MIXED_PRECISION,
@@ -231,6 +245,15 @@ class EvaluationRecipe:
     bag_of_words: bool = False
     forward_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048])
     forward_repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_resamples", "forward_repeats"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
+        for length in self.forward_lengths:
+            _check(length > 0, f"evaluation.forward_lengths must be positive, got {length}")
+        _check(0 < self.confidence < 1, f"evaluation.confidence must be between 0 and 1, got {self.confidence}")
+        _check(bool(self.metrics), "evaluation.metrics must name at least one")
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def test_a_method_that_fails_does_not_stop_the_others(
 
 
 def test_rows_of_another_setting_are_refused(recipe: MethodsRecipe, tmp_path: Path) -> None:
-    RowFile(tmp_path / "rows.jsonl", recipe.setting())
+    RowFile(tmp_path / "rows.jsonl", recipe.setting()).append({"method": "linear"})
     other = replace(recipe, documents=DocumentsRecipe("sotu"))
     with pytest.raises(ValueError, match="another setting"):
         RowFile(tmp_path / "rows.jsonl", other.setting())
