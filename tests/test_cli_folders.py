@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from typer.testing import CliRunner
 from hf_linear_attn.cli import app
 from hf_linear_attn.data.models import load_checkpoint
 from hf_linear_attn.evaluation.rows import RowFile
+from tests.hub_server import run_hub_server
 from tests.small_runs import save_checkpoint, save_documents, small_recipe
 from tests.tiny import tiny_config
 
@@ -222,34 +226,41 @@ def test_a_gguf_checkpoint_is_converted_as_the_language_model_it_is(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "compare"])
-def test_a_gguf_checkpoint_can_be_trained(tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize("conversion", ["{variant: longformer, layers: [0]}", "null"])
+def test_a_gguf_checkpoint_can_be_trained(tmp_path: Path, conversion: str) -> None:
+    """What `train` and each row of `compare` do, the softmax baseline among them."""
     save_documents(tmp_path / "documents", train=2, test=1, words=(8, 12))
-    settings = {
-        "model.name": "smollm2",
-        "data.source": tmp_path / "documents",
-        "training.max_steps": 1,
-        "training.batch_size": 2,
-        "training.trainable": "head",
-        "training.max_length": 16,
-        "training.mixed_precision": "no",
-        "training.tracker": "null",
-        "training.output_dir": tmp_path / "out",
-        "training.save_every": 0,
-        "conversion.variant": "linear",
-        "conversion.options": "{}",
-        "conversion.layers": "[0]",
-        "evaluation.forward_lengths": "[]",
-        "evaluation.num_resamples": 10,
-    }
-    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     (tmp_path / "recipe.yaml").write_text(
-        "model: {name: x}\ndata: {}\ntraining: {epochs: 1}\nconversion: {variant: linear}\n"
+        f"model: {{name: smollm2}}\ndata: {{source: {tmp_path / 'documents'}}}\nconversion: {conversion}\n"
+        "training: {max_steps: 1, batch_size: 2, trainable: head, max_length: 16, tracker: null, "
+        f"output_dir: {tmp_path / 'out'}}}\n"
     )
-    only = ["--variants", "linear"] if command == "compare" else []
-    result = runner.invoke(app, [command, str(tmp_path / "recipe.yaml"), *words, *only])
+    result = runner.invoke(app, ["train", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 0, result.output
-    folder = tmp_path / "out" if command == "train" else tmp_path / "out" / "softmax-truncated"
-    assert "safetensors" in "".join(files(folder))
-    AutoModelForSequenceClassification.from_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert type(model).__name__.startswith("LinearAttn") == (conversion != "null")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("apple")["input_ids"]
+
+
+@pytest.mark.slow
+def test_convert_by_hub_id_keeps_what_convert_of_the_folder_keeps(tmp_path: Path) -> None:
+    source = sentence_encoder(tmp_path / "source")
+    convert(source, "linear", "--output", tmp_path / "from_folder")
+    code = (
+        "import sys; from huggingface_hub import HfApi; from hf_linear_attn.cli import app\n"
+        "api = HfApi(); api.create_repo('tester/encoder')\n"
+        "api.upload_folder(repo_id='tester/encoder', folder_path=sys.argv[1])\n"
+        "app(['convert', 'tester/encoder', 'linear', '--output', sys.argv[2]])\n"
+    )
+    with run_hub_server({"hf_tester": "tester"}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(source), str(tmp_path / "from_hub")],
+            env={**os.environ, **hub.environment(tmp_path / "home", "hf_tester"), "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert files(tmp_path / "from_hub") - {".gitattributes"} == files(tmp_path / "from_folder")
+    dense = "2_Dense/model.safetensors"
+    assert (tmp_path / "from_hub" / dense).read_bytes() == (source / dense).read_bytes()
