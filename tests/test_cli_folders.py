@@ -110,7 +110,7 @@ def test_convert_over_a_folder_leaves_nothing_of_its_checkpoint_and_keeps_other_
     """A plain checkpoint over a sentence encoder: its pooling would be read with the new weights."""
     plain, out = save_checkpoint(tmp_path / "plain"), tmp_path / "out"
     convert(sentence_encoder(tmp_path / "source"), "linear", "--output", out)
-    for name in ("notes.txt", "results/table.json", "vocab.txt"):
+    for name in ("notes.txt", "data.pkl", "results/table.json", "models/x.safetensors", "vocab.txt"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
     before = {name: (out / name).read_bytes() for name in files(out)}
@@ -120,7 +120,7 @@ def test_convert_over_a_folder_leaves_nothing_of_its_checkpoint_and_keeps_other_
     assert {name: (out / name).read_bytes() for name in files(out)} == before
     convert(plain, "longformer", "--output", out, "--overwrite")
     kept = files(out) - files(plain)
-    assert kept == {"notes.txt", "results/table.json", "LICENSE"}
+    assert kept == {"notes.txt", "data.pkl", "results/table.json", "models/x.safetensors", "LICENSE"}
     assert not (out / "1_Pooling").exists()
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert {layer["variant"] for layer in model.config.linear_attn["layers"]} == {"longformer"}
@@ -130,7 +130,7 @@ def test_convert_may_write_over_its_own_source(tmp_path: Path) -> None:
     source = sentence_encoder(tmp_path / "source")
     convert(source, "linear", "--output", source, "--overwrite")
     assert {"1_Pooling/config.json", "2_Dense/model.safetensors", "modules.json"} <= files(source)
-    assert not {"pytorch_model.bin", "tf_model.h5", "model.gguf"} & files(source)
+    assert not {"pytorch_model.bin", "tf_model.h5"} & files(source)
     model = AutoModelForSequenceClassification.from_pretrained(source)
     assert model.config.linear_attn["layers"][0]["variant"] == "linear"
 

@@ -43,7 +43,15 @@ _OF_THE_OLD_MODEL = (
     "adapter_config.json",
     "quantize_config.json",
 )
+# By their full names, not by their endings: someone's data may lie in a folder that is written over.
 _READ_ON_LOADING = (
+    "model*.safetensors",
+    "model*.safetensors.index*.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index*.json",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "adapter_model.*",
     "config.json",
     "generation_config.json",
     "*processor_config.json",
@@ -52,11 +60,12 @@ _READ_ON_LOADING = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
-    "additional_chat_templates/*",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
-    "*.model",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "adapter_config.json",
     _MODULES,
     "sentence_*_config.json",
@@ -94,9 +103,10 @@ def copy_companions(source: str, folder: Path, max_length: int | None) -> None:
 
 def is_part_of_checkpoint(folder: Path, name: str) -> bool:
     """Whether a file of a saved checkpoint, relative to its folder, takes part in loading it."""
-    if Path(name).parts[0] in _module_folders(folder):
-        return True
-    return _matches(name, _READ_ON_LOADING) or ("/" not in name and _matches(name, _WEIGHTS))
+    first, *rest = Path(name).parts
+    if rest:
+        return first == "additional_chat_templates" or first in _module_folders(folder)
+    return _matches(name, _READ_ON_LOADING)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
