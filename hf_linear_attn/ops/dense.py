@@ -7,13 +7,28 @@ from collections.abc import Callable
 import torch
 
 from hf_linear_attn.ops.compaction import CompactedCall
+from hf_linear_attn.ops.linear_sums import full_precision
 
-__all__ = ["attend_in_chunks", "masked_softmax"]
+__all__ = ["attend_in_chunks", "masked_softmax", "row_logits"]
 
 # Upper bound on the weights of one chunk of queries: 1 MiB in fp32 on CPU, where passes over a cached chunk are five
 # times as fast as over memory, else 64 MiB. While training, autograd keeps all of them.
 CPU_CHUNK_ELEMENTS = 1 << 18
 CHUNK_ELEMENTS = 1 << 24
+
+
+def row_logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """`q k^T` in float32 at least, as softmax kernels keep it: a logit in half precision is off by u times itself.
+
+    Args:
+        q: `[B, H, rows, D]`.
+        k: `[B, H, Tk, D]`, float32 at least.
+
+    Returns:
+        `[B, H, rows, Tk]`.
+    """
+    with full_precision(k):
+        return q.to(k.dtype) @ k.mT
 
 
 def masked_softmax(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

@@ -85,14 +85,16 @@ def pool_landmarks(
         keys and values `[..., r, D]`, and the entropies `[..., r]`, float32 at least; a landmark without any token
         is a mean of all of them.
     """
-    logits = k @ weight.to(k.dtype)  # [..., T, r]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, NOTHING)
-    p = logits.softmax(-2)
-    entropy = (logits.logsumexp(-2) - (p * logits).sum(-2)).clamp(min=0, max=math.log(max(k.shape[-2], 1)))
-    p = p.to(k.dtype).transpose(-1, -2)
-    return p @ k, p @ v, entropy
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    with torch.autocast(k.device.type, enabled=False):
+        keys = k.to(dtype)
+        logits = keys @ weight.to(dtype)  # [..., T, r]
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, NOTHING)
+        p = logits.softmax(-2)
+        entropy = (logits.logsumexp(-2) - (p * logits).sum(-2)).clamp(min=0, max=math.log(max(k.shape[-2], 1)))
+        p = p.transpose(-1, -2)
+        return (p @ keys).to(k.dtype), (p @ v.to(dtype)).to(v.dtype), entropy
 
 
 def pool_sequence(

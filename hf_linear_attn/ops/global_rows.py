@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_linear_attn.ops.compaction import CompactedCall, GlobalTokens
 from hf_linear_attn.ops.masking import causal_mask, gather_tokens
-from hf_linear_attn.ops.sliding_window import attend_projected
+from hf_linear_attn.ops.sliding_window import at_least_two, attend_projected
 
 __all__ = ["affine", "check_hidden", "keep_old", "rows_over_all", "rows_over_first"]
 
@@ -115,7 +115,8 @@ def rows_over_first(
 
 
 def _project(hidden: torch.Tensor, layer: nn.Module, num_heads: int) -> torch.Tensor:
-    return layer(hidden).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    rows = hidden.shape[1]
+    return layer(at_least_two(hidden, 1))[:, :rows].unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def _clean(hidden: torch.Tensor, call: CompactedCall) -> torch.Tensor:

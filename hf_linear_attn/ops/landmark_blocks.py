@@ -57,7 +57,8 @@ def pool_by_blocks(
         is a mean of all of them.
     """
     with torch.autocast(k.device.type, enabled=False):
-        keys, values, entropy = _Pool.apply(k, v, weight.to(k.dtype), allowed)  # type: ignore[no-untyped-call]
+        weight = weight.to(torch.promote_types(k.dtype, torch.float32))
+        keys, values, entropy = _Pool.apply(k, v, weight, allowed)  # type: ignore[no-untyped-call]
     # Cast here: traced by PyTorch 2.11, a result that `_Pool` itself casts to the dtype that it has gets no gradient.
     return keys.to(k.dtype), values.to(k.dtype), entropy.clamp(min=0, max=math.log(max(k.shape[2], 1)))
 
@@ -104,33 +105,30 @@ class _Norm(torch.autograd.Function):
 
 
 def _logits(k: torch.Tensor, weight: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """`[B, H, rows, r]`, float32 at least."""
-    logits = k @ weight
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill_(~allowed, NOTHING)
+    """`[B, H, rows, r]`."""
+    return (k @ weight).masked_fill_(~allowed, NOTHING)
 
 
 class _Pool(torch.autograd.Function):
-    """A softmax over all tokens, its sums taken block by block below a running maximum."""
+    """A softmax over all tokens, its sums taken block by block below a running maximum, in the dtype of `weight`.
+
+    That is float32 at least: sums over thousands of tokens leave the range of fp16 long before their mean does.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, allowed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (B, H, _, D), r = k.shape, weight.shape[-1]
-        dtype = torch.promote_types(k.dtype, torch.float32)
+        dtype = weight.dtype
         highest = k.new_full((B, H, r), float("-inf"), dtype=dtype)
         sums = [k.new_zeros(B, H, r, n, dtype=dtype) for n in (D, D, 1, 1)]  # keys, values, weights, their logits
         for rows in _blocks(k, max(D, r)):
-            logits = _logits(k[:, :, rows], weight, allowed[:, :, rows])
+            own_k, own_v = k[:, :, rows].to(dtype), v[:, :, rows].to(dtype)
+            logits = _logits(own_k, weight, allowed[:, :, rows])
             before, highest = highest, torch.maximum(highest, logits.amax(-2))
             p = exp_(logits - highest[..., None, :])
-            shares = p.to(k.dtype).mT
-            new = (
-                shares @ k[:, :, rows],
-                shares @ v[:, :, rows],
-                p.sum(-2)[..., None],
-                (p * logits).sum(-2)[..., None],
-            )
+            new = p.mT @ own_k, p.mT @ own_v, p.sum(-2)[..., None], (p * logits).sum(-2)[..., None]
             scale = (before - highest).exp_()[..., None]
             for total, part in zip(sums, new, strict=True):
                 total.mul_(scale).add_(part)
@@ -147,18 +145,16 @@ class _Pool(torch.autograd.Function):
         k, v, weight, allowed, keys, values, highest, total, mean = ctx.saved_tensors
         # d out / d logit = p (x - out), and d entropy / d logit = -p (logit - mean logit).
         level = (grad_keys * keys + grad_values * values).sum(-1) - grad_entropy * mean
-        grad_keys, grad_values = grad_keys.to(k.dtype), grad_values.to(k.dtype)
         dk, dv = _like(k), _like(v)
-        d_weight = torch.zeros_like(weight, dtype=mean.dtype)
+        d_weight = torch.zeros_like(weight)
         for rows in _blocks(k, max(k.shape[3], weight.shape[2])):
-            own_k, own_v, seen = k[:, :, rows], v[:, :, rows], allowed[:, :, rows]
+            own_k, own_v, seen = k[:, :, rows].to(weight.dtype), v[:, :, rows].to(weight.dtype), allowed[:, :, rows]
             logits = _logits(own_k, weight, seen)
             p = exp_(logits - highest[..., None, :]).div_(total[..., None, :])
             ahead = own_k @ grad_keys.mT + own_v @ grad_values.mT
             d_logits = (logits.mul_(-grad_entropy[..., None, :]) + ahead).sub_(level[..., None, :]).mul_(p)
-            d_logits = d_logits.masked_fill_(~seen, 0).to(k.dtype)
-            shares = p.to(k.dtype)
-            dk[:, :, rows] = shares @ grad_keys + d_logits @ weight.mT
-            dv[:, :, rows] = shares @ grad_values
+            d_logits = d_logits.masked_fill_(~seen, 0)
+            dk[:, :, rows] = p @ grad_keys + d_logits @ weight.mT
+            dv[:, :, rows] = p @ grad_values
             d_weight += (own_k.mT @ d_logits).sum(0)
-        return dk, dv, d_weight.to(weight.dtype), None
+        return dk, dv, d_weight, None

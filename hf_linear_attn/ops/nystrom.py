@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.compaction import take_tokens
 from hf_linear_attn.ops.masking import invert_permutation, pads_first_permutation, safe_masked_fill
-from hf_linear_attn.ops.pooling import even_segment_mean
+from hf_linear_attn.ops.pooling import attend_pooled, even_segment_mean
 
 __all__ = ["CENTROIDS", "OWN_QUERIES", "SEGMENT_MEANS", "iterative_pinv", "nystrom_attention", "rank_convolution"]
 
@@ -92,27 +92,30 @@ def nystrom_attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
     q_marks, k_marks = even_segment_mean(q, m, query_real), even_segment_mean(k, m, key_padding)  # [B, H, m, D]
-    bias = torch.zeros((), dtype=q.dtype, device=q.device)
+    full = q_marks.dtype  # float32 at least: what becomes of landmarks is as good as what they come from
+    bias = torch.zeros((), dtype=full, device=q.device)
     if form is not None and centroids is not None:
         form = form[:, None, None]
-        q_marks = torch.where(form == CENTROIDS, centroids.to(q.dtype), q_marks)
+        q_marks = torch.where(form == CENTROIDS, centroids.to(full), q_marks)
         k_marks = torch.where(form == SEGMENT_MEANS, k_marks, q_marks)
         bias = (-scaling / 2 * k_marks.square().sum(-1)).masked_fill(form[:, 0] == SEGMENT_MEANS, 0)[:, :, None]
-    mixed = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=visible, scale=scaling)  # B V
     with torch.autocast(q.device.type, enabled=False):
-        full = torch.promote_types(q.dtype, torch.float32)
-        logits = scaling * q_marks.to(full) @ k_marks.to(full).mT + bias
-        mixed = (iterative_pinv(logits.softmax(-1), num_iterations) @ mixed.to(full)).to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q_marks, k.to(full), v.to(full), attn_mask=visible, scale=scaling)  # B V
+        logits = scaling * q_marks @ k_marks.mT + bias
+        mixed = iterative_pinv(logits.softmax(-1), num_iterations) @ mixed
     if key_padding is not None:
         # Rows of at most m tokens: their keys and values themselves.
         first = pads_first_permutation(~key_padding)[:, :m]
         short = (n_keys <= m)[:, None, None, None]
-        k_marks = torch.where(short, take_tokens(k, first), k_marks)
-        mixed = torch.where(short, take_tokens(v, first), mixed)
+        k_marks = torch.where(short, take_tokens(k, first).to(full), k_marks)
+        mixed = torch.where(short, take_tokens(v, first).to(full), mixed)
         token = torch.arange(m, device=k.device) < n_keys.clamp(min=1)[:, None]
-        bias = bias.masked_fill(short, 0).masked_fill(~token[:, None, None], float("-inf"))
-    mask = None if key_padding is None and form is None else bias.expand(q.shape[0], q.shape[1], 1, m)
-    return F.scaled_dot_product_attention(q, k_marks, mixed, attn_mask=mask, scale=scaling)
+        token = token[:, None, None]
+    if form is None:
+        return attend_pooled(q, k_marks, mixed, None if key_padding is None else token, scaling)
+    if key_padding is not None:
+        bias = bias.masked_fill(short, 0).masked_fill(~token, float("-inf"))
+    return attend_pooled(q, k_marks, mixed, bias.expand(q.shape[0], q.shape[1], 1, m), scaling)
 
 
 def rank_convolution(x: torch.Tensor, weight: torch.Tensor, key_padding: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
+    "attend_pooled",
     "attend_segments",
     "even_segment_mean",
     "even_segment_starts",
@@ -45,7 +46,7 @@ def segment_of_rank(starts: torch.Tensor, length: int, rank: torch.Tensor | None
 
 
 def segment_mean(x: torch.Tensor, starts: torch.Tensor, rank: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of each segment, 0 for an empty one.
+    """Mean of each segment, 0 for an empty one, in float32 at least.
 
     Args:
         x: `[B, H, T, D]`.
@@ -58,11 +59,13 @@ def segment_mean(x: torch.Tensor, starts: torch.Tensor, rank: torch.Tensor | Non
     slot = torch.arange(starts.shape[1] - 1, device=x.device)[:, None]
     member = segment_of_rank(starts, x.shape[2], rank)[:, None, :] == slot  # [B, slots, T]
     # A matrix product, not a scatter: the sum has the same order in every run on a GPU.
-    return mix_tokens(member.to(x.dtype) / starts.diff()[:, :, None].clamp(min=1), x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return mix_tokens(member.to(dtype) / starts.diff()[:, :, None].clamp(min=1), x.to(dtype))
 
 
 def even_segment_mean(x: torch.Tensor, slots: int, real: torch.Tensor | None = None) -> torch.Tensor:
-    """Means over even segments of the real tokens, 0 for an empty one.
+    """Means over even segments of the real tokens, 0 for an empty one, in float32 at least.
 
     Args:
         x: `[B, H, T, D]`.
@@ -75,7 +78,8 @@ def even_segment_mean(x: torch.Tensor, slots: int, real: torch.Tensor | None = N
     length = x.shape[2]
     if real is None and length % slots == 0:
         heads = x.transpose(1, 2).flatten(2)  # side by side, where the mean is quicker
-        return heads.unflatten(1, (slots, -1)).mean(2).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return heads.unflatten(1, (slots, -1)).mean(2, dtype=dtype).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
     if real is None:
         return segment_mean(x, even_segment_starts(torch.full((1,), length, device=x.device), slots))
     rank = (real.long().cumsum(-1) - 1).masked_fill(~real, length)
@@ -92,10 +96,32 @@ def segment_max(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     return pooled.masked_fill((starts.diff() == 0)[:, None, :, None], 0)
 
 
+def attend_pooled(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Softmax attention of all queries over a few keys and values that are more precise than the queries.
+
+    Rounded to half precision, a pooled key would move each of its logits by u times the logit, and gradients, which are
+    differences of pooled values, by u times the values.
+
+    Args:
+        q: `[B, H, Tq, D]`.
+        k: `[B, H, slots, D]`, and `v` likewise, in the queries' dtype or a wider one.
+        mask: bool, or a bias in k's dtype, broadcastable to `[B, H, Tq, slots]`; None for none.
+        scaling: factor of the logits.
+
+    Returns:
+        `[B, H, Tq, D]` in the queries' dtype.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v.to(k.dtype), attn_mask=mask, scale=scaling)
+    return out.to(q.dtype)
+
+
 def attend_segments(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, in_use: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Softmax attention, in float32 at least, over pooled keys; a row of the batch without any gives 0.
+    """`attend_pooled` over segments, of which some may be empty; a row of the batch without any gives 0.
 
     Args:
         query: `[B, H, Tq, D]`.
@@ -112,4 +138,4 @@ def attend_segments(
         # Rows without any segment attend to all, to values of 0: no nan in the output nor in the gradients.
         allowed = in_use[:, None, None, :] | ~some
         value = value.masked_fill(~some, 0)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling).to(query.dtype)
+    return attend_pooled(query, key, value, allowed, scaling)

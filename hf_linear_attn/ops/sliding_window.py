@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.band_attention import attend_band, serves
 
-__all__ = ["Extra", "attend_projected", "by_dilation", "naive_sliding_window_attention", "sliding_window_attention"]
+__all__ = [
+    "Extra",
+    "at_least_two",
+    "attend_projected",
+    "by_dilation",
+    "naive_sliding_window_attention",
+    "sliding_window_attention",
+]
 
 # Extra columns: keys `[B, H, G, D]`, values `[B, H, G, D]`, and which row sees which, bool broadcastable to
 # `[B, Tq, G]`. A key that the windows hold as well must be left out of `key_allowed`, else it counts twice.
@@ -324,10 +331,22 @@ def attend_projected(
         mask = allowed | ~allowed.any(-1, keepdim=True)
         mask = mask.expand(q.shape[0], 1, G, hidden.shape[1])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    w_k, b_k, w_v, b_v = (x.unflatten(0, (H, D)) for x in (*key, *value))
-    folded = (q @ w_k).flatten(1, 2)  # [B, H * G, C]
-    logits = (folded @ hidden.transpose(1, 2)).unflatten(1, (H, G)) + (q * b_k[:, None]).sum(-1, keepdim=True)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scaling
-    weights = logits.masked_fill(~allowed, torch.finfo(torch.float32).min).softmax(-1).to(hidden.dtype)
-    mixed = (weights.flatten(1, 2) @ hidden).unflatten(1, (H, G))  # [B, H, G, C]
-    return mixed @ w_v.transpose(-1, -2) + b_v[:, None]
+    # In float32 at least: a folded query is a product of two projections, beyond the range of fp16 where q, k are not.
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        queries, hidden = q.to(dtype), hidden.to(dtype)
+        w_k, b_k, w_v, b_v = (x.to(dtype).unflatten(0, (H, D)) for x in (*key, *value))
+        folded = (queries @ w_k).flatten(1, 2)  # [B, H * G, C]
+        logits = (folded @ hidden.transpose(1, 2)).unflatten(1, (H, G)) + (queries * b_k[:, None]).sum(-1, keepdim=True)
+        weights = (logits * scaling).masked_fill(~allowed, torch.finfo(dtype).min).softmax(-1)
+        mixed = (weights.flatten(1, 2) @ hidden).unflatten(1, (H, G))  # [B, H, G, C]
+        return (at_least_two(mixed, 2) @ w_v.transpose(-1, -2) + b_v[:, None])[:, :, :G].to(q.dtype)
+
+
+def at_least_two(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`x`, a single row of dimension `dim` twice.
+
+    CPU libraries multiply a matrix and one vector in an order that depends on where in memory the matrix lies, and
+    weights that were saved and loaded lie elsewhere; with two rows the bits are the same.
+    """
+    return torch.cat([x, x], dim) if x.shape[dim] == 1 else x

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
-from hf_linear_attn.ops.dense import attend_in_chunks, masked_softmax
+from hf_linear_attn.ops.dense import attend_in_chunks, masked_softmax, row_logits
 from hf_linear_attn.ops.entmax import entmax
+from hf_linear_attn.ops.feature_maps import accumulation_dtype
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -94,7 +95,7 @@ class EntmaxAttention(AttentionVariant):
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
-        keys = call.k.mT * inputs.scaling
+        keys = call.k.to(accumulation_dtype(call.k.dtype)) * inputs.scaling
         alpha: float | torch.Tensor = (
             1 + self.alpha_logit.sigmoid()[:, None, None]
             if self.config.alpha == "learned"
@@ -102,7 +103,7 @@ class EntmaxAttention(AttentionVariant):
         )
 
         def weights(rows: slice, allowed: torch.Tensor) -> torch.Tensor:
-            logits = call.q[:, :, rows] @ keys  # [B, H, rows, Tk]
+            logits = row_logits(call.q[:, :, rows], keys)  # [B, H, rows, Tk]
             share = self.mixing[:, None, None]
             return (1 - share) * masked_softmax(logits, allowed) + share * entmax(logits, alpha, allowed)
 

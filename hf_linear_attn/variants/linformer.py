@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.feature_maps import accumulation_dtype
+from hf_linear_attn.ops.linear_sums import full_precision
 from hf_linear_attn.ops.pooling import attend_segments
 from hf_linear_attn.ops.sequence_projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
 from hf_linear_attn.registry import register_variant
@@ -119,5 +121,8 @@ class LinformerAttention(AttentionVariant):
         if inputs.is_causal or state is not None:
             raise ValueError(REFUSAL)
         weights = self.key_projection, self.value_projection
-        key, value, in_use = self.projection(inputs.key, inputs.value, inputs.key_padding, *weights)
+        full = accumulation_dtype(inputs.key.dtype)
+        with full_precision(inputs.key):
+            key, value = inputs.key.to(full), inputs.value.to(full)
+            key, value, in_use = self.projection(key, value, inputs.key_padding, *weights)
         return attend_segments(inputs.query, key, value, in_use, inputs.scaling), None

@@ -23,7 +23,9 @@ from torch import nn
 
 from hf_linear_attn.ops.calibration import Row, choose_start, collect_rows
 from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
-from hf_linear_attn.ops.dense import attend_in_chunks, masked_softmax
+from hf_linear_attn.ops.dense import attend_in_chunks, masked_softmax, row_logits
+from hf_linear_attn.ops.feature_maps import accumulation_dtype
+from hf_linear_attn.ops.linear_sums import full_precision
 from hf_linear_attn.ops.position_weights import low_rank_factors, position_log_weights
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -160,10 +162,10 @@ class SynthesizerAttention(AttentionVariant):
                 f"Synthesizer was built for {most} tokens and got {k_len}. Convert with max_length={k_len}."
             )
         rank = call.rank.clamp(min=0)  # [B or 1, Tk]
-        query, key = self._factors(call.q, call.k * inputs.scaling, rank)
+        query, key = self._factors(call.q, call.k.to(accumulation_dtype(call.k.dtype)) * inputs.scaling, rank)
 
         def weights(rows: slice, allowed: torch.Tensor) -> torch.Tensor:
-            logits = query[:, :, rows] @ key.mT  # [B, H, rows, Tk]
+            logits = row_logits(query[:, :, rows], key)  # [B, H, rows, Tk]
             if self.component == "random":
                 own = rank[:, k_len - q_len :][:, rows, None]
                 logits = logits + self.table[:, own, rank[:, None]].transpose(0, 1).to(logits.dtype)
@@ -176,20 +178,22 @@ class SynthesizerAttention(AttentionVariant):
         """relu(W1 x + b1) and a 1 for b2, `[B, H, Tq, D + 1]`."""
         if inputs.hidden_states is None:
             raise ValueError("A dense synthesizer needs hidden_states, got None.")
-        x = inputs.hidden_states
-        hidden = F.linear(x, self.hidden_weight.to(x.dtype), self.hidden_bias.to(x.dtype)).relu()
+        x = inputs.hidden_states.to(accumulation_dtype(inputs.hidden_states.dtype))
+        with full_precision(x):
+            hidden = F.linear(x, self.hidden_weight.to(x.dtype), self.hidden_bias.to(x.dtype)).relu()
         hidden = hidden.unflatten(-1, (self.context.num_heads, self.context.head_dim)).transpose(1, 2)
-        return F.pad(hidden, (0, 1), value=1).to(inputs.query.dtype)
+        return F.pad(hidden, (0, 1), value=1)
 
     def _factors(self, q: torch.Tensor, k: torch.Tensor, rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys with the factors of the synthetic logits as further channels."""
+        """Queries and keys, in the keys' dtype, with the factors of the synthetic logits as further channels."""
+        q = q.to(k.dtype)
         if self.component == "random":
             return q, k
         if self.component == "dense":
             table = torch.cat([self.output_weight, self.output_bias[..., None]], -1)
         else:
             table = self.key_table
-            own = self.query_table[:, rank[:, rank.shape[1] - q.shape[2] :]].transpose(0, 1).to(q.dtype)
+            own = self.query_table[:, rank[:, rank.shape[1] - q.shape[2] :]].transpose(0, 1).to(k.dtype)
             q = torch.cat([q, own.expand(q.shape[0], -1, -1, -1)], -1)
         synthetic = table[:, rank].transpose(0, 1).to(k.dtype)
         return q, torch.cat([k, synthetic.expand(k.shape[0], -1, -1, -1)], -1)

@@ -49,8 +49,8 @@ class DenseAttention(AttentionVariant):
         return k_len - q_len
 
     def logits(self, query, key, inputs):
-        logits = query @ key.transpose(-1, -2) * inputs.scaling
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return query.to(dtype) @ key.to(dtype).transpose(-1, -2) * inputs.scaling
 
     def weights(self, logits, allowed):
         lowest = torch.finfo(logits.dtype).min
@@ -248,6 +248,21 @@ class OverflowsHalf(DenseAttention):
         return (query * 300) @ (key.transpose(-1, -2) * 300) / 300**2 * inputs.scaling
 
 
+class LogitsInHalf(DenseAttention):
+    """Logits are rounded to half precision before their softmax."""
+
+    def logits(self, query, key, inputs):
+        logits = query @ key.transpose(-1, -2) * inputs.scaling
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class SumsInHalf(DenseAttention):
+    """Values are summed before they are divided by how many they are."""
+
+    def finish(self, output):
+        return output * 1024 / 1024
+
+
 class NotSaved(DenseAttention):
     """Random features in a buffer that is not saved."""
 
@@ -351,6 +366,8 @@ BROKEN = [
     (spec_of(WrongLayout), ENCODER, {}, "shapes_and_dtypes", "shape (2, 1, 4, 16)"),
     (spec_of(IgnoresScaling), ENCODER, {}, "exact_limit", "padding=none"),
     (spec_of(OverflowsHalf), ENCODER, {}, "low_precision", "torch.float16"),
+    (spec_of(LogitsInHalf), ENCODER, {}, "half_precision", "keys x100 in torch.float16: output is off"),
+    (spec_of(SumsInHalf), DECODER, {}, "half_precision", "values x500 in torch.float16: output is off by inf"),
     (spec_of(NotSaved), ENCODER, {}, "state_dict_round_trip", "differ after a reload"),
     (spec_of(NotReset), ENCODER, {}, "reset_parameters", "meta device leaves table"),
     (spec_of(ChangesBetweenCalls), ENCODER, {}, "gradient_checkpointing", "checkpointed"),

@@ -328,3 +328,23 @@ def test_rotary_layers_take_no_global_mask():
     encoder = LayerContext(0, 2, WIDTH, HEADS, DIM, 512, False, rotary=True)
     with pytest.raises(ValueError, match=r"num_global_tokens=1.*rotary"):
         LongformerAttention(LongformerConfig(num_global_tokens=1), encoder)
+
+
+def test_global_rows_have_the_same_bits_wherever_the_weights_lie_in_memory():
+    """Weights of a file that is mapped into memory lie at any multiple of 8 bytes."""
+    context = LayerContext(0, 2, 384, 12, 32, 512, False)
+    module = LongformerAttention(LongformerConfig(window_size=8), context).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    hidden = torch.randn(1, 60, 384, generator=generator)
+    q, k, v = torch.randn(3, 1, 12, 60, 32, generator=generator)
+    inputs = AttentionInputs(q, k, v, scaling=32**-0.5, hidden_states=hidden)
+    expected = module(inputs)[0]
+    for offset in (2, 4, 6):  # numbers of 4 bytes
+        for parameter in module.parameters():
+            room = torch.empty(parameter.numel() + 32)
+            start = -room.data_ptr() // 4 % 16 + offset
+            place = room[start : start + parameter.numel()].view(parameter.shape)
+            parameter.data = place.copy_(parameter.data)
+        assert torch.equal(module(inputs)[0], expected)
