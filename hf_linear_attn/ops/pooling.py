@@ -113,6 +113,8 @@ def attend_pooled(
     Returns:
         `[B, H, Tq, D]` in the queries' dtype.
     """
+    if q.dtype == k.dtype == v.dtype:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     with torch.autocast(q.device.type, enabled=False):
         out = F.scaled_dot_product_attention(q.to(k.dtype), k, v.to(k.dtype), attn_mask=mask, scale=scaling)
     return out.to(q.dtype)
