@@ -32,11 +32,12 @@ class LinearAttnConfigMixin:
 
     base_model_type: str
     linear_attn: dict[str, Any] | None
+    _attn_implementation_internal: str | None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The default only if nothing was asked for: an explicit implementation given at load wins.
-        if kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = IMPLEMENTATION
+        for name in ("attn_implementation", "_attn_implementation"):
+            _refuse_stored_implementation(name, kwargs.pop(name, None))
+        kwargs["attn_implementation"] = IMPLEMENTATION
         # The loader of the repository it came from; `push_to_hub` writes a new one.
         kwargs.pop("auto_map", None)
         self.linear_attn = kwargs.pop("linear_attn", None)
@@ -50,6 +51,24 @@ class LinearAttnConfigMixin:
             importlib.import_module("hf_linear_attn.auto").register_auto_models(self.base_model_type)
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict[str, Any] | None) -> None:
+        # A config that holds this one, an EncoderDecoderConfig say, hands its own down, and None is nobody's wish.
+        if value is not None:
+            PreTrainedConfig._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As upstream; an `attn_implementation` among the keywords wins, one in the dictionary is refused."""
+        chosen = kwargs.pop("attn_implementation", None)
+        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        (result[0] if isinstance(result, tuple) else result)._attn_implementation = chosen
+        return result
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
         """Nothing to do: after a load that trusted remote code, Transformers would copy the source of this class
@@ -61,6 +80,15 @@ class LinearAttnConfigMixin:
 
     def to_diff_dict(self) -> dict[str, Any]:
         return {**super().to_diff_dict(), "attn_implementation": IMPLEMENTATION}  # type: ignore[misc]
+
+
+def _refuse_stored_implementation(name: str, value: Any) -> None:
+    if value not in (None, IMPLEMENTATION):
+        raise ValueError(
+            f"The config of a converted model says {name}={value!r}, but its layers were converted. Remove that entry; "
+            f"softmax is chosen for a loaded model: from_pretrained(..., attn_implementation={value!r}) or "
+            f"model.set_attn_implementation({value!r})."
+        )
 
 
 @cache
