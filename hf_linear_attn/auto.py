@@ -36,6 +36,7 @@ from hf_linear_attn.report import ConversionReport, LayerReport, OutputErrors
 from hf_linear_attn.saving import whole_folder
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
+from hf_linear_attn.seam.initialization import is_initialized, mark_initialized
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
 
 __all__ = [
@@ -109,8 +110,7 @@ class LinearAttnPreTrainedModel:
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AttentionVariant):
             # Reached for modules that came from the meta device; what the checkpoint filled must stay.
-            tensors = [*module.parameters(), *module.buffers()]
-            if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            if not is_initialized(module):
                 module.reset_parameters()
             return
         super()._init_weights(module)  # type: ignore[misc]
@@ -326,6 +326,7 @@ def attach(
         attention.module.linear_attn = variant
         attention.module.__class__ = converted_attention_class(type(attention.module))
         variant.train(attention.module.training)
+        mark_initialized(variant)
     _rebrand(model, config, model_class_for)
 
 

@@ -18,6 +18,7 @@ from hf_linear_attn.calibration import DEFAULT_LEARNING_RATE, calibrate, check_b
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig, PositionsConfig
 from hf_linear_attn.ops.backend import check_backend
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
+from hf_linear_attn.seam.initialization import mark_initialized
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = ["convert_model", "extend_positions", "revert_model", "set_backend", "unmark_unpacked"]
@@ -388,6 +389,7 @@ def _restore_table(model: PreTrainedModel, weight: torch.Tensor | None) -> None:
         requires_grad = embedding.weight.requires_grad
         embedding.weight = nn.Parameter(weight.clone(), requires_grad=requires_grad)
         embedding.num_embeddings = weight.shape[0]
+        mark_initialized(embedding)
         patcher.resize_position_buffers(model, weight.shape[0])
 
 
