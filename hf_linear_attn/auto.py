@@ -9,7 +9,9 @@ what pickling needs.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -28,7 +30,7 @@ from hf_linear_attn.attention import (
     converted_attention_class,
     with_sequence_plan,
 )
-from hf_linear_attn.auto_config import IMPLEMENTATION, config_class_for, converted_name
+from hf_linear_attn.auto_config import IMPLEMENTATION, check_named_layers, config_class_for, converted_name
 from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
@@ -37,6 +39,14 @@ from hf_linear_attn.saving import whole_folder
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
 from hf_linear_attn.seam.initialization import is_initialized, mark_initialized
+from hf_linear_attn.seam.places import (
+    check_layers,
+    fit_config,
+    have_moved,
+    layers_as_they_stand,
+    number_layers,
+    share_config,
+)
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
 
 __all__ = [
@@ -58,17 +68,20 @@ class LinearAttnPreTrainedModel:
     config: Any
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        spec = getattr(config, "linear_attn", None)
-        if spec is None:
+        if getattr(config, "linear_attn", None) is None:
             raise ValueError(
                 f"{type(self).__name__} needs a config with `linear_attn`. Convert a model with convert_model(), or "
                 "load a converted checkpoint with from_pretrained()."
             )
+        check_named_layers(config)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
-        attach(model, config, build_variants(model, config, LinearAttentionConfig.from_dict(spec)))
+        _take_first_layers(model, config)
+        attach(model, config, build_variants(model, config, LinearAttentionConfig.from_dict(config.linear_attn)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.base_model is self and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            settle(self)
         if self.config._attn_implementation == IMPLEMENTATION:
             if kwargs.get("output_attentions"):
                 raise ValueError(OUTPUT_ATTENTIONS_MESSAGE)
@@ -94,6 +107,7 @@ class LinearAttnPreTrainedModel:
     @property
     def conversion_report(self) -> ConversionReport:
         """What each layer runs, the parameters it added, and its measured error if the conversion was calibrated."""
+        settle(self)
         stored = self.__dict__.get(REPORT_ATTRIBUTE)
         return stored if stored is not None else describe(self)  # type: ignore[arg-type]
 
@@ -139,11 +153,14 @@ class LinearAttnPreTrainedModel:
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As upstream, except that a reader of the folder finds the old model or this one, never some of both.
 
-        With `push_to_hub=True` also what `push_to_hub` uploads.
+        The saved config describes the layers as they stand, however they were dropped, reordered or stacked. With
+        `push_to_hub=True` also what `push_to_hub` uploads.
 
         Raises:
             FileExistsError: if `save_directory` is a file.
+            ValueError: if the layers cannot be saved as they stand (`settle`).
         """
+        settle(self, always=True)
         if push_to_hub:
             importlib.import_module("hf_linear_attn.hub").save_and_push(self, save_directory, *args, **kwargs)
         elif kwargs.get("distributed_checkpoint"):  # all processes write into one folder
@@ -284,9 +301,10 @@ def build_variants(
         if layer is None or hasattr(attention.module, "linear_attn"):  # the latter: a head's base model, from AutoModel
             continue
         _refuse_sliding_window(config, attention.layer_idx, patcher.sliding_window(config, attention.layer_idx))
+        place, count = layer.built_for or (attention.layer_idx, len(spec.layers))
         context = LayerContext(
-            layer_idx=attention.layer_idx,
-            num_layers=len(spec.layers),
+            layer_idx=place,
+            num_layers=count,
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             head_dim=patcher.head_dim(config),
@@ -318,9 +336,7 @@ def attach(
 ) -> None:
     """Install `built` in `model` and make it a converted model with `config`."""
     patcher: Any = get_patcher(config.base_model_type)  # type: ignore[attr-defined]
-    if not patcher.layers_are_numbered:
-        for attention in patcher.self_attentions(model):
-            attention.module.layer_idx = attention.layer_idx
+    number_layers(patcher, model)
     _tie_shared([variant for _, variant in built])
     for attention, variant in built:
         attention.module.linear_attn = variant
@@ -344,21 +360,87 @@ def detach(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def _rebrand(model: Any, config: PreTrainedConfig, new_class: Any) -> None:
-    """Swap the class of every model in `model` and the config of every module that shares the old one."""
-    old = model.config
+    """Swap the class of every model in `model`, and the config of every module."""
+    share_config(model, config)
     for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = config  # type: ignore[assignment]
         if isinstance(module, PreTrainedModel):
             if isinstance(module, LinearAttnPreTrainedModel) != (new_class is model_class_for):
                 module.__class__ = new_class(type(module))
             # Recorders of hidden states are looked up by the class's name; the registry of later releases builds the
             # key from the model itself, so go beneath its __setitem__, which all releases share.
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(module.__class__), module._can_record_outputs)
+    _name_shared(model)
+
+
+def _name_shared(model: nn.Module) -> None:
+    """Tell every model in `model` which of the variants' parameters are one tensor."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             own = {k: v for k, v in module.all_tied_weights_keys.items() if ".linear_attn." not in k}
             module.all_tied_weights_keys = {**own, **_shared_keys(module)}
+
+
+def settle(model: Any, always: bool = False) -> None:
+    """Let the numbers, the config and the report of a converted model follow the places where its layers stand.
+
+    Args:
+        model: a converted model.
+        always: compare what the config says of each layer with the layer itself; else only if layers have moved.
+
+    Raises:
+        ValueError: if one module stands in two places, the config says that fewer layers run than there are, or a
+            layer's copy of a parameter that all layers share was trained apart.
+    """
+    patcher: Any = get_patcher(model.config.base_model_type)
+    if not always and not have_moved(patcher, model):
+        return
+    count, spec = check_layers(patcher, model), LinearAttentionConfig.from_dict(model.config.linear_attn)
+    _check_shared(variants_of(model))
+    came_from = {entry.layer_idx: getattr(entry.module, "layer_idx", None) for entry in patcher.self_attentions(model)}
+    number_layers(patcher, model)
+    share_config(model, model.config)
+    fit_config(model.config, count)
+    model.config.linear_attn = replace(spec, layers=layers_as_they_stand(patcher, model)).to_dict()
+    _tie_shared(list(variants_of(model).values()))
+    _name_shared(model)
+    for module in model.modules():
+        stored = module.__dict__.get(REPORT_ATTRIBUTE)
+        if stored is not None:
+            kept = [place for place, number in came_from.items() if number in stored.kept_softmax]
+            errors = {place: stored.errors_of(number) for place, number in came_from.items()}
+            module.__dict__[REPORT_ATTRIBUTE] = describe(module, errors, kept)  # type: ignore[arg-type]
+
+
+def _check_shared(variants: Mapping[str, AttentionVariant]) -> None:
+    first: dict[tuple[str, str], torch.Tensor] = {}
+    for module_name, variant in variants.items():
+        for name in variant.shared_parameters():
+            own = variant.get_parameter(name)
+            source = first.setdefault((variant.spec.key, name), own)
+            if own is not source and not torch.equal(own, source):
+                raise ValueError(
+                    f"{module_name}.{name} is one parameter for all layers of {variant.spec.key}, but this copy was "
+                    "changed apart. Convert with an option that does not share it."
+                )
+
+
+def _take_first_layers(model: Any, config: Any) -> None:
+    """Let the config of a model that was asked to have fewer layers than its checkpoint name no more than these."""
+    spec, count = LinearAttentionConfig.from_dict(config.linear_attn), config.num_hidden_layers
+    named = len(spec.layers)
+    if named == count:
+        return
+    first = [
+        None if layer is None else replace(layer, built_for=layer.built_for or (place, named))
+        for place, layer in enumerate(spec.layers[:count])
+    ]
+    config.linear_attn = replace(spec, layers=tuple(first)).to_dict()
+    fit_config(config, count)
+    patcher: Any = get_patcher(config.base_model_type)
+    rest = "|".join(map(str, range(count, named)))
+    layers = re.escape(patcher.self_attentions(model.base_model)[0].name.split(".0.")[0])
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){layers}\.({rest})\."}
 
 
 def _tie_shared(variants: list[AttentionVariant]) -> None:

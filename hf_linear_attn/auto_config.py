@@ -14,7 +14,14 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hf_linear_attn.registry import get_patcher, list_patchers
 
-__all__ = ["IMPLEMENTATION", "MODEL_TYPE_PREFIX", "config_class_for", "converted_name", "register_auto_configs"]
+__all__ = [
+    "IMPLEMENTATION",
+    "MODEL_TYPE_PREFIX",
+    "check_named_layers",
+    "config_class_for",
+    "converted_name",
+    "register_auto_configs",
+]
 
 IMPLEMENTATION = "linear_attn"
 """Key of our attention and mask functions, and the `attn_implementation` written into `config.json`."""
@@ -50,6 +57,8 @@ class LinearAttnConfigMixin:
             # late enough to keep `import hf_linear_attn` light.
             importlib.import_module("hf_linear_attn.auto").register_auto_models(self.base_model_type)
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.linear_attn is not None:
+            check_named_layers(self, exactly=True)
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -80,6 +89,16 @@ class LinearAttnConfigMixin:
 
     def to_diff_dict(self) -> dict[str, Any]:
         return {**super().to_diff_dict(), "attn_implementation": IMPLEMENTATION}  # type: ignore[misc]
+
+
+def check_named_layers(config: Any, exactly: bool = False) -> None:
+    """Raise `ValueError` if a converted config names too few layers for its model, or `exactly` as many as it has."""
+    named, count = len(config.linear_attn["layers"]), config.num_hidden_layers
+    if named < count or (exactly and named != count):
+        raise ValueError(
+            f"The config says what {named} layers run (linear_attn), but num_hidden_layers={count}. One entry goes "
+            "with each layer; from_pretrained(..., num_hidden_layers=...) loads a checkpoint's first layers alone."
+        )
 
 
 def _refuse_stored_implementation(name: str, value: Any) -> None:

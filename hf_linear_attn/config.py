@@ -16,20 +16,42 @@ FORMAT_VERSION = 1
 class LayerConfig:
     """One converted layer: the variant's key and all of its options (defaults written out).
 
+    Attributes:
+        variant: key of the variant.
+        options: its options.
+        built_for: (place, number of layers) for which the variant was built, if the layer stands elsewhere now: options
+            with one value per layer and starts drawn per layer go by it. None for its own place.
+
     Raises:
         ValueError: for an unknown variant, an unknown option or a bad value.
     """
 
     variant: str
     options: dict[str, Any] = field(default_factory=dict)
+    built_for: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.built_for is not None:
+            object.__setattr__(self, "built_for", _place(self.built_for))
         full = get_variant(self.variant).config_class.from_dict(self.options)  # type: ignore[attr-defined]
         object.__setattr__(self, "options", full.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        place = {} if self.built_for is None else {"built_for": list(self.built_for)}
+        return {"variant": self.variant, "options": self.options, **place}
 
     def variant_config(self) -> Any:
         """The variant's own frozen options object."""
         return get_variant(self.variant).config_class.from_dict(self.options)  # type: ignore[attr-defined]
+
+
+def _place(value: Any) -> tuple[int, int]:
+    """A place and a number of layers, from JSON."""
+    pair = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(pair) != 2 or any(type(number) is not int for number in pair) or not 0 <= pair[0] < pair[1]:
+        raise ValueError(f"built_for={value!r}; allowed: [place, number of layers] with 0 <= place < number of layers.")
+    return pair
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,7 @@ class LinearAttentionConfig:
         """JSON form."""
         return {
             "version": self.version,
-            "layers": [None if layer is None else asdict(layer) for layer in self.layers],
+            "layers": [None if layer is None else layer.to_dict() for layer in self.layers],
             "positions": None if self.positions is None else asdict(self.positions),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral
@@ -12,13 +13,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_linear_attn.auto import REPORT_ATTRIBUTE, LinearAttnPreTrainedModel, attach, build_variants, describe, detach
+from hf_linear_attn.auto import (
+    REPORT_ATTRIBUTE,
+    LinearAttnPreTrainedModel,
+    attach,
+    build_variants,
+    describe,
+    detach,
+    settle,
+)
 from hf_linear_attn.auto_config import config_class_for
 from hf_linear_attn.calibration import DEFAULT_LEARNING_RATE, calibrate, check_batches, layers_to_keep
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig, PositionsConfig
 from hf_linear_attn.ops.backend import check_backend
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
 from hf_linear_attn.seam.initialization import mark_initialized
+from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = ["convert_model", "extend_positions", "revert_model", "set_backend", "unmark_unpacked"]
@@ -71,7 +81,8 @@ def convert_model(
 
     Raises:
         TypeError: if `model` is not a Transformers model.
-        ValueError: for an unknown family, variant or option, a variant that does not serve the model's side
+        ValueError: for an unknown family, variant or option, layers that are one module or more than the config says,
+            a variant that does not serve the model's side
             (encoder or decoder), a bad layer or length, calibration options without calibration, a layer with a
             sliding window, an unknown backend, `backend="triton"` for a variant without a kernel, or a model that is
             converted, compiled, sharded, packed, on the meta device or wrapped by PEFT. The model is unchanged in
@@ -79,6 +90,7 @@ def convert_model(
     """
     _check_convertible(model)
     patcher = get_patcher(model.config.model_type)
+    check_layers(patcher, model)
     _check_calibration(calibration, calibration_steps, calibration_lr)
     _check_selection(model, variant, layers, keep_softmax, calibration)
     spec = _resolve(model, variant, None if layers == "auto" else layers, options)
@@ -101,7 +113,7 @@ def convert_model(
             module.load_projections(*patcher.projections(attention.module))
             module.backend = backend
 
-    upstream_table = _position_weight(model)
+    upstream_table, numbers = _position_weight(model), layer_numbers(patcher, model)
     if max_length is not None:
         _extend_table(model, max_length, extend)
         if extend == "interpolate":
@@ -120,6 +132,8 @@ def convert_model(
             attach(model, config, built)
     except BaseException:  # an interrupt as well: nothing is left half converted
         detach(model, upstream_config)
+        for module, number in numbers:
+            module.layer_idx = number
         _restore_table(model, upstream_table)
         _forget(model)
         raise
@@ -140,6 +154,7 @@ def revert_model(model: PreTrainedModel, *, keep_positions: bool = False) -> Pre
     """
     if not isinstance(model, LinearAttnPreTrainedModel):
         raise ValueError(f"revert_model takes a converted model; {type(model).__name__} was not converted.")
+    settle(model)
     spec = LinearAttentionConfig.from_dict(model.config.linear_attn)
     patcher = get_patcher(model.config.base_model_type)
     config = _upstream_config(model.config, getattr(model, _ORIGINAL_IMPLEMENTATION, None))
@@ -237,7 +252,7 @@ def _resolve(
     layers: Iterable[int] | None,
     options: dict[str, Any],
 ) -> LinearAttentionConfig:
-    num_layers = model.config.num_hidden_layers
+    num_layers = get_patcher(model.config.model_type).num_layers(model)
     if isinstance(variant, str):
         choices: dict[int, VariantChoice] = dict.fromkeys(range(num_layers) if layers is None else layers, variant)
     elif isinstance(variant, Mapping):
@@ -287,7 +302,7 @@ def _check_selection(model: PreTrainedModel, variant: Any, layers: Any, keep_sof
         if keep_softmax is not None:
             raise ValueError(f"keep_softmax={keep_softmax!r} goes with layers='auto'.")
         return
-    most = model.config.num_hidden_layers - 1
+    most = get_patcher(model.config.model_type).num_layers(model) - 1
     if not isinstance(variant, str):
         raise ValueError("layers='auto' takes a single variant by name, not a mapping of layers.")
     if isinstance(keep_softmax, bool) or not isinstance(keep_softmax, int) or not 1 <= keep_softmax <= most:
@@ -328,6 +343,8 @@ def _check_extension(model: PreTrainedModel, max_length: int | None, mode: str) 
 
 
 def _converted_config(config: PreTrainedConfig, spec: LinearAttentionConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    fit_config(config, len(spec.layers))
     fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     config_class: Any = config_class_for(config.model_type)
     new = config_class(**fields, linear_attn=spec.to_dict())

@@ -66,6 +66,13 @@ class ConversionReport:
     max_length: int = 0
     kept_softmax: list[int] = field(default_factory=list)
 
+    def errors_of(self, layer: int | None) -> OutputErrors | None:
+        """What was measured of a layer, by index, or None."""
+        row = next((row for row in self.rows if row.layer == layer), None)
+        if row is None or row.output_error is None:
+            return None
+        return OutputErrors(row.output_error, row.output_cosine, row.head_errors, row.head_cosines)  # type: ignore[arg-type]
+
     @property
     def tokenizer_max_length(self) -> int:
         """The tokenizer's limit equals the model's: special tokens count as tokens."""

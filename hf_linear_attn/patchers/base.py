@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,7 @@ __all__ = ["ModelPatcher", "Projection", "SelfAttention"]
 
 
 class SelfAttention(NamedTuple):
-    """A self-attention module: its layer index, its name inside the model, and the module."""
+    """A self-attention module: its place among the layers, its name inside the model, and the module."""
 
     layer_idx: int
     name: str
@@ -72,14 +73,40 @@ class ModelPatcher:
         """Whether `module` is a self-attention layer (never cross-attention)."""
         return isinstance(module, self.attention_class)
 
+    def layers(self, model: nn.Module) -> list[Any]:
+        """The layers of `model`, as they stand; none without a self-attention module."""
+        names = self._names(model)
+        return self._list(model, names[0]) if names else []
+
+    def num_layers(self, model: nn.Module) -> int:
+        """How many layers stand in `model`, whatever its config says."""
+        return len(self.layers(model))
+
     def self_attentions(self, model: nn.Module) -> list[SelfAttention]:
-        """All self-attention modules of `model`, in layer order."""
-        found = [(name, module) for name, module in model.named_modules() if self.is_self_attention(module)]
-        entries = [
-            SelfAttention(int(module.layer_idx) if self.layers_are_numbered else position, name, module)  # type: ignore[arg-type]
-            for position, (name, module) in enumerate(found)
-        ]
-        return sorted(entries, key=lambda entry: entry.layer_idx)
+        """All self-attention modules of `model`, in the order in which they run; a layer without one is left out."""
+        names = self._names(model)
+        if names is None:
+            return []
+        layers, inside = names
+        entries = []
+        module: Any
+        for place, module in enumerate(self._list(model, layers)):
+            for name in inside.split("."):
+                module = getattr(module, name, None)
+            if module is not None and self.is_self_attention(module):
+                entries.append(SelfAttention(place, f"{layers}.{place}.{inside}", module))
+        return entries
+
+    def _list(self, model: nn.Module, name: str) -> list[Any]:
+        return list(cast("nn.ModuleList", model.get_submodule(name)))
+
+    def _names(self, model: nn.Module) -> tuple[str, str] | None:
+        """Names of the list of layers in `model` and of the self-attention in a layer."""
+        for name, module in model.named_modules():
+            if self.is_self_attention(module):
+                layers, _, inside = re.split(r"\.(\d+)\.", name, maxsplit=1)
+                return layers, inside
+        return None
 
     def is_causal(self, config: PreTrainedConfig) -> bool:
         """Whether a model with this config builds causal masks."""
