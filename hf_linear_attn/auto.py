@@ -180,7 +180,8 @@ def _returned_cache(outputs: Any) -> Cache | None:
 
 def _converted_indices(model: Any) -> list[int]:
     """Places of the converted layers of a base model."""
-    return [module.layer_idx for module in model.modules() if isinstance(module, ConvertedAttention)]  # type: ignore[attr-defined]
+    entries = get_patcher(model.config.base_model_type).self_attentions(model)
+    return [entry.layer_idx for entry in entries if isinstance(entry.module, ConvertedAttention)]
 
 
 def _refuse_incomplete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
