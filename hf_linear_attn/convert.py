@@ -55,6 +55,9 @@ def convert_model(
 ) -> PreTrainedModel:
     """Rewrite the self-attention of a pretrained model, in place; its weights are kept.
 
+    A part of a composite is converted alone. The composite's config must hold the part's new one, or a checkpoint of
+    the composite says softmax: `model.config.encoder = convert_model(model.encoder, "linear").config`.
+
     Args:
         model: a Transformers model of a supported family (`list_patchers()`), with any head.
         variant: a variant's key (`list_variants()`) for all of `layers`, or a mapping from layer index to None

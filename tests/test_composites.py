@@ -185,6 +185,17 @@ def test_every_kind_of_composite_reloads_converted(name: str, tmp_path: Path) ->
         assert_bit_equal(outputs, expected)
 
 
+def test_a_part_converted_in_place_reloads_once_the_composite_holds_its_config(tmp_path: Path) -> None:
+    model = EncoderDecoderModel(encoder=base_model("bert"), decoder=decoder())
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    model.config.encoder = convert_model(model.encoder, "linear").config
+    expected, runs = run(model, seq2seq_batch())
+    model.save_pretrained(tmp_path)
+    outputs, again = run(EncoderDecoderModel.from_pretrained(tmp_path), seq2seq_batch())
+    assert again == runs == {"encoder": 2}
+    assert_bit_equal(outputs, expected)
+
+
 def sub_config_keys() -> list[tuple[str, str]]:
     """(model type, key) of every config in Transformers that takes another model's config under `key`."""
     found = []
