@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from hf_linear_attn.auto_config import IMPLEMENTATION, converted_name
+from hf_linear_attn.auto_config import IMPLEMENTATION, converted_name, made_once
 from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
@@ -67,18 +67,14 @@ class ConvertedAttention:
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
 
-_ATTENTION_CLASSES: dict[type, type] = {}
-
-
+@made_once
 def converted_attention_class(upstream: type) -> type:
     """The converted subclass of an upstream self-attention class (one per class, importable from `auto`)."""
-    if upstream not in _ATTENTION_CLASSES:
-        _ATTENTION_CLASSES[upstream] = type(
-            converted_name(upstream.__name__),
-            (ConvertedAttention, upstream),
-            {"__module__": "hf_linear_attn.auto", "__doc__": f"`{upstream.__name__}` that runs an attention variant."},
-        )
-    return _ATTENTION_CLASSES[upstream]
+    return type(
+        converted_name(upstream.__name__),
+        (ConvertedAttention, upstream),
+        {"__module__": "hf_linear_attn.auto", "__doc__": f"`{upstream.__name__}` that runs an attention variant."},
+    )
 
 
 def linear_attention_mask(

@@ -30,7 +30,7 @@ from hf_linear_attn.attention import (
     converted_attention_class,
     with_sequence_plan,
 )
-from hf_linear_attn.auto_config import IMPLEMENTATION, check_named_layers, config_class_for, converted_name
+from hf_linear_attn.auto_config import IMPLEMENTATION, check_named_layers, config_class_for, converted_name, made_once
 from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
@@ -214,7 +214,7 @@ def _config_class(upstream: Any) -> type[PreTrainedConfig]:
     return upstream.config_class
 
 
-@cache
+@made_once
 def model_class_for(upstream: Any) -> type[PreTrainedModel]:
     """The converted form of an upstream model class (one per class)."""
     return type(
@@ -231,7 +231,7 @@ def model_class_for(upstream: Any) -> type[PreTrainedModel]:
     )
 
 
-@cache
+@made_once
 def register_auto_models(base_model_type: str) -> None:
     """Register the converted classes with every Auto class that knows the family's config, tokenizers included."""
     patcher = get_patcher(base_model_type)

@@ -7,8 +7,10 @@ Kept apart from `auto.py` because it must stay light: it runs when the package i
 from __future__ import annotations
 
 import importlib
-from functools import cache
-from typing import Any
+import threading
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -20,6 +22,7 @@ __all__ = [
     "check_named_layers",
     "config_class_for",
     "converted_name",
+    "made_once",
     "register_auto_configs",
 ]
 
@@ -27,6 +30,22 @@ IMPLEMENTATION = "linear_attn"
 """Key of our attention and mask functions, and the `attn_implementation` written into `config.json`."""
 
 MODEL_TYPE_PREFIX = "linear_attn_"
+
+
+T = TypeVar("T")
+_MAKING = threading.RLock()
+
+
+def made_once(make: Callable[[Any], T]) -> Callable[[Any], T]:
+    """As `functools.cache`, which lets two threads make two classes; here all wait for the one that is registered."""
+    cached = cache(make)
+
+    @wraps(make)
+    def locked(argument: Any) -> T:
+        with _MAKING:  # one lock for all: these functions call one another
+            return cached(argument)
+
+    return locked
 
 
 def converted_name(name: str) -> str:
@@ -110,7 +129,7 @@ def _refuse_stored_implementation(name: str, value: Any) -> None:
         )
 
 
-@cache
+@made_once
 def config_class_for(base_model_type: str) -> type[PreTrainedConfig]:
     """The config class of converted models of the family `base_model_type`."""
     base = get_patcher(base_model_type).config_class
@@ -137,7 +156,7 @@ def register_auto_configs() -> None:
         AutoConfig.register(stand_in.model_type, stand_in, exist_ok=True)
 
 
-@cache
+@made_once
 def _stand_in(base_model_type: str) -> type[PreTrainedConfig]:
     def resolve() -> type[PreTrainedConfig]:
         config_class = config_class_for(base_model_type)

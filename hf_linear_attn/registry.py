@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -86,12 +88,18 @@ class VariantSpec:
 
 
 class Registry(Generic[T]):
-    """A name-to-object table, filled by importing every module of one package on first use."""
+    """A name-to-object table, filled by importing every module of one package on first use.
+
+    Readers see all of it or an error, from any number of threads: an import that fails is tried again, and fails
+    again, at the next use.
+    """
 
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
         self._package = package
         self._entries: dict[str, T] = {}
+        self._lock = threading.RLock()
+        self._discovering = False  # only the thread that holds the lock sees it True
         self._discovered = False
 
     def register(self, key: str, entry: T) -> None:
@@ -100,9 +108,13 @@ class Registry(Generic[T]):
         Raises:
             ValueError: if the key is taken by another object.
         """
-        if key in self._entries and self._entries[key] is not entry:
-            raise ValueError(f"{self.kind} {key!r} is already registered: {self._entries[key]!r}")
-        self._entries[key] = entry
+        # Without the lock: a thread that imports a method's file itself would wait for the one that discovers, and
+        # that one for the import.
+        present = self._entries.setdefault(key, entry)
+        if present is not entry:
+            if not self._is_ours(entry) or _home(present) != _home(entry):
+                raise ValueError(f"{self.kind} {key!r} is already registered: {present!r}")
+            self._entries[key] = entry  # the module is executed again: it was reloaded, or failed the first time
 
     def unregister(self, key: str) -> None:
         """Remove `key` (tests and notebooks that redefine a method need it)."""
@@ -114,9 +126,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: for an unknown key, with the closest name and the list of all.
         """
-        self._discover()
-        if key not in self._entries:
-            close = difflib.get_close_matches(str(key), self._entries, n=1, cutoff=0.5)
+        if key not in self:
+            close = difflib.get_close_matches(str(key), self.names(), n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"Unknown {self.kind} {key!r}.{hint} Available: {', '.join(self.names())}.")
         return self._entries[key]
@@ -128,15 +139,38 @@ class Registry(Generic[T]):
 
     def __contains__(self, key: object) -> bool:
         self._discover()
-        return key in self._entries
+        return isinstance(key, str) and key in self._entries
 
     def _discover(self) -> None:
         if self._discovered:
             return
-        self._discovered = True
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+        with self._lock:
+            if self._discovered or self._discovering:
+                return
+            self._discovering = True
+            try:
+                self._forget_failed_imports()
+                package = importlib.import_module(self._package)
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self._package}.{module.name}")
+                self._discovered = True
+            finally:
+                self._discovering = False
+
+    def _forget_failed_imports(self) -> None:
+        """Drop what a module registered before its import failed: the next import registers it again."""
+        for key, entry in list(self._entries.items()):
+            if self._is_ours(entry) and _home(entry)[0] not in sys.modules:
+                del self._entries[key]
+
+    def _is_ours(self, entry: T) -> bool:
+        return _home(entry)[0].startswith(f"{self._package}.")
+
+
+def _home(entry: Any) -> tuple[str, str]:
+    """Module and name of the class that was registered."""
+    registered = getattr(entry, "module_class", type(entry))
+    return registered.__module__, registered.__qualname__
 
 
 VARIANTS: Registry[VariantSpec] = Registry("attention variant", "hf_linear_attn.variants")
@@ -161,7 +195,14 @@ def get_variant(key: str) -> VariantSpec:
 
 
 def list_variants(*, encoder: bool | None = None, decoder: bool | None = None) -> list[str]:
-    """Names of the registered variants, optionally only those that serve encoders or decoders."""
+    """Names of the registered variants, optionally only those that serve encoders or decoders.
+
+    Raises:
+        ValueError: for something else than True, False and None.
+    """
+    for side, value in (("encoder", encoder), ("decoder", decoder)):
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{side}={value!r}; allowed: True, False, or None for both.")
     return [
         name
         for name in VARIANTS.names()
