@@ -12,7 +12,6 @@ import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +29,14 @@ from hf_linear_attn.attention import (
     converted_attention_class,
     with_sequence_plan,
 )
-from hf_linear_attn.auto_config import IMPLEMENTATION, check_named_layers, config_class_for, converted_name, made_once
+from hf_linear_attn.auto_config import (
+    IMPLEMENTATION,
+    check_named_layers,
+    config_class_for,
+    converted_name,
+    file_of,
+    made_once,
+)
 from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
@@ -47,7 +53,8 @@ from hf_linear_attn.seam.places import (
     number_layers,
     share_config,
 )
-from hf_linear_attn.variants.base import AttentionVariant, LayerContext
+from hf_linear_attn.seam.weights import check_weights
+from hf_linear_attn.variants.base import AttentionVariant, LayerContext, materialize
 
 __all__ = [
     "LinearAttnPreTrainedModel",
@@ -77,7 +84,11 @@ class LinearAttnPreTrainedModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         _take_first_layers(model, config)
-        attach(model, config, build_variants(model, config, LinearAttentionConfig.from_dict(config.linear_attn)))
+        try:
+            built = build_variants(model, config, LinearAttentionConfig.from_dict(config.linear_attn))
+        except ValueError as error:
+            raise ValueError(f"{file_of(config.name_or_path)}linear_attn: {error}") from error
+        attach(model, config, built)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.base_model is self and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
@@ -150,6 +161,15 @@ class LinearAttnPreTrainedModel:
         _refuse_incomplete(model, info, str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
 
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As upstream, which allocates what the config asks for; here it must agree with the weights first."""
+        if load_config.hf_quantizer is None:  # whose weights have shapes of their own
+            check_weights(model, state_dict, checkpoint_files, load_config.ignore_mismatched_sizes)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As upstream, except that a reader of the folder finds the old model or this one, never some of both.
 
@@ -185,19 +205,33 @@ def _converted_indices(model: Any) -> list[int]:
 
 
 def _refuse_incomplete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
-    same_head = _architecture_of_checkpoint(model.config) == type(model).__name__
-    problems = {
-        kind: sorted(key for key in info[kind] if same_head or ".linear_attn." in str(key))
-        for kind in ("missing_keys", "unexpected_keys")
-    }
-    if any(problems.values()):
-        lines = [f"{kind.replace('_', ' ')}: {', '.join(map(str, keys))}" for kind, keys in problems.items() if keys]
-        raise ValueError(f"The weights in {source} do not fit {type(model).__name__}: {'; '.join(lines)}.")
+    saved = _saved_class(model.config)
+    missing, unexpected = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
+    if saved is not None and saved is not type(model):
+        if missing:  # a model of the class that was saved has them, so the checkpoint lacks them; else it is our head's
+            prefix = f"{model.base_model_prefix}."
+            with torch.device("meta"):
+                held = {name.removeprefix(prefix) for name in saved(model.config).state_dict()}
+            missing = [name for name in missing if ".linear_attn." in name or name.removeprefix(prefix) in held]
+        unexpected = [name for name in unexpected if ".linear_attn." in name]
+    lines = [
+        f"{kind} keys: {', '.join(keys)}" for kind, keys in (("missing", missing), ("unexpected", unexpected)) if keys
+    ]
+    if lines:
+        named = (
+            "" if saved else f" (config.json names no converted class: architectures={model.config.architectures!r})"
+        )
+        raise ValueError(f"The weights in {source} do not fit {type(model).__name__}{named}: {'; '.join(lines)}.")
 
 
-def _architecture_of_checkpoint(config: PreTrainedConfig) -> str | None:
-    architectures = getattr(config, "architectures", None) or [None]
-    return architectures[0]
+def _saved_class(config: Any) -> type[PreTrainedModel] | None:
+    """The class that the checkpoint was saved from, or None if its config does not name a converted one."""
+    names = config.architectures
+    if not isinstance(names, list | tuple) or len(names) != 1 or not isinstance(names[0], str):
+        return None
+    found = _converted_class(names[0])
+    known = isinstance(found, type) and issubclass(found, LinearAttnPreTrainedModel)
+    return found if known and found.config_class is type(config) else None  # type: ignore[attr-defined,return-value]
 
 
 def _honours_global_mask(config: Any) -> bool:
@@ -255,6 +289,14 @@ def register_auto_models(base_model_type: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
+    found = _converted_class(name)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found
+
+
+def _converted_class(name: str) -> Any:
+    """The converted class of that name, or None."""
     prefix = converted_name("")
     if name.startswith(prefix):
         upstream_name = name[len(prefix) :]
@@ -269,7 +311,7 @@ def __getattr__(name: str) -> Any:
                 return converted_attention_class(upstream)
             if isinstance(upstream, type) and issubclass(upstream, PreTrainedModel):
                 return model_class_for(upstream)  # type: ignore[arg-type]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -314,10 +356,11 @@ def build_variants(
             rotary=patcher.rotary,
         )
         weight = patcher.projections(attention.module)[0].weight
-        with torch.device(weight.device):
+        with torch.device("meta"):  # where torch's modules draw nothing from the caller's generators
             variant = get_variant(layer.variant).module_class(layer.variant_config(), context)
-        built.append((attention, variant.to(weight.dtype)))
-    return built
+        built.append((attention, variant, weight))
+    materialize([(variant, weight) for _, variant, weight in built])
+    return [(attention, variant) for attention, variant, _ in built]
 
 
 def _refuse_sliding_window(config: Any, layer_idx: int, window: int | None) -> None:

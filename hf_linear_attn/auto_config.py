@@ -22,6 +22,7 @@ __all__ = [
     "check_named_layers",
     "config_class_for",
     "converted_name",
+    "file_of",
     "made_once",
     "register_auto_configs",
 ]
@@ -70,14 +71,13 @@ class LinearAttnConfigMixin:
         if self.linear_attn is not None:
             # Validated here so that a bad checkpoint fails before any weight is read, and normalised so that what
             # is saved is what is run.
-            config_module = importlib.import_module("hf_linear_attn.config")
-            self.linear_attn = config_module.LinearAttentionConfig.from_dict(self.linear_attn).to_dict()
+            self.linear_attn = _checked(self.linear_attn, kwargs.get("name_or_path"))
             # Model classes are registered when such a config is first built: early enough for every Auto class and
             # late enough to keep `import hf_linear_attn` light.
             importlib.import_module("hf_linear_attn.auto").register_auto_models(self.base_model_type)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if self.linear_attn is not None:
-            check_named_layers(self, exactly=True)
+            _check_agreement(self, kwargs.get("name_or_path"))
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -91,7 +91,13 @@ class LinearAttnConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As upstream; an `attn_implementation` among the keywords wins, one in the dictionary is refused."""
+        """As upstream, except that a config without `linear_attn` is an error.
+
+        An `attn_implementation` among the keywords wins, one in the dictionary is refused.
+        """
+        if config_dict.get("linear_attn") is None:
+            source = kwargs.get("name_or_path") or config_dict.get("name_or_path")
+            raise ValueError(f"{file_of(source)}linear_attn is missing; it says which layer runs which attention.")
         chosen = kwargs.pop("attn_implementation", None)
         result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         (result[0] if isinstance(result, tuple) else result)._attn_implementation = chosen
@@ -115,8 +121,8 @@ def check_named_layers(config: Any, exactly: bool = False) -> None:
     named, count = len(config.linear_attn["layers"]), config.num_hidden_layers
     if named < count or (exactly and named != count):
         raise ValueError(
-            f"The config says what {named} layers run (linear_attn), but num_hidden_layers={count}. One entry goes "
-            "with each layer; from_pretrained(..., num_hidden_layers=...) loads a checkpoint's first layers alone."
+            f"{file_of(config.name_or_path)}linear_attn.layers has {named} entries for num_hidden_layers={count}; "
+            "allowed: one per layer. from_pretrained(..., num_hidden_layers=...) loads a checkpoint's first layers."
         )
 
 
@@ -127,6 +133,40 @@ def _refuse_stored_implementation(name: str, value: Any) -> None:
             f"softmax is chosen for a loaded model: from_pretrained(..., attn_implementation={value!r}) or "
             f"model.set_attn_implementation({value!r})."
         )
+
+
+def file_of(source: Any) -> str:
+    """How a sentence about a checkpoint's config begins."""
+    return f"{source}/config.json: " if source else ""
+
+
+def _checked(linear_attn: Any, source: Any) -> dict[str, Any]:
+    config_module = importlib.import_module("hf_linear_attn.config")
+    try:
+        return config_module.LinearAttentionConfig.from_dict(linear_attn).to_dict()
+    except ValueError as error:
+        raise ValueError(f"{file_of(source)}{error}") from error
+
+
+def _check_agreement(config: Any, source: Any) -> None:
+    """Raise `ValueError` where `linear_attn` cannot be meant for a model of these sizes."""
+    positions = config.linear_attn["positions"]
+    for name in ("hidden_size", "num_attention_heads", "vocab_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{file_of(source)}{name}={getattr(config, name)}; allowed: an integer of at least 1.")
+    check_named_layers(config, exactly=True)
+    if positions is None:
+        return
+    patcher = get_patcher(config.base_model_type)
+    limit, length, mode = patcher.max_length(config), positions["original_max_length"], positions["mode"]
+    if length > limit:
+        raise ValueError(
+            f"{file_of(source)}linear_attn.positions.original_max_length={length}; allowed: at most {limit}, which "
+            "the model can read."
+        )
+    if (mode == "rotary") != patcher.rotary:
+        kind = "rotary embeddings" if patcher.rotary else "a position table"
+        raise ValueError(f"{file_of(source)}linear_attn.positions.mode={mode!r}, but the model has {kind}.")
 
 
 @made_once

@@ -51,6 +51,8 @@ def check_batches(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, An
     Raises:
         ValueError: for something else than a list of mappings, none at all, or a batch of nothing but padding.
     """
+    if isinstance(calibration, str) or not isinstance(calibration, Iterable):
+        raise ValueError(f"calibration={calibration!r}; allowed: a list of batches, argument names to tensors each.")
     if isinstance(calibration, Mapping):
         raise ValueError("calibration takes a list of batches; got one batch. Pass [batch].")
     batches = []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from hf_linear_attn.registry import get_variant
 
-__all__ = ["FORMAT_VERSION", "LayerConfig", "LinearAttentionConfig", "PositionsConfig"]
+__all__ = ["EXTENSION_MODES", "FORMAT_VERSION", "LayerConfig", "LinearAttentionConfig", "PositionsConfig"]
 
 FORMAT_VERSION = 1
+EXTENSION_MODES = ("tile", "interpolate", "rotary")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class LayerConfig:
     """
 
     variant: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     built_for: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -61,10 +64,20 @@ class PositionsConfig:
     Attributes:
         original_max_length: longest sequence (tokens) the checkpoint itself could read.
         mode: `"tile"` (the table repeated), `"interpolate"` (stretched linearly) or `"rotary"` (there is no table).
+
+    Raises:
+        ValueError: for another value.
     """
 
     original_max_length: int
     mode: str
+
+    def __post_init__(self) -> None:
+        length = self.original_max_length
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f"original_max_length={_shown(length)}; allowed: an integer of at least 1.")
+        if self.mode not in EXTENSION_MODES:
+            raise ValueError(f"mode={_shown(self.mode)}; allowed: {', '.join(EXTENSION_MODES)}.")
 
 
 @dataclass(frozen=True)
@@ -90,31 +103,62 @@ class LinearAttentionConfig:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LinearAttentionConfig:
+    def from_dict(cls, data: Any) -> LinearAttentionConfig:
         """Read the JSON form back.
 
         Raises:
-            ValueError: for a newer format, an unknown key, variant or option.
+            ValueError: for a newer format, a missing or unknown key, an unknown variant or option, or a bad value; the
+                sentence names the key, the value and what is allowed.
         """
-        unknown = sorted(set(data) - {"version", "layers", "positions"})
-        if unknown:
+        _check_keys("linear_attn", data, required=("version", "layers"), optional=("positions",))
+        version = data["version"]
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
             raise ValueError(
-                f"Unknown key(s) {unknown} in the linear_attn config. Allowed: version, layers, positions."
+                f"linear_attn.version={_shown(version)}; allowed: format versions 1 to {FORMAT_VERSION}."
+                + (" Upgrade hf-linear-attn." if newer else "")
             )
-        version = data.get("version")
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        if not isinstance(data["layers"], list | tuple):
             raise ValueError(
-                f"The linear_attn config has format version {version!r}; this hf_linear_attn reads 1 to "
-                f"{FORMAT_VERSION}. Upgrade hf-linear-attn."
+                f"linear_attn.layers={_shown(data['layers'])}; allowed: a list with one entry per layer of the model."
             )
-        layers = tuple(None if layer is None else LayerConfig(**layer) for layer in data["layers"])
         positions = data.get("positions")
         return cls(
-            layers=layers,
-            positions=None if positions is None else PositionsConfig(**positions),
+            layers=tuple(
+                None if layer is None else _read(LayerConfig, f"linear_attn.layers[{i}]", layer)
+                for i, layer in enumerate(data["layers"])
+            ),
+            positions=None if positions is None else _read(PositionsConfig, "linear_attn.positions", positions),
             version=version,
         )
 
     def variants(self) -> list[str]:
         """Keys of the variants in use, without repetition, in layer order."""
         return list(dict.fromkeys(layer.variant for layer in self.layers if layer is not None))
+
+
+def _read(cls: Any, place: str, data: Any) -> Any:
+    """One of the dataclasses above from its JSON form; `place` is where that stands."""
+    with_default = [f.name for f in fields(cls) if (f.default, f.default_factory) != (MISSING, MISSING)]
+    _check_keys(place, data, [f.name for f in fields(cls) if f.name not in with_default], with_default)
+    try:
+        return cls(**data)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _check_keys(place: str, data: Any, required: Sequence[str], optional: Sequence[str]) -> None:
+    allowed = ", ".join([*required, *optional])
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{place}={_shown(data)}; allowed: a mapping with the keys {allowed}.")
+    unknown = [key for key in data if key not in required and key not in optional]
+    if unknown:
+        raise ValueError(f"Unknown key(s) {_shown(unknown)} in {place}. Allowed: {allowed}.")
+    missing = [key for key in required if key not in data]
+    if missing:
+        raise ValueError(f"{place} lacks {', '.join(missing)}. Its keys: {allowed}.")
+
+
+def _shown(value: Any) -> str:
+    """What was given, cut short: a damaged file may hold anything there."""
+    return reprlib.repr(value)

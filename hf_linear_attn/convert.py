@@ -29,7 +29,7 @@ from hf_linear_attn.ops.backend import check_backend
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
 from hf_linear_attn.seam.initialization import mark_initialized
 from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers
-from hf_linear_attn.variants.base import AttentionVariant
+from hf_linear_attn.variants.base import MAX_INTEGER, AttentionVariant
 
 __all__ = ["convert_model", "extend_positions", "revert_model", "set_backend", "unmark_unpacked"]
 
@@ -98,6 +98,7 @@ def convert_model(
     _check_selection(model, variant, layers, keep_softmax, calibration)
     spec = _resolve(model, variant, None if layers == "auto" else layers, options)
     positions = _check_extension(model, max_length, extend)
+    _check_finite(model)
     _check_kernels(model, check_backend(backend), {layer.variant for layer in spec.layers if layer is not None})
     batches = None if calibration is None else check_batches(calibration)
 
@@ -256,6 +257,14 @@ def _resolve(
     options: dict[str, Any],
 ) -> LinearAttentionConfig:
     num_layers = get_patcher(model.config.model_type).num_layers(model)
+    if layers is not None and (isinstance(layers, str | bytes | Mapping) or not isinstance(layers, Iterable)):
+        raise ValueError(f"layers={layers!r}; allowed: None, a list of layer indices or 'auto'.")
+    layers = None if layers is None else list(layers)
+    bad = [i for i in layers or () if not _is_layer(i, num_layers)]
+    if isinstance(variant, Mapping):
+        bad += [i for i in variant if not _is_layer(i, num_layers)]
+    if bad:
+        raise ValueError(f"Layer(s) {bad} do not exist: the model has layers 0 to {num_layers - 1}.")
     if isinstance(variant, str):
         choices: dict[int, VariantChoice] = dict.fromkeys(range(num_layers) if layers is None else layers, variant)
     elif isinstance(variant, Mapping):
@@ -264,19 +273,36 @@ def _resolve(
         choices = dict(variant)
     else:
         raise TypeError(f"variant must be a name or a mapping from layer index, got {type(variant).__name__}.")
-    bad = [index for index in choices if not (isinstance(index, Integral) and 0 <= int(index) < num_layers)]
-    if bad:
-        raise ValueError(f"Layer(s) {bad} do not exist: the model has layers 0 to {num_layers - 1}.")
+    if options and not any(isinstance(choice, str) for choice in choices.values()):
+        raise ValueError(f"Option(s) {', '.join(options)} reach no layer: the mapping names no variant by key alone.")
     resolved: list[LayerConfig | None] = [None] * num_layers
     for index, choice in choices.items():
         if choice is None:
             continue
-        key, layer_options = (choice, options) if isinstance(choice, str) else choice
+        pair = (choice, options) if isinstance(choice, str) else choice
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Mapping)):
+            raise ValueError(f"Layer {index}: {choice!r}; allowed: None, a variant's key, or (key, options).")
+        key, layer_options = pair
         _check_side(model, key)
         resolved[int(index)] = LayerConfig(key, dict(layer_options))
     if not any(resolved):
         raise ValueError("No layer is converted: name at least one layer with a variant.")
     return LinearAttentionConfig(layers=tuple(resolved))
+
+
+def _is_layer(index: Any, num_layers: int) -> bool:
+    return isinstance(index, Integral) and not isinstance(index, bool) and 0 <= int(index) < num_layers
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for weights that are nan or infinite: no attention comes close to what they compute."""
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in dtypes or not parameter.numel():
+            continue
+        # The extremes, which nan reaches, in place of a mask as large as the weight.
+        if not bool(torch.stack(torch.aminmax(parameter.detach())).isfinite().all()):
+            raise ValueError(f"The model's weight {name} holds nan or infinite values; load a sound checkpoint.")
 
 
 def _check_kernels(model: PreTrainedModel, backend: str, keys: Iterable[str]) -> None:
@@ -292,7 +318,7 @@ def _check_kernels(model: PreTrainedModel, backend: str, keys: Iterable[str]) ->
 def _check_calibration(calibration: Any, steps: Any, lr: Any) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"calibration_steps={steps!r}; allowed: an integer of at least 0.")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0:
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr <= 1e6:
         raise ValueError(f"calibration_lr={lr!r}; allowed: a number above 0.")
     if steps and calibration is None:
         raise ValueError(f"calibration_steps={steps} needs calibration, a list of batches to train on.")
@@ -335,7 +361,7 @@ def _check_extension(model: PreTrainedModel, max_length: int | None, mode: str) 
     if max_length is None:
         return None
     present = patcher.max_length(model.config)
-    if not isinstance(max_length, int) or max_length < present:
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or not present <= max_length <= MAX_INTEGER:
         raise ValueError(f"max_length={max_length!r} must be an integer of at least {present}, the present limit.")
     return PositionsConfig(original_max_length=present, mode=mode if has_table else "rotary")
 

@@ -54,10 +54,8 @@ class ProjectionOptions(Protocol):
 
 
 def check_projection_options(options: ProjectionOptions) -> None:
-    """Raise `ValueError` for a bad k or options that do not go together, each of `PROJECTION_CHOICES`."""
+    """Raise `ValueError` for options that do not go together, each of `PROJECTION_CHOICES` and of integers k."""
     sizes = options.k if isinstance(options.k, tuple) else (options.k,)
-    if not sizes or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in sizes):
-        raise ValueError(f"k={options.k!r}; allowed: an integer of at least 1, or a list with one per layer.")
     if options.sharing == "layerwise" and len(set(sizes)) > 1:
         raise ValueError(f"sharing='layerwise' needs one k for all layers, got k={list(sizes)}.")
     if options.init == "random" and options.projection.endswith("pool"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +15,31 @@ from torch import nn
 from hf_linear_attn.ops.calibration import Row, error_meter
 from hf_linear_attn.registry import VariantSpec
 
-__all__ = ["AttentionInputs", "AttentionVariant", "LayerContext", "State", "VariantConfig"]
+__all__ = [
+    "MAX_INTEGER",
+    "AttentionInputs",
+    "AttentionVariant",
+    "LayerContext",
+    "State",
+    "VariantConfig",
+    "materialize",
+]
 
 # A decode state: named tensors whose first dimension is the batch, so that a cache can reorder, repeat and
 # offload them without knowing the method.
 State = dict[str, torch.Tensor]
+
+
+MAX_INTEGER = 2**31 - 1
+"""Largest integer an option may be, unless it says less: no length or seed is larger."""
+MAX_WIDTH = 2**16
+"""Largest number of features, slots or tokens that a tensor of a layer may be made for."""
+MAX_NUMBER = 1e4
+"""Largest number an option may be, unless it says less: it fits into float16."""
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -29,15 +52,41 @@ class VariantConfig:
     def validate(self) -> None:
         """Raise `ValueError` naming the option, what was given and what is allowed."""
 
-    def require_integer(self, *names: str, at_least: int = 1, optional: bool = False) -> None:
-        """Raise `ValueError` unless each of these options is an integer of at least that, or None if `optional`."""
+    def require_integer(
+        self, *names: str, at_least: int = 1, at_most: int = MAX_INTEGER, optional: bool = False, each: str = ""
+    ) -> None:
+        """Raise `ValueError` unless each of these options is an integer in that range, or None if `optional`.
+
+        With `each` (`"head"`, `"layer"`) a list of such integers is allowed as well.
+        """
+        for name in names:
+            value = getattr(self, name)
+            numbers = value if each and isinstance(value, tuple) else (value,)
+            if optional and value is None:
+                continue
+            if not numbers or not all(_is_integer(x) and at_least <= x <= at_most for x in numbers):
+                also = (f", or a list with one per {each}" if each else "") + (", or None" if optional else "")
+                large = any(_is_integer(x) and x > at_most for x in numbers)
+                range_ = f"from {at_least} to {at_most}" if large else f"of at least {at_least}"
+                raise ValueError(f"{name}={value!r}; allowed: an integer {range_}{also}.")
+
+    def require_width(self, *names: str, at_least: int = 1, optional: bool = False) -> None:
+        """`require_integer` for options that a tensor of the layer is as large as: features, slots, ranks."""
+        self.require_integer(*names, at_least=at_least, at_most=MAX_WIDTH, optional=optional)
+
+    def require_number(
+        self, *names: str, at_least: float = -MAX_NUMBER, at_most: float = MAX_NUMBER, optional: bool = False
+    ) -> None:
+        """Raise `ValueError` unless each of these options is a number in that range, or None if `optional`."""
         for name in names:
             value = getattr(self, name)
             if optional and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-                also = ", or None" if optional else ""
-                raise ValueError(f"{name}={value!r}; allowed: an integer of at least {at_least}{also}.")
+            is_number = _is_integer(value) or isinstance(value, float)
+            if not is_number or not at_least <= value <= at_most:  # false for nan
+                bounded = is_number or (at_least, at_most) != (-MAX_NUMBER, MAX_NUMBER)
+                range_ = f" from {at_least:g} to {at_most:g}" if bounded else ""
+                raise ValueError(f"{name}={value!r}; allowed: a number{range_}{', or None' if optional else ''}.")
 
     def require_bool(self, *names: str) -> None:
         """Raise `ValueError` unless each of these options is True or False."""
@@ -46,10 +95,10 @@ class VariantConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False.")
 
     def require_choice(self, name: str, allowed: Iterable[Any]) -> None:
-        """Raise `ValueError` unless this option is one of `allowed`."""
-        allowed = list(allowed)
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}.")
+        """Raise `ValueError` unless this option is one of `allowed`, and of its type: True is not 1."""
+        allowed, value = list(allowed), getattr(self, name)
+        if isinstance(value, bool) or not any(isinstance(value, type(x)) and value == x for x in allowed):
+            raise ValueError(f"{name}={value!r}; allowed: {', '.join(map(str, allowed))}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Options as JSON types (tuples become lists)."""
@@ -57,14 +106,16 @@ class VariantConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> VariantConfig:
+    def from_dict(cls, options: Mapping[str, Any]) -> VariantConfig:
         """Build from keyword options.
 
         Raises:
             ValueError: for an unknown option (with the list of allowed ones) or a bad value.
         """
         allowed = [field.name for field in fields(cls)]
-        unknown = sorted(set(options) - set(allowed))
+        if not isinstance(options, Mapping):
+            raise ValueError(f"options={options!r}; allowed: a mapping with the keys {', '.join(allowed)}.")
+        unknown = [name for name in options if name not in allowed]
         if unknown:
             raise ValueError(
                 f"Unknown option(s) {', '.join(map(repr, unknown))} for {cls.__name__}. Allowed: {', '.join(allowed)}."
@@ -142,6 +193,11 @@ class AttentionVariant(nn.Module):
     spec: ClassVar[VariantSpec]
     backend: str = "auto"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "reset_parameters" in cls.__dict__:
+            cls.reset_parameters = _unless_on_meta(cls.reset_parameters)  # type: ignore[method-assign,assignment]
+
     def __init__(self, config: Any, context: LayerContext) -> None:
         super().__init__()
         self.config = config
@@ -216,3 +272,49 @@ class AttentionVariant(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
+
+
+def _unless_on_meta(reset: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`reset_parameters` that draws nothing for a module without data, which a checkpoint may not even fit."""
+
+    @wraps(reset)
+    def wrapped(self: AttentionVariant) -> None:
+        tensors = [*self.parameters(), *self.buffers()]
+        if not tensors or not all(tensor.is_meta for tensor in tensors):
+            reset(self)
+
+    return wrapped
+
+
+def materialize(variants: Sequence[tuple[AttentionVariant, torch.Tensor]]) -> None:
+    """Give variants that were made on the meta device their data, on the device and in the dtype of a weight each.
+
+    That way sizes are known before anything is allocated. Beside a weight on the meta device a variant stays there.
+
+    Raises:
+        ValueError: if they need more memory than the device has. Nothing is allocated then.
+    """
+    needed: dict[torch.device, int] = {}
+    for variant, like in variants:
+        tensors = [*variant.parameters(), *variant.buffers()]
+        needed[like.device] = needed.get(like.device, 0) + sum(x.numel() * x.element_size() for x in tensors)
+    for device, size in needed.items():
+        if size > _memory(device):
+            raise ValueError(
+                f"The variants need {size:,} bytes with these options; {device} has {_memory(device):,}. Options that "
+                "tensors are made for (features, slots, ranks, max_length) must be smaller."
+            )
+    for variant, like in variants:
+        if not like.is_meta:
+            variant.to_empty(device=like.device)
+            variant.reset_parameters()
+        variant.to(like.dtype)
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes that can be allocated on `device` at most, infinite where that is not known or nothing is allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf

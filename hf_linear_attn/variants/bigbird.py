@@ -62,7 +62,7 @@ class BigBirdConfig(VariantConfig):
         self.require_choice("form", ("itc", "etc"))
         self.require_integer("block_size", "num_window_blocks")
         self.require_integer("num_random_blocks", "seed", at_least=0)
-        self.require_integer("num_global_tokens", optional=True)
+        self.require_width("num_global_tokens", optional=True)
         if self.form == "itc" and self.num_global_tokens is not None:
             given = self.num_global_tokens
             raise ValueError(f"num_global_tokens={given!r}; allowed: None with form='itc' (it goes with form='etc').")

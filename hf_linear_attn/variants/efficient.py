@@ -49,7 +49,7 @@ class EfficientConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        self.require_integer("num_features", optional=True)
+        self.require_width("num_features", optional=True)
         self.require_choice("feature_map", FEATURE_MAPS)
         if self.feature_map == "identity" and self.num_features is not None:
             raise ValueError(f"num_features={self.num_features}; allowed with feature_map='identity': None.")

@@ -42,9 +42,7 @@ class EntmaxConfig(VariantConfig):
 
     def validate(self) -> None:
         self.require_choice("alpha", (*FIXED_ALPHAS, "learned"))
-        share = self.initial_lambda
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ValueError(f"initial_lambda={share!r}; allowed: a number from 0 to 1.")
+        self.require_number("initial_lambda", at_least=0, at_most=1)
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class GatedConfig(VariantConfig):
 
     def validate(self) -> None:
         self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "identity"))
-        self.require_integer("gate_rank")
+        self.require_width("gate_rank")
         self.require_choice("init", INITS)
         self.require_bool("variance_reducer")
 

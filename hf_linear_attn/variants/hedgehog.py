@@ -40,7 +40,7 @@ class HedgehogConfig(VariantConfig):
     num_features: int | None = None
 
     def validate(self) -> None:
-        self.require_integer("num_features", at_least=2, optional=True)
+        self.require_width("num_features", at_least=2, optional=True)
         if self.num_features is not None and self.num_features % 2:
             raise ValueError(f"num_features={self.num_features}; allowed: an even integer, or None.")
 

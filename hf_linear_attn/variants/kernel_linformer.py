@@ -61,6 +61,7 @@ class KernelLinformerConfig(VariantConfig):
         for name, allowed in PROJECTION_CHOICES.items():
             self.require_choice(name, allowed)
         self.require_integer("seed", at_least=0)
+        self.require_integer("k", each="layer")
         check_projection_options(self)
         self.require_choice("feature_map", sorted(FEATURE_MAPS))
         self.require_bool("variance_reducer")

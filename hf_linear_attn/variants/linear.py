@@ -51,7 +51,7 @@ class LinearConfig(VariantConfig):
     def validate(self) -> None:
         self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "laplace"))
         self.require_bool("variance_reducer")
-        self.require_integer("num_features")
+        self.require_width("num_features")
         self.require_integer("seed", at_least=0)
 
 

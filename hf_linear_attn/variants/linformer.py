@@ -53,6 +53,7 @@ class LinformerConfig(VariantConfig):
         for name, allowed in PROJECTION_CHOICES.items():
             self.require_choice(name, allowed)
         self.require_integer("seed", at_least=0)
+        self.require_integer("k", each="layer")
         check_projection_options(self)
 
 

@@ -56,8 +56,9 @@ class LolcatsConfig(VariantConfig):
 
     def validate(self) -> None:
         self.require_choice("tail", _TAILS)
-        self.require_integer("window_size", "num_features", optional=True)
-        self.require_integer("projection_size")
+        self.require_integer("window_size", optional=True)
+        self.require_width("num_features", optional=True)
+        self.require_width("projection_size")
         if self.num_features is not None and self.num_features % 2:
             raise ValueError(f"num_features={self.num_features}; allowed: an even integer, or None.")
 
@@ -70,10 +71,8 @@ class LolcatsConfig(VariantConfig):
     cost="n (w+f) d",
     state="window",
     exact_limit=lambda length, is_causal: {"window_size": length if is_causal else max(2, 2 * (length - 1))},
-    test_options=(
-        {"window_size": 8, "tail": "centroids", "num_features": 12},
-        {"window_size": 5, "tail": "hedgehog"},  # odd: decoders only
-    ),
+    # The second one is for decoders only: its window is odd.
+    test_options=({"window_size": 8, "tail": "centroids", "num_features": 12}, {"window_size": 5, "tail": "hedgehog"}),
 )
 class LolcatsAttention(AttentionVariant):
     """Window and tail of one layer.

@@ -54,13 +54,11 @@ class LongShortConfig(VariantConfig):
 
     def validate(self) -> None:
         self.require_integer("window_size")
-        self.require_integer("num_landmarks", at_least=0, optional=True)
+        self.require_width("num_landmarks", at_least=0, optional=True)
         self.require_integer("segment_size", optional=True)
         self.require_integer("seed", at_least=0)
-        for name, also in (("landmark_bias", ""), ("norm_gate", ", or None")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float | (None if also else int)):
-                raise ValueError(f"{name}={value!r}; allowed: a number{also}.")
+        self.require_number("landmark_bias")
+        self.require_number("norm_gate", optional=True)
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:

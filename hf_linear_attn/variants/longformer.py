@@ -38,11 +38,8 @@ class LongformerConfig(VariantConfig):
     num_global_tokens: int | None = None
 
     def validate(self) -> None:
-        for name in ("window_size", "dilation"):
-            given = getattr(self, name)
-            values = given if isinstance(given, tuple) else (given,)
-            if not values or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in values):
-                raise ValueError(f"{name}={given!r}; allowed: an integer of at least 1, or a list of them.")
+        self.require_integer("window_size", each="layer")
+        self.require_integer("dilation", each="head")
         self.require_integer("num_global_tokens", at_least=0, optional=True)
 
 

@@ -50,9 +50,10 @@ class NystromformerConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        self.require_integer("num_landmarks", "num_iterations")
+        self.require_width("num_landmarks")
+        self.require_integer("num_iterations", at_most=1000)
         self.require_integer("seed", at_least=0)
-        self.require_integer("conv_kernel_size", optional=True)
+        self.require_width("conv_kernel_size", optional=True)
         if self.conv_kernel_size is not None and self.conv_kernel_size % 2 == 0:
             raise ValueError(f"conv_kernel_size={self.conv_kernel_size}; allowed: an odd integer, or None.")
 

@@ -50,7 +50,7 @@ class PerformerConfig(VariantConfig):
 
     def validate(self) -> None:
         self.require_choice("kernel", maps.RANDOM_FEATURE_KERNELS)
-        self.require_integer("num_features")
+        self.require_width("num_features")
         self.require_integer("seed", at_least=0)
         self.require_bool("orthogonal", "variance_reducer")
 

@@ -55,8 +55,9 @@ class ReformerConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        self.require_integer("chunk_size", "num_hashes")
-        self.require_integer("num_buckets", optional=True)
+        self.require_integer("chunk_size")
+        self.require_width("num_hashes")
+        self.require_width("num_buckets", optional=True)
         self.require_integer("seed", at_least=0)
         self.require_bool("share_qk")
         if self.num_buckets is not None and self.num_buckets > 1 and self.num_buckets % 2:

@@ -58,7 +58,7 @@ class RFAConfig(VariantConfig):
 
     def validate(self) -> None:
         self.require_choice("kernel", _WIDTHS)
-        self.require_integer("num_features")
+        self.require_width("num_features")
         self.require_integer("seed", at_least=0)
         self.require_bool("gate", "variance_reducer")
 

@@ -52,7 +52,8 @@ class SparseConfig(VariantConfig):
         self.require_integer("stride", optional=True)
         self.require_integer("num_summary_tokens")
         given = self.heads
-        if given not in ("union", "split") and not (isinstance(given, tuple) and given and set(given) <= set(PARTS)):
+        listed = isinstance(given, tuple) and bool(given) and all(part in PARTS for part in given)
+        if given not in ("union", "split") and not listed:
             raise ValueError(f"heads={given!r}; allowed: union, split, or a list of {', '.join(PARTS)}.")
         if self.pattern == "block_local" and given != "union":
             raise ValueError(f"heads={given!r}; allowed: union, since pattern='block_local' has one part.")

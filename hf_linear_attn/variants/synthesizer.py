@@ -55,7 +55,7 @@ class SynthesizerConfig(VariantConfig):
     def validate(self) -> None:
         self.require_choice("form", (*COMPONENTS, "mixture"))
         self.require_choice("component", COMPONENTS)
-        self.require_integer("rank")
+        self.require_width("rank")
         self.require_integer("seed", at_least=0)
 
 

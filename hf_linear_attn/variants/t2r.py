@@ -41,7 +41,7 @@ class T2RConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        self.require_integer("num_features", at_least=2, optional=True)
+        self.require_width("num_features", at_least=2, optional=True)
         self.require_bool("variance_reducer")
         self.require_integer("seed", at_least=0)
 

@@ -49,7 +49,7 @@ class TaylorConfig(VariantConfig):
 
     def validate(self) -> None:
         self.require_choice("order", (1, 2))
-        self.require_integer("num_features", optional=True)
+        self.require_width("num_features", optional=True)
         self.require_bool("variance_reducer")
         self.require_integer("seed", at_least=0)
 
