@@ -149,6 +149,27 @@ def test_a_longer_table_reads_what_the_checkpoint_could_not() -> None:
 # --- a decoder with rotary embeddings and grouped keys ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("variant", ["linformer", "kernel_linformer"])
+@pytest.mark.parametrize("projection", ["linear", "conv"])
+@torch.no_grad()
+def test_short_texts_do_not_suffer_from_a_long_table(variant: str, projection: str) -> None:
+    """The slots belong to the tokens that are there, not to the longest input."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("minilm"))
+    texts = ["The lamps were lit at dusk.", " ".join(documents()[0].split()[:40])]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    vectors = {}
+    for max_length in (None, 512, 4096):
+        model = minilm()
+        if max_length is not None:
+            convert_model(model, variant, projection=projection, max_length=max_length)
+        states = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
+        vectors[max_length] = states.sum(1)
+    cosine = {length: F.cosine_similarity(vectors[None], vectors[length]).tolist() for length in (512, 4096)}
+    assert cosine[4096] == pytest.approx(cosine[512], abs=1e-4), cosine
+    if variant == "linformer":  # 128 slots are enough for softmax attention
+        assert min(cosine[4096]) > 0.9999, cosine
+
+
 @cache
 def smollm2() -> tuple[LlamaForCausalLM, list[torch.Tensor]]:
     """The model, which every test has to revert, and documents of 192 tokens."""

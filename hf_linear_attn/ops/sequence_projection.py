@@ -1,7 +1,9 @@
 """Projection of keys and values along the sequence to k slots, E K and F V of Linformer (arXiv:2006.04768).
 
-Column j of E belongs to the j-th *real* token of a row, wherever the padding is; a slot that no real token falls
-into is not in use.
+E has a column for each of `n_max` places. A row of n real tokens, wherever its padding is, spreads over all of them:
+its tokens fall into min(k, n) even segments, one for each slot, and a token takes its share of the columns of its
+segment. With n = n_max this is the paper's E. Without it a short text in a model for long ones would share a handful of
+slots, or one. A slot that no real token falls into is not in use.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ class ProjectionOptions(Protocol):
             `"key_value"` E = F (L), `"layerwise"` one matrix for the whole model (1).
         projection: `"linear"` learned k x n_max; `"conv"` learned, kernel = stride = n_max / k (rounded up);
             `"mean_pool"`, `"max_pool"` no parameters, slots spread over the real tokens of each row.
-        init: `"mean_pool"` starts learned projections as means of segments of n_max / k tokens; shorter
-            inputs fill the first slots only. `"random"` is the paper's N(0, 1/k), far from the checkpoint.
+        init: `"mean_pool"` starts learned projections as `projection="mean_pool"`, at every length. `"random"` is the
+            paper's N(0, 1/k), far from the checkpoint; a linear E that starts so has no segments, and shorter inputs
+            use its first columns, as in the paper.
         seed: of `init="random"`.
     """
 
@@ -108,7 +111,7 @@ class SequenceProjection:
 
     @property
     def kernel_size(self) -> int:
-        """Tokens of a slot, rounded up."""
+        """Tokens of a slot in the longest input, rounded up."""
         return -(-self.max_length // self.k)
 
     @property
@@ -167,8 +170,7 @@ class SequenceProjection:
             value_weight: F; None for F = E.
 
         Returns:
-            keys and values `[B, H, slots, D]` of the slots that T tokens reach, and which of them are in use, bool
-            `[B, slots]`; None if all are.
+            keys and values `[B, H, slots, D]`, and which slots are in use, bool `[B, slots]`; None if all are.
 
         Raises:
             ValueError: for more tokens than `max_length`.
@@ -177,48 +179,85 @@ class SequenceProjection:
         if length > self.max_length:
             limit = f"E has {self.max_length} columns: it was built for at most {self.max_length} tokens and got"
             raise ValueError(f"{limit} {length}. Convert with max_length={length} or more.")
-        slots = self._slots(length)
         if padding is None:
             n_real = torch.full((1,), length, device=key.device)
         else:
-            # Real tokens to the front: a token's place is then its rank, the column of E.
+            # Real tokens to the front: a token's place is then its rank.
             order = pads_first_permutation(~padding)
             key, value = (take_tokens(safe_masked_fill(x, padding), order) for x in (key, value))
             n_real = padding.sum(-1)
+        each: Any = ((key, key_weight), (value, key_weight if value_weight is None else value_weight))
+        if self.is_linear and self.options.init == "random":  # without segments any token brings all slots into use
+            key, value = (self._mix(x, weight[None, ..., :length]) for x, weight in each)
+            return key, value, None if padding is None else (n_real > 0)[:, None].expand(-1, self.k)
+        # An exported graph serves all lengths: the number of slots may not depend on them.
+        exported = torch.compiler.is_exporting()
+        slots = self.k if exported else min(self.k, length)
+        starts = even_segment_starts(n_real, slots)
+        in_use = None if padding is None and not exported else starts.diff() > 0
         if key_weight is None:
-            starts = even_segment_starts(n_real, slots)
             pool = segment_mean if self.options.projection == "mean_pool" else segment_max
-            return pool(key, starts), pool(value, starts), None if padding is None else starts.diff() > 0
-        key = self._project(key, key_weight, slots)
-        value = self._project(value, key_weight if value_weight is None else value_weight, slots)
-        if self.options.init == "random" and self.is_linear:  # slots have no segments: any token brings all into use
-            return key, value, None if padding is None else (n_real > 0)[:, None].expand(-1, slots)
-        if padding is None and self._first_rank(slots) == length:
-            return key, value, None
-        starts = self._first_rank(torch.arange(slots + 1, device=key.device)).expand(len(n_real), -1)
-        counts = starts.minimum(n_real[:, None]).diff()  # real tokens per slot
-        if self.options.init == "mean_pool":
-            # The last slot in use may be half full: its mean is over the tokens that are there.
-            fill = (starts.diff() / counts.clamp(min=1))[:, None, :, None].to(key.dtype)
-            key, value = key * fill, value * fill
-        return key, value, None if padding is None else counts > 0
-
-    def _slots(self, length: int) -> int:
-        """Slots that some of so many tokens fall into."""
+            return pool(key, starts), pool(value, starts), in_use
         if self.is_convolution:
-            return -(-length // self.kernel_size)
-        if not self.is_linear:
-            return min(self.k, length)
-        return self.k if self.options.init == "random" else (length - 1) * self.k // self.max_length + 1
+            key, value = (self._convolve(x, weight, starts) for x, weight in each)
+        elif padding is None and length == self.max_length and not exported:
+            key, value = (self._mix(x, weight[None]) for x, weight in each)
+        else:
+            room = -(-length // slots)  # places for the tokens of a segment
+            place = starts[:, :-1, None] + torch.arange(room, device=key.device)
+            place = place.clamp(max=length - 1).flatten(1).expand(len(key), -1)
+            key, value = (self._mix(take_tokens(x, place), self._stretch(weight, starts, room)) for x, weight in each)
+        return key, value, in_use
 
-    def _first_rank(self, slot: Any) -> Any:
-        """First rank of a slot's segment, for an int or a tensor of them."""
-        return slot * self.kernel_size if self.is_convolution else -(-slot * self.max_length // self.k)
+    def _stretch(self, weight: torch.Tensor, starts: torch.Tensor, room: int) -> torch.Tensor:
+        """E for rows of fewer tokens than it has columns: a token's weight is the sum of the columns that it covers.
 
-    def _project(self, x: torch.Tensor, weight: torch.Tensor, slots: int) -> torch.Tensor:
+        Args:
+            weight: `[H or 1, k, n_max]`.
+            starts: `[B or 1, slots + 1]`, see `even_segment_starts`.
+            room: places for the tokens of a segment.
+
+        Returns:
+            `[B or 1, H or 1, slots, slots * room]`, 0 at places without a token.
+        """
+        slots = starts.shape[1] - 1
+        first = -(-torch.arange(slots + 1, device=weight.device) * self.max_length // self.k)  # column of each slot
+        column = torch.arange(self.kernel_size, device=weight.device)
+        width, count = first.diff()[:, None], starts.diff()[:, :, None]
+        columns = weight[:, :slots, (first[:-1, None] + column).clamp(max=self.max_length - 1)]
+        full = torch.promote_types(weight.dtype, torch.float32)
+        columns = F.pad(columns.masked_fill(column >= width, 0).to(full), (0, 1)).flatten(2)  # [h, slots, all columns]
+        sums = F.pad(columns.unflatten(-1, (slots, -1)).cumsum(-1), (1, -1)).flatten(2)
+        # Place i of a segment of so many tokens begins i * width / tokens columns into its slot.
+        ahead = torch.arange(room + 1, device=weight.device).minimum(count) * width  # [B or 1, slots, room + 1]
+        count = count.clamp(min=1)
+        whole = (ahead // count + torch.arange(slots, device=weight.device)[:, None] * (self.kernel_size + 1)).flatten()
+        before = sums[..., whole] + columns[..., whole] * ((ahead % count).to(full) / count).flatten()
+        return before.unflatten(-1, ahead.shape).diff().flatten(-2).permute(2, 0, 1, 3)
+
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """The convolution, with the kernel stretched over the tokens of each segment.
+
+        Args:
+            x: `[B, H, T, D]`, real tokens first and 0 in the others.
+            weight: `[H or 1, kernel, D, D]`.
+            starts: `[B or 1, slots + 1]`, see `even_segment_starts`.
+        """
+        column = torch.arange(self.kernel_size, device=x.device)
+        count = starts.diff()[:, :, None]
+        # Column c lies over token c * count // kernel of the segment, and may reach into the next one.
+        token = column * count // self.kernel_size
+        over = ((column + 1) * count - (token + 1) * self.kernel_size).clamp(min=0).to(x.dtype) / count.clamp(min=1)
+        over, empty = (of_column[:, None, ..., None] for of_column in (over, count == 0))
+
+        def taken(place: torch.Tensor) -> torch.Tensor:  # [B, H, slots, kernel, D]
+            place = (starts[:, :-1, None] + place).clamp(max=x.shape[2] - 1).flatten(1)
+            return take_tokens(x, place.expand(len(x), -1)).unflatten(2, (-1, self.kernel_size))
+
+        spread = (taken(token) * (1 - over) + taken(token + 1) * over).masked_fill(empty, 0)
+        return spread.flatten(3) @ weight.to(x.dtype).flatten(1, 2)
+
+    def _mix(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Sums over tokens `[B, H, T, D]` weighted by `[B or 1, H or 1, slots, T]`."""
         weight = weight.to(x.dtype)
-        if not self.is_linear:
-            x = F.pad(x, (0, 0, 0, slots * self.kernel_size - x.shape[2]))
-            return x.unflatten(2, (slots, self.kernel_size)).flatten(3) @ weight.flatten(1, 2)
-        weight = weight[:, :slots, : x.shape[2]]
-        return mix_tokens(weight, x) if len(weight) == 1 else weight @ x  # [h, k, n] @ [B, H, n, D]
+        return mix_tokens(weight[:, 0], x) if weight.shape[1] == 1 else weight @ x

@@ -2,7 +2,8 @@
 
     y_i = softmax(s q_i (E K)^T) (F V),    E, F: k x n_max
 
-Cost n k d, encoders only. Column j of E belongs to the j-th *real* token of a row, wherever the padding is.
+Cost n k d, encoders only. A row of fewer tokens than n_max spreads over all columns of E, wherever its padding is: its
+tokens share all k slots, see `ops.sequence_projection`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class LinformerConfig(VariantConfig):
             `"key_value"` E = F (L), `"layerwise"` one matrix for the whole model (1).
         projection: `"linear"` learned k x n_max; `"conv"` learned, kernel = stride = n_max / k (rounded up);
             `"mean_pool"`, `"max_pool"` no parameters, slots spread over the real tokens of each row.
-        init: `"mean_pool"` starts learned projections as means of segments of n_max / k tokens; shorter
-            inputs fill the first slots only. `"random"` is the paper's N(0, 1/k), far from the checkpoint.
+        init: `"mean_pool"` starts learned projections as `projection="mean_pool"`, at every length. `"random"` is the
+            paper's N(0, 1/k), far from the checkpoint; a linear E that starts so keeps the paper's columns as well,
+            shorter inputs use the first ones.
         seed: of `init="random"`.
     """
 

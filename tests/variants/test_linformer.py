@@ -73,14 +73,54 @@ def test_pooling_spreads_the_slots_over_the_real_tokens(projection, pool, n_real
 
 
 @pytest.mark.parametrize("projection", ["linear", "conv"])
-@pytest.mark.parametrize("length", [1, 5, 13, 24])
-def test_the_start_is_a_mean_over_segments_at_every_length(projection, length):
-    module = build(24, k=6, projection=projection)
-    q, k, v = draw(2, length)
-    groups = [range(i, min(i + 4, length)) for i in range(0, length, 4)]
-    pooled_k, pooled_v = (torch.stack([x[:, :, list(g)].mean(2) for g in groups], 2) for x in (k, v))
+@pytest.mark.parametrize("n_real", [1, 5, 6, 13, 20, 64])
+def test_learned_projections_start_as_means_at_every_length(projection, n_real):
+    """A short text in a model for long ones has all slots, and as many slots as tokens are softmax attention."""
+    module, pooled = (build(64, k=6, projection=choice) for choice in (projection, "mean_pool"))
+    q, k, v = draw(2, 64)
+    padding = torch.arange(64).expand(2, -1) >= 64 - n_real
+    output = attend(module, q, k, v, padding)
+    torch.testing.assert_close(output, attend(pooled, q, k, v, padding), rtol=1e-5, atol=1e-6)
+    alone = [x[:, :, 64 - n_real :] for x in (q, k, v)]
+    torch.testing.assert_close(output[:, :, 64 - n_real :], attend(module, *alone))
+    if n_real <= 6:
+        torch.testing.assert_close(attend(module, *alone), F.scaled_dot_product_attention(*alone), rtol=1e-5, atol=1e-6)
+
+
+def dense_columns(n, k, max_length):
+    """How much of each column of E each of n tokens takes `[n, max_length]`, token by token."""
+    slots = min(k, n)
+    slot_of = [rank * slots // n for rank in range(n)]
+    column_slot = [column * k // max_length for column in range(max_length)]
+    share = torch.zeros(n, max_length, dtype=torch.float64)
+    for slot in range(slots):
+        tokens = [rank for rank in range(n) if slot_of[rank] == slot]
+        columns = [column for column in range(max_length) if column_slot[column] == slot]
+        width = len(columns) / len(tokens)
+        for place, rank in enumerate(tokens):
+            for number, column in enumerate(columns):
+                share[rank, column] = max(0, min(number + 1, (place + 1) * width) - max(number, place * width))
+    return share, slots
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 13, 22, 23])
+@pytest.mark.parametrize("sharing", ["none", "headwise"])
+def test_a_trained_projection_stretches_over_the_tokens_that_are_there(n, sharing):
+    module = randomise(build(23, k=7, sharing=sharing))
+    q, k, v = draw(2, n)
+    share, slots = dense_columns(n, 7, 23)
+    E, F_ = (w[:, :slots] @ share.T for w in (module.key_projection, module.value_projection))
+    expected = torch.softmax(q @ (E @ k).transpose(-1, -2) / math.sqrt(DIM), -1) @ (F_ @ v)
+    torch.testing.assert_close(attend(module, q, k, v), expected)
+
+
+def test_a_convolution_stretches_over_the_tokens_that_are_there():
+    module = randomise(build(24, k=6, projection="conv", sharing="key_value"))
+    q, k, v = draw(2, 12)  # two tokens a slot, the kernel has four columns
+    kernel = module.key_projection[0].unflatten(0, (2, 2)).sum(1)  # [2, D, D]
+    pooled_k, pooled_v = (x.unflatten(2, (6, 2)).flatten(3) @ kernel.flatten(0, 1) for x in (k, v))
     expected = torch.softmax(q @ pooled_k.transpose(-1, -2) / math.sqrt(DIM), -1) @ pooled_v
-    torch.testing.assert_close(attend(module, q, k, v), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(attend(module, q, k, v), expected)
 
 
 def test_convolution_is_torch_conv1d():
