@@ -10,11 +10,12 @@ import importlib
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_linear_attn.registry import get_patcher, list_patchers
+from hf_linear_attn.seam.peft import register_peft_targets
 
 __all__ = [
     "IMPLEMENTATION",
@@ -60,6 +61,8 @@ class LinearAttnConfigMixin:
     base_model_type: str
     linear_attn: dict[str, Any] | None
     _attn_implementation_internal: str | None
+    auto_map: ClassVar[dict[str, str]] = {}
+    """The code is in this package. TRL reads the field of a checkpoint whose class stands in no Transformers module."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("attn_implementation", "_attn_implementation"):
@@ -109,6 +112,8 @@ class LinearAttnConfigMixin:
         into every checkpoint that is saved, and that source is in a package."""
 
     def to_dict(self) -> dict[str, Any]:
+        # PEFT takes the model type from here before it looks up target modules, whenever it was imported.
+        register_peft_targets(self.model_type, self.base_model_type)  # type: ignore[attr-defined]
         # A process without the plugin must refuse the checkpoint, whatever was switched on while saving.
         return {**super().to_dict(), "attn_implementation": IMPLEMENTATION}  # type: ignore[misc]
 

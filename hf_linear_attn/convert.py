@@ -219,6 +219,11 @@ def _check_convertible(model: Any) -> None:
         raise ValueError("The model is compiled. Convert it first, then call torch.compile on the result.")
     if not isinstance(model, PreTrainedModel):
         hint = " Convert the base model before wrapping it (PEFT, DDP)." if isinstance(model, nn.Module) else ""
+        if any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
+            hint = (
+                " Convert the Transformers model inside it, in place: convert_model(st[0].auto_model, ...); with "
+                "max_length=, set st.max_seq_length too."
+            )
         raise TypeError(f"convert_model takes a Transformers PreTrainedModel, got {type(model).__name__}.{hint}")
     if isinstance(model, LinearAttnPreTrainedModel):
         raise ValueError(
