@@ -38,6 +38,7 @@ from hf_linear_attn.auto_config import (
     made_once,
 )
 from hf_linear_attn.config import LinearAttentionConfig
+from hf_linear_attn.ops.packing import is_traced
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, LayerReport, OutputErrors
@@ -45,6 +46,7 @@ from hf_linear_attn.saving import whole_folder
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
 from hf_linear_attn.seam.initialization import is_initialized, mark_initialized
+from hf_linear_attn.seam.limits import check_length
 from hf_linear_attn.seam.places import (
     check_layers,
     fit_config,
@@ -104,6 +106,8 @@ class LinearAttnPreTrainedModel:
             kwargs = with_sequence_plan(self, args, kwargs)
         if self.base_model is not self:  # type: ignore[attr-defined]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if not is_traced():
+            check_length(self, args, kwargs)
         given = find_cache([*(("", value) for value in args), *kwargs.items()])
         if self.config._attn_implementation != IMPLEMENTATION:
             refuse_held(given)
@@ -206,7 +210,12 @@ def _converted_indices(model: Any) -> list[int]:
 
 def _refuse_incomplete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
     saved = _saved_class(model.config)
-    missing, unexpected = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
+    # A keyword of the load adds or drops these parts of a base model, as upstream.
+    optional = get_patcher(model.config.base_model_type).optional_parts if model.base_model is model else ()  # type: ignore[attr-defined]
+    missing, unexpected = (
+        sorted(key for key in map(str, info[kind]) if key.split(".")[0] not in optional)
+        for kind in ("missing_keys", "unexpected_keys")
+    )
     if saved is not None and saved is not type(model):
         if missing:  # a model of the class that was saved has them, so the checkpoint lacks them; else it is our head's
             prefix = f"{model.base_model_prefix}."

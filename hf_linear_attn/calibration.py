@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -133,8 +135,9 @@ def calibrate(
         lr: learning rate of the regression, see `regress`.
     """
     recordings, variants = record(model, batches), _variants(model)
-    for layer_idx, recording in recordings.items():
-        variants[layer_idx].calibrate(recording.inputs)
+    with _one_warning():
+        for layer_idx, recording in recordings.items():
+            variants[layer_idx].calibrate(recording.inputs)
     if steps:
         for group in _sharing(variants):
             _regress([variants[i] for i in group], [recordings[i] for i in group], steps, lr)
@@ -203,6 +206,30 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _one_warning() -> Iterator[None]:
+    """Gather what the layers have to say into one warning, at the line that called the package."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    own = dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning)
+    for entry in caught:
+        if entry.category is not UserWarning:
+            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+    if own:
+        warnings.warn("\n".join(own), stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """`stacklevel`, for a warning of the function that asks, of the line that called the package."""
+    frame, level, caller = sys._getframe(1), 1, 1
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+            caller = level + 1
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    return caller
 
 
 def _variants(model: Any) -> dict[int, AttentionVariant]:

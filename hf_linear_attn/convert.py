@@ -253,6 +253,17 @@ def _check_convertible(model: Any) -> None:
         )
     if any(getattr(module, "base_layer", None) is not None for module in model.modules()):
         raise ValueError("The model carries PEFT adapters. Convert the base model first, then add adapters.")
+    for attention in patcher.self_attentions(model):
+        for name in patcher.projection_names:
+            layer = getattr(attention.module, name)
+            # Packed integers, a subclass of Tensor, or (torch.ao) a method that unpacks them.
+            weight = layer.weight
+            if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
+                raise ValueError(
+                    f"The model is quantized ({attention.name}.{name} is a {type(layer).__name__} whose weight is a "
+                    f"{type(weight).__name__}). Convert it first: load it without quantization, convert_model(...), "
+                    "save_pretrained(folder), then from_pretrained(folder, quantization_config=...)."
+                )
 
 
 def _resolve(
@@ -349,8 +360,8 @@ def _check_side(model: PreTrainedModel, key: str) -> None:
     spec = get_variant(key)
     causal = get_patcher(model.config.model_type).is_causal(model.config)
     if not (spec.decoder if causal else spec.encoder):
-        side, other = ("decoder", "encoders") if causal else ("encoder", "decoders")
-        raise ValueError(f"{key!r} serves {other} only and {type(model).__name__} is a {side}: {spec.refusal}")
+        side, other = ("a decoder", "encoders") if causal else ("an encoder", "decoders")
+        raise ValueError(f"{key!r} serves {other} only and {type(model).__name__} is {side}: {spec.refusal}")
 
 
 def _check_extension(model: PreTrainedModel, max_length: int | None, mode: str) -> PositionsConfig | None:

@@ -302,6 +302,12 @@ def test_the_limitations_in_the_card_are_true() -> None:
     assert "Only 2-D padding masks are accepted" in content
     with pytest.raises(ValueError, match="2-D padding mask"):
         model(batch["input_ids"], attention_mask=torch.ones(2, 1, 37, 37))
+    assert "Packed sequences do not see one another, in eager models and without a cache." in content
+    packed = {"input_ids": batch["input_ids"][:1], "position_ids": torch.arange(37)[None] % 20, "use_cache": False}
+    first = model(batch["input_ids"][:1, :20]).logits
+    torch.testing.assert_close(model(**packed).logits[:, :20], first, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="Packed sequences"):
+        model(**{**packed, "use_cache": True})
     assert "Prefix tuning is refused" in content
     prefixed = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="cache"):

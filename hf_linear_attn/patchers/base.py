@@ -48,6 +48,8 @@ class ModelPatcher:
     """Names of the query, key and value projections inside a self-attention module; one name if they are fused."""
     layers_are_numbered: ClassVar[bool] = True
     """Whether a self-attention module knows its layer, `module.layer_idx`."""
+    optional_parts: ClassVar[tuple[str, ...]] = ("pooler",)
+    """Parts of the base model that a keyword of its class adds or leaves out (`add_pooling_layer`)."""
     rotary: ClassVar[bool] = False
     """Whether queries and keys carry rotary embeddings, in place of a position table."""
 
@@ -132,6 +134,10 @@ class ModelPatcher:
     def position_offset(self, config: PreTrainedConfig) -> int:
         """Rows at the head of the position table that no token uses."""
         return 0
+
+    def tokens_counted(self, config: PreTrainedConfig, input_ids: torch.Tensor, tokens: int) -> int:
+        """How many of `tokens`, past ones included, the family gives a position of their own."""
+        return tokens
 
     def max_length(self, config: PreTrainedConfig) -> int:
         """Longest sequence (tokens) that the config allows; also the tokenizer's limit."""

@@ -8,6 +8,7 @@ from hf_linear_attn.patchers.base import ModelPatcher
 from hf_linear_attn.registry import register_patcher
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 __all__ = ["RobertaPatcher"]
@@ -24,3 +25,6 @@ class RobertaPatcher(ModelPatcher):
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1
+
+    def tokens_counted(self, config: PreTrainedConfig, input_ids: torch.Tensor, tokens: int) -> int:
+        return tokens - int((input_ids == config.pad_token_id).sum(-1).min())
