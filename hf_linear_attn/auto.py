@@ -37,7 +37,7 @@ from hf_linear_attn.auto_config import (
     file_of,
     made_once,
 )
-from hf_linear_attn.config import LinearAttentionConfig
+from hf_linear_attn.config import LayerConfig, LinearAttentionConfig
 from hf_linear_attn.ops.packing import is_traced
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
@@ -59,6 +59,7 @@ from hf_linear_attn.seam.weights import check_weights
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext, materialize
 
 __all__ = [
+    "WINDOW_OPTION",
     "LinearAttnPreTrainedModel",
     "attach",
     "build_variants",
@@ -69,6 +70,7 @@ __all__ = [
 ]
 
 REPORT_ATTRIBUTE = "_linear_attn_report"
+WINDOW_OPTION = "window_size"  # of every variant that has a window
 
 
 class LinearAttnPreTrainedModel:
@@ -344,7 +346,7 @@ def build_variants(
         spec: which layer runs what.
 
     Raises:
-        ValueError: if upstream runs one of the layers with a sliding window, or a variant refuses its options.
+        ValueError: if a variant's window is wider than upstream's in the layer, or a variant refuses its options.
     """
     patcher: Any = get_patcher(config.base_model_type)  # type: ignore[attr-defined]
     built = []
@@ -352,7 +354,7 @@ def build_variants(
         layer = spec.layers[attention.layer_idx]
         if layer is None or hasattr(attention.module, "linear_attn"):  # the latter: a head's base model, from AutoModel
             continue
-        _refuse_sliding_window(config, attention.layer_idx, patcher.sliding_window(config, attention.layer_idx))
+        _check_window(attention.layer_idx, layer, patcher.sliding_window(config, attention.layer_idx))
         place, count = layer.built_for or (attention.layer_idx, len(spec.layers))
         context = LayerContext(
             layer_idx=place,
@@ -372,16 +374,15 @@ def build_variants(
     return [(attention, variant) for attention, variant, _ in built]
 
 
-def _refuse_sliding_window(config: Any, layer_idx: int, window: int | None) -> None:
-    if window is None:
-        return
-    fix = "sliding_window=None"
-    if getattr(config, "layer_types", None) is not None:
-        fix = 'layer_types=["full_attention"] * num_hidden_layers'
-    raise ValueError(
-        f"Layer {layer_idx} attends to a sliding window of {window} tokens (config.sliding_window), no variant does. "
-        f"Leave the layer on softmax, or load the checkpoint without the window: from_pretrained(..., {fix})."
-    )
+def _check_window(layer_idx: int, layer: LayerConfig, window: int | None) -> None:
+    """A window of the method's own may not reach further than the one that upstream runs the layer with."""
+    asked = layer.options.get(WINDOW_OPTION)
+    widest = max(asked) if isinstance(asked, list) else asked
+    if window is not None and widest is not None and widest > window:
+        raise ValueError(
+            f"Layer {layer_idx}: {WINDOW_OPTION}={asked!r}, but the checkpoint attends to a sliding window of {window} "
+            f"tokens there (config.sliding_window). Allowed: at most {window}."
+        )
 
 
 def attach(

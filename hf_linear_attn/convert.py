@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from hf_linear_attn.auto import (
     REPORT_ATTRIBUTE,
+    WINDOW_OPTION,
     LinearAttnPreTrainedModel,
     attach,
     build_variants,
@@ -32,6 +34,8 @@ from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers
 from hf_linear_attn.variants.base import MAX_INTEGER, AttentionVariant
 
 __all__ = ["convert_model", "extend_positions", "revert_model", "set_backend", "unmark_unpacked"]
+
+logger = logging.get_logger(__name__)
 
 VariantChoice = str | tuple[str, dict[str, Any]] | None
 ExtendMode = Literal["tile", "interpolate"]
@@ -85,11 +89,11 @@ def convert_model(
     Raises:
         TypeError: if `model` is not a Transformers model.
         ValueError: for an unknown family, variant or option, layers that are one module or more than the config says,
-            a variant that does not serve the model's side
-            (encoder or decoder), a bad layer or length, calibration options without calibration, a layer with a
-            sliding window, an unknown backend, `backend="triton"` for a variant without a kernel, or a model that is
-            converted, compiled, sharded, packed, on the meta device or wrapped by PEFT. The model is unchanged in
-            every case.
+            a variant that does not serve the model's side (encoder or decoder), a bad layer or length, calibration
+            options without calibration, a window wider than the sliding window that the layer has (window methods take
+            that one by default), an unknown backend, `backend="triton"` for a variant without a kernel, or a model
+            that is converted, compiled, sharded, quantized, packed, on the meta device or wrapped by PEFT. The model is
+            unchanged in every case.
     """
     _check_convertible(model)
     patcher = get_patcher(model.config.model_type)
@@ -292,6 +296,7 @@ def _resolve(
     if options and not any(isinstance(choice, str) for choice in choices.values()):
         raise ValueError(f"Option(s) {', '.join(options)} reach no layer: the mapping names no variant by key alone.")
     resolved: list[LayerConfig | None] = [None] * num_layers
+    unbounded: dict[str, list[int]] = {}
     for index, choice in choices.items():
         if choice is None:
             continue
@@ -300,9 +305,20 @@ def _resolve(
             raise ValueError(f"Layer {index}: {choice!r}; allowed: None, a variant's key, or (key, options).")
         key, layer_options = pair
         _check_side(model, key)
+        window = get_patcher(model.config.model_type).sliding_window(model.config, int(index))
+        windowed = any(field.name == WINDOW_OPTION for field in fields(get_variant(key).config_class))
+        if window is not None and windowed:
+            layer_options = {WINDOW_OPTION: window, **layer_options}
+        elif window is not None:
+            unbounded.setdefault(key, []).append(int(index))
         resolved[int(index)] = LayerConfig(key, dict(layer_options))
     if not any(resolved):
         raise ValueError("No layer is converted: name at least one layer with a variant.")
+    for key, indices in unbounded.items():
+        logger.warning_once(
+            f"The checkpoint attends to a sliding window of {model.config.sliding_window} tokens in layer(s) "
+            f"{', '.join(map(str, indices))}; {key!r} has no window: there it sees whatever its method sees."
+        )
     return LinearAttentionConfig(layers=tuple(resolved))
 
 

@@ -16,6 +16,7 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from hf_linear_attn import convert_model, extend_positions, revert_model
 from hf_linear_attn.auto_config import config_class_for
+from hf_linear_attn.convert import logger
 from hf_linear_attn.model_card import model_card
 from hf_linear_attn.registry import get_patcher
 from tests.test_auto import tiny_tokenizer
@@ -257,12 +258,7 @@ def test_rotary_frequencies_that_depend_on_the_limit_keep_it() -> None:
 
 
 @pytest.mark.parametrize("family", WINDOWS)
-def test_layers_with_a_sliding_window_keep_it_and_stay_softmax(family: str) -> None:
-    model = base_model(family, **WINDOWS[family])
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"Layer 0 attends to a sliding window of 8 tokens.*layer_types="):
-        convert_model(model, "linear")
-    assert_unchanged(model, before)
+def test_softmax_layers_of_a_hybrid_keep_their_sliding_window(family: str) -> None:
     for pads in (0, 9):  # the last layer is converted, so everything below it must be upstream's own softmax
         model = base_model(family, **WINDOWS[family])
         batch = token_batch()
@@ -286,20 +282,47 @@ def test_hybrids_with_a_sliding_window_generate_as_without_a_cache(family: str) 
     assert torch.equal(cached, model.generate(**batch, prefill_chunk_size=5, **kwargs))
 
 
-def test_checkpoints_load_without_the_sliding_window_as_the_error_says(tmp_path: Path) -> None:
-    mistral = base_model("mistral", sliding_window=8)
-    with pytest.raises(ValueError, match=r"sliding window of 8 tokens.*from_pretrained\(\.\.\., sliding_window=None\)"):
-        convert_model(mistral, "linear")
-    mistral.save_pretrained(tmp_path / "mistral")
-    base_model("qwen2", **WINDOWS["qwen2"]).save_pretrained(tmp_path / "qwen2")
-    fixes: dict[str, dict[str, Any]] = {
-        "mistral": {"sliding_window": None},
-        "qwen2": {"layer_types": ["full_attention"] * 3},
-    }
-    for family, fix in fixes.items():
-        model = AutoModel.from_pretrained(tmp_path / family, **fix)
-        convert_model(model, "linear")
-        assert torch.isfinite(outputs_of(model, token_batch())[0]).all()
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    **WINDOWS,
+    **{
+        family: {"sliding_window": 8}
+        for family in ROTARY
+        if get_patcher(family).sliding_window(tiny_config(family, sliding_window=8), 0) == 8
+    },
+}
+
+
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_a_window_method_takes_the_window_of_the_checkpoint(family: str, tmp_path: Path) -> None:
+    """Its window alone is upstream's attention, so an exact copy of the checkpoint; a wider one is refused."""
+    assert "mistral" in EVERYWHERE
+    model = base_model(family, **EVERYWHERE[family])
+    batch = token_batch()
+    before, expected = snapshot(model), outputs_of(model, batch)[0]
+    with pytest.raises(ValueError, match=r"Layer 0: window_size=9, .* sliding window of 8 tokens.*at most 8"):
+        convert_model(model, "longformer", layers=[0], num_global_tokens=0, window_size=9)
+    assert_unchanged(model, before)
+    convert_model(model, "longformer", layers=[0], num_global_tokens=0)
+    assert model.config.linear_attn["layers"][0]["options"]["window_size"] == 8
+    torch.testing.assert_close(outputs_of(model, batch)[0], expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert_bit_equal(outputs_of(AutoModel.from_pretrained(tmp_path), batch), outputs_of(model, batch))
+
+
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_other_methods_see_what_they_see_and_say_so(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    logger.warning_once.cache_clear()
+    logger.addHandler(caplog.handler)
+    model = convert_model(causal_lm(family, **EVERYWHERE[family]), "linear")
+    logger.removeHandler(caplog.handler)
+    assert "sliding window of 8 tokens in layer(s) 0" in caplog.text
+    batch = token_batch(length=21)
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, 0] = 5 + (other["input_ids"][:, 0] - 4) % 60
+    with torch.no_grad():
+        assert not torch.equal(model(**batch).logits[:, -1], model(**other).logits[:, -1])
+    kwargs = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": PAD}
+    assert torch.equal(model.generate(**batch, **kwargs), model.generate(**batch, use_cache=False, **kwargs))
 
 
 def test_the_base_model_of_a_generic_head_is_converted_once(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ __all__ = ["affine", "check_hidden", "keep_old", "rows_over_all", "rows_over_fir
 def affine(layer: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, C]` and bias `[out]` of a linear layer, as its forward applies them.
 
-    A wrapper around the layer (LoRA, say) adds to its weight without changing it, so a layer that is not a plain
-    `nn.Linear` is asked what it does to the basis of its input.
+    A wrapper around the layer (LoRA, say) adds to its weight without changing it, and a quantized weight knows little
+    but to be multiplied, so anything else than a plain `nn.Linear` is asked what it does to the basis of its input.
 
     Args:
         layer: maps `[..., C]` to `[..., out]`, affinely.
         like: a tensor `[..., C]` of the input's dtype and device.
     """
-    if type(layer) is nn.Linear:
+    if type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, torch.Tensor):
         return layer.weight, layer.bias
     bias = layer(like.new_zeros(1, like.shape[-1]))
     return (layer(torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)) - bias).t(), bias[0]

@@ -15,7 +15,7 @@ __all__ = ["MistralPatcher"]
 
 @register_patcher("mistral")
 class MistralPatcher(LlamaPatcher):
-    """Mistral. Checkpoints with `config.sliding_window` are converted after loading them with it set to None."""
+    """Mistral."""
 
     modeling_module = "transformers.models.mistral.modeling_mistral"
     config_module = "transformers.models.mistral.configuration_mistral"

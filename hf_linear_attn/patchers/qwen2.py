@@ -15,7 +15,7 @@ __all__ = ["Qwen2Patcher"]
 
 @register_patcher("qwen2")
 class Qwen2Patcher(LlamaPatcher):
-    """Qwen2; layers with a sliding window keep softmax."""
+    """Qwen2."""
 
     modeling_module = "transformers.models.qwen2.modeling_qwen2"
     config_module = "transformers.models.qwen2.configuration_qwen2"

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
 from hf_linear_attn.variants.base import State
@@ -192,9 +198,9 @@ def prepare_cache_layer(cache: Cache, layer_idx: int, hidden_states: torch.Tenso
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer: Any = cache.layers[layer_idx]
     if not isinstance(layer, LinearAttnCacheLayer):
-        if type(layer) is not DynamicLayer:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
                 f"A converted layer works with a DynamicCache, but layer {layer_idx} of the cache is a "
                 f"{type(layer).__name__}. Leave cache_implementation unset."
