@@ -271,17 +271,6 @@ def test_softmax_layers_of_a_hybrid_keep_their_sliding_window(family: str) -> No
         torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", WINDOWS)
-def test_hybrids_with_a_sliding_window_generate_as_without_a_cache(family: str) -> None:
-    model = convert_model(causal_lm(family, **WINDOWS[family]), "linear", layers=[1])
-    batch = token_batch(batch=2, length=21)
-    batch["attention_mask"][1, :6] = 0
-    kwargs = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": PAD}
-    cached = model.generate(**batch, **kwargs)
-    assert torch.equal(cached, model.generate(**batch, use_cache=False, **kwargs))
-    assert torch.equal(cached, model.generate(**batch, prefill_chunk_size=5, **kwargs))
-
-
 EVERYWHERE: dict[str, dict[str, Any]] = {
     **WINDOWS,
     **{
@@ -290,6 +279,18 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
         if get_patcher(family).sliding_window(tiny_config(family, sliding_window=8), 0) == 8
     },
 }
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_hybrids_with_a_sliding_window_generate_as_without_a_cache(family: str, layer: int) -> None:
+    model = convert_model(causal_lm(family, **EVERYWHERE[family]), "linear", layers=[layer])
+    batch = token_batch(batch=2, length=21)
+    batch["attention_mask"][1, :6] = 0
+    kwargs = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": PAD}
+    cached = model.generate(**batch, **kwargs)
+    assert torch.equal(cached, model.generate(**batch, use_cache=False, **kwargs))
+    assert torch.equal(cached, model.generate(**batch, prefill_chunk_size=5, **kwargs))
 
 
 @pytest.mark.parametrize("family", EVERYWHERE)
