@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.block_sparse import segment_rows
+from hf_linear_attn.ops.dense import row_logits
 from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
 
@@ -69,7 +70,7 @@ def strided_attention(
     q = F.pad(q, (0, 0, num_rows * stride - q_len, 0)).unflatten(2, (num_rows, stride))
     k, v = (F.pad(x, (0, 0, num_columns * stride - k_len, 0)).unflatten(2, (-1, stride)) for x in (k, v))
     key_allowed = F.pad(key_allowed, (num_columns * stride - k_len, 0)).unflatten(1, (-1, stride))
-    sides = (1, 0) if is_causal else (1, 1)
+    sides, wide = (1, 0) if is_causal else (1, 1), torch.promote_types(q.dtype, torch.float32)
     reach = 1 + sum(sides)
     offset = num_columns - num_rows  # the first query block among the key blocks
 
@@ -86,17 +87,16 @@ def strided_attention(
         ends = (low - first + sides[0], last + sides[1] - high)
         near_k, near_v = (_windows(F.pad(x[:, :, low:high], (0, 0, 0, 0, *ends)), reach, 2) for x in (k, v))
         near_seen = band & _windows(F.pad(key_allowed[:, low:high], (0, 0, *ends)), reach, 1)[:, :, None]
-        near = rows @ near_k.transpose(-1, -2)  # [B, H, M, l, reach * l]
+        near = row_logits(rows, near_k.to(wide))  # [B, H, M, l, reach * l]
         # The column of each query, without the neighbouring blocks: there the band has those distances.
         far_len = last if is_causal else num_columns
         far_k, far_v = (x[:, :, :far_len].transpose(2, 3) for x in (k, v))  # [B, H, l, N, D]
-        far = (rows.transpose(2, 3) @ far_k.transpose(-1, -2)).transpose(2, 3)  # [B, H, M, l, N]
+        far = row_logits(rows.transpose(2, 3), far_k.to(wide)).transpose(2, 3)  # [B, H, M, l, N]
         apart = torch.arange(first, last, device=device)[:, None] - torch.arange(far_len, device=device)
         apart = (apart if is_causal else apart.abs()) > 1
         far_seen = apart[:, None] & key_allowed[:, :far_len].transpose(1, 2)[:, None]  # [B or 1, M, l, N]
         seen = torch.cat([near_seen.expand(far_seen.shape[0], -1, -1, -1), far_seen], dim=-1)[:, None]
-        logits = torch.cat([near, far], dim=-1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scaling
+        logits = torch.cat([near, far], dim=-1) * scaling
         weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1).to(v.dtype)
         near, far = weights.split([near.shape[-1], far_len], dim=-1)
         outputs.append(near @ near_v + (far.transpose(2, 3) @ far_v).transpose(2, 3))
