@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ from hf_linear_attn.config import LayerConfig, LinearAttentionConfig
 from hf_linear_attn.ops.packing import is_traced
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
-from hf_linear_attn.report import ConversionReport, LayerReport, OutputErrors
+from hf_linear_attn.report import ConversionReport, describe
 from hf_linear_attn.saving import whole_folder
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
@@ -55,6 +55,7 @@ from hf_linear_attn.seam.places import (
     number_layers,
     share_config,
 )
+from hf_linear_attn.seam.sharing import check_shared, shared_keys, tie_shared, variants_of
 from hf_linear_attn.seam.weights import check_weights
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext, materialize
 
@@ -66,7 +67,6 @@ __all__ = [
     "detach",
     "model_class_for",
     "register_auto_models",
-    "variants_of",
 ]
 
 REPORT_ATTRIBUTE = "_linear_attn_report"
@@ -148,7 +148,7 @@ class LinearAttnPreTrainedModel:
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Upstream's `{target: source}` of tied weights, plus the parameters that variants share across layers."""
-        return {**super().get_expanded_tied_weights_keys(all_submodels), **_shared_keys(self)}  # type: ignore[misc,arg-type]
+        return {**super().get_expanded_tied_weights_keys(all_submodels), **shared_keys(self)}  # type: ignore[misc,arg-type]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -330,11 +330,6 @@ def _converted_class(name: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def variants_of(model: nn.Module) -> dict[str, AttentionVariant]:
-    """Variants installed in `model`: module name -> variant, in layer order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionVariant)}
-
-
 def build_variants(
     model: PreTrainedModel, config: PreTrainedConfig, spec: LinearAttentionConfig
 ) -> list[tuple[SelfAttention, AttentionVariant]]:
@@ -391,7 +386,7 @@ def attach(
     """Install `built` in `model` and make it a converted model with `config`."""
     patcher: Any = get_patcher(config.base_model_type)  # type: ignore[attr-defined]
     number_layers(patcher, model)
-    _tie_shared([variant for _, variant in built])
+    tie_shared([variant for _, variant in built])
     for attention, variant in built:
         attention.module.linear_attn = variant
         attention.module.__class__ = converted_attention_class(type(attention.module))
@@ -431,7 +426,7 @@ def _name_shared(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             own = {k: v for k, v in module.all_tied_weights_keys.items() if ".linear_attn." not in k}
-            module.all_tied_weights_keys = {**own, **_shared_keys(module)}
+            module.all_tied_weights_keys = {**own, **shared_keys(module)}
 
 
 def settle(model: Any, always: bool = False) -> None:
@@ -449,13 +444,13 @@ def settle(model: Any, always: bool = False) -> None:
     if not always and not have_moved(patcher, model):
         return
     count, spec = check_layers(patcher, model), LinearAttentionConfig.from_dict(model.config.linear_attn)
-    _check_shared(variants_of(model))
+    check_shared(variants_of(model))
     came_from = {entry.layer_idx: getattr(entry.module, "layer_idx", None) for entry in patcher.self_attentions(model)}
     number_layers(patcher, model)
     share_config(model, model.config)
     fit_config(model.config, count)
     model.config.linear_attn = replace(spec, layers=layers_as_they_stand(patcher, model)).to_dict()
-    _tie_shared(list(variants_of(model).values()))
+    tie_shared(list(variants_of(model).values()))
     _name_shared(model)
     for module in model.modules():
         stored = module.__dict__.get(REPORT_ATTRIBUTE)
@@ -463,19 +458,6 @@ def settle(model: Any, always: bool = False) -> None:
             kept = [place for place, number in came_from.items() if number in stored.kept_softmax]
             errors = {place: stored.errors_of(number) for place, number in came_from.items()}
             module.__dict__[REPORT_ATTRIBUTE] = describe(module, errors, kept)  # type: ignore[arg-type]
-
-
-def _check_shared(variants: Mapping[str, AttentionVariant]) -> None:
-    first: dict[tuple[str, str], torch.Tensor] = {}
-    for module_name, variant in variants.items():
-        for name in variant.shared_parameters():
-            own = variant.get_parameter(name)
-            source = first.setdefault((variant.spec.key, name), own)
-            if own is not source and not torch.equal(own, source):
-                raise ValueError(
-                    f"{module_name}.{name} is one parameter for all layers of {variant.spec.key}, but this copy was "
-                    "changed apart. Convert with an option that does not share it."
-                )
 
 
 def _take_first_layers(model: Any, config: Any) -> None:
@@ -495,67 +477,3 @@ def _take_first_layers(model: Any, config: Any) -> None:
     layers = re.escape(patcher.self_attentions(model.base_model)[0].name.split(".0.")[0])
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){layers}\.({rest})\."}
-
-
-def _tie_shared(variants: list[AttentionVariant]) -> None:
-    """Make layers of one variant hold the same tensor for the parameters it shares."""
-    first: dict[tuple[str, str], AttentionVariant] = {}
-    for variant in variants:
-        variant.__dict__.pop("_tied_weights_keys", None)  # of an earlier attachment among other layers
-        for name in variant.shared_parameters():
-            source = first.setdefault((variant.spec.key, name), variant)
-            if source is variant:
-                continue
-            owner, _, leaf = name.rpartition(".")
-            setattr(variant.get_submodule(owner), leaf, source.get_parameter(name))
-            # Transformers looks for these names here before it saves tensors that share memory.
-            variant._tied_weights_keys = {**getattr(variant, "_tied_weights_keys", {}), name: name}  # type: ignore[assignment]
-
-
-def _shared_keys(model: nn.Module) -> dict[str, str]:
-    """`{target: source}` names of the parameters that variants share across layers."""
-    first: dict[tuple[str, str], str] = {}
-    keys = {}
-    for module_name, variant in variants_of(model).items():
-        for name in variant.shared_parameters():
-            full = f"{module_name}.{name}"
-            source = first.setdefault((variant.spec.key, name), full)
-            if source != full:
-                keys[full] = source
-    return keys
-
-
-def describe(
-    model: PreTrainedModel, errors: dict[int, OutputErrors] | None = None, kept_softmax: Sequence[int] = ()
-) -> ConversionReport:
-    """Report of a converted model.
-
-    Args:
-        model: the converted model.
-        errors: how far a layer is from softmax, by index.
-        kept_softmax: layers that were left on softmax by measurement.
-    """
-    patcher: Any = get_patcher(model.config.base_model_type)
-    rows: list[LayerReport] = []
-    counted: set[int] = set()
-    for attention in patcher.self_attentions(model):
-        variant: AttentionVariant | None = getattr(attention.module, "linear_attn", None)
-        if variant is None:
-            rows.append(LayerReport(attention.layer_idx, "softmax", 0, "kv"))
-            continue
-        fresh = [p for p in variant.parameters() if id(p) not in counted]
-        counted.update(id(p) for p in fresh)
-        found = (errors or {}).get(attention.layer_idx)
-        rows.append(
-            LayerReport(
-                layer=attention.layer_idx,
-                variant=variant.spec.key,
-                new_parameters=sum(p.numel() for p in fresh),
-                state=variant.spec.state,
-                output_error=None if found is None else found.error,
-                output_cosine=None if found is None else found.cosine,
-                head_errors=None if found is None else found.head_errors,
-                head_cosines=None if found is None else found.head_cosines,
-            )
-        )
-    return ConversionReport(rows, patcher.max_length(model.config), list(kept_softmax))

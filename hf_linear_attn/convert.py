@@ -20,7 +20,6 @@ from hf_linear_attn.auto import (
     LinearAttnPreTrainedModel,
     attach,
     build_variants,
-    describe,
     detach,
     settle,
 )
@@ -29,6 +28,7 @@ from hf_linear_attn.calibration import DEFAULT_LEARNING_RATE, calibrate, check_b
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig, PositionsConfig
 from hf_linear_attn.ops.backend import check_backend
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
+from hf_linear_attn.report import describe
 from hf_linear_attn.seam.initialization import mark_initialized
 from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers
 from hf_linear_attn.variants.base import MAX_INTEGER, AttentionVariant

@@ -26,7 +26,8 @@ from hf_linear_attn import __version__
 from hf_linear_attn.convert import convert_model, revert_model
 from hf_linear_attn.registry import VariantSpec, get_patcher, get_variant, list_patchers, list_variants
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, cache_keyword
-from hf_linear_attn.seam.facts import FACTS, family_facts
+from hf_linear_attn.seam.facts import FACTS
+from hf_linear_attn.seam.family_facts import family_facts
 from hf_linear_attn.seam.tiny import PAD, has_causal_lm, tiny_config, tiny_model, token_batch
 from hf_linear_attn.seam.versions import NEWEST_TESTED, OLDEST_TESTED
 

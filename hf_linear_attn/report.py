@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["ConversionReport", "LayerReport", "OutputErrors"]
+from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.variants.base import AttentionVariant
+
+__all__ = ["ConversionReport", "LayerReport", "OutputErrors", "describe"]
 
 
 @dataclass(frozen=True)
@@ -118,3 +122,39 @@ class ConversionReport:
             f"(set tokenizer.model_max_length = {self.tokenizer_max_length})"
         )
         return "\n".join(lines)
+
+
+def describe(
+    model: Any, errors: dict[int, OutputErrors] | None = None, kept_softmax: Sequence[int] = ()
+) -> ConversionReport:
+    """Report of a converted model.
+
+    Args:
+        model: the converted model.
+        errors: how far a layer is from softmax, by index.
+        kept_softmax: layers that were left on softmax by measurement.
+    """
+    patcher: Any = get_patcher(model.config.base_model_type)
+    rows: list[LayerReport] = []
+    counted: set[int] = set()
+    for attention in patcher.self_attentions(model):
+        variant: AttentionVariant | None = getattr(attention.module, "linear_attn", None)
+        if variant is None:
+            rows.append(LayerReport(attention.layer_idx, "softmax", 0, "kv"))
+            continue
+        fresh = [p for p in variant.parameters() if id(p) not in counted]
+        counted.update(id(p) for p in fresh)
+        found = (errors or {}).get(attention.layer_idx)
+        rows.append(
+            LayerReport(
+                layer=attention.layer_idx,
+                variant=variant.spec.key,
+                new_parameters=sum(p.numel() for p in fresh),
+                state=variant.spec.state,
+                output_error=None if found is None else found.error,
+                output_cosine=None if found is None else found.cosine,
+                head_errors=None if found is None else found.head_errors,
+                head_cosines=None if found is None else found.head_cosines,
+            )
+        )
+    return ConversionReport(rows, patcher.max_length(model.config), list(kept_softmax))

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModel, BertForMultipleChoice, PreTrainedModel
 
 from hf_linear_attn import convert_model, revert_model
-from hf_linear_attn.auto import variants_of
 from hf_linear_attn.calibration import output_errors, record, regress
+from hf_linear_attn.seam.sharing import variants_of
 from hf_linear_attn.variants.linformer import LinformerAttention
 from tests.test_real_weights import batches as documents
 from tests.test_real_weights import minilm

@@ -27,7 +27,8 @@ from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam import versions
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, cache_keyword, find_cache
 from hf_linear_attn.seam.checkpointing import enable_checkpointing
-from hf_linear_attn.seam.facts import FACTS, family_facts
+from hf_linear_attn.seam.facts import FACTS
+from hf_linear_attn.seam.family_facts import family_facts
 from tests.tiny import causal_lm, token_batch
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +108,16 @@ BREAKS: dict[str, Break] = {
         GPT2LMHeadModel, "get_expanded_tied_weights_keys", lambda self, all_submodels=False: ["lm_head.weight"]
     ),
     "loading": lambda m: m.setattr(GPT2LMHeadModel, "from_pretrained", classmethod(_without_info)),
+    "generation guards": lambda m: m.setattr(
+        GPT2LMHeadModel, "generate", lambda self, *args, **kwargs: self.forward(*args), raising=False
+    ),
+    "initialization marks": lambda m: m.setattr(
+        GPT2LMHeadModel, "init_weights", lambda self: [x.data.zero_() for x in self.parameters()]
+    ),
+    "configs in configs": lambda m: m.setattr(PreTrainedConfig, "_attn_implementation", "eager"),
+    "weights before they are read": lambda m: m.setattr(
+        GPT2LMHeadModel, "from_pretrained", classmethod(lambda cls, folder: None)
+    ),
     "model attributes": lambda m: m.setattr(GPT2LMHeadModel, "set_attn_implementation", lambda self, name: None),
 }
 

@@ -78,7 +78,7 @@ def report_model(
     Raises:
         ValueError: for a variant named for a converted model, or none for a checkpoint.
     """
-    from hf_linear_attn.auto import LinearAttnPreTrainedModel, describe
+    from hf_linear_attn.auto import LinearAttnPreTrainedModel
     from hf_linear_attn.calibration import output_errors
     from hf_linear_attn.cli.actions import check_options
     from hf_linear_attn.convert import convert_model
@@ -90,6 +90,7 @@ def report_model(
         load_model,
         record_layers,
     )
+    from hf_linear_attn.report import describe
 
     if variant is not None:
         check_options(variant, options)

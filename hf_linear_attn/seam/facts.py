@@ -2,31 +2,38 @@
 
 A probe is a function whose docstring states the fact; it raises when the fact is no longer true. `hf-linear-attn
 doctor` runs them all, then tries what they are for on tiny models (`doctor.py`). Facts about one family are the
-answers of its patcher: `family_facts` holds them against a model.
+answers of its patcher, which `seam.family_facts` holds against a model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    EncoderDecoderConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import cache_utils as caches
 from transformers import masking_utils as masks
+from transformers.generation import configuration_utils as generation
 from transformers.models.auto import auto_factory, modeling_auto, tokenization_auto
 from transformers.utils import logging, output_capturing
 
 from hf_linear_attn.registry import get_patcher, list_patchers
-from hf_linear_attn.seam.cache import CACHE_KEYWORDS, LinearAttnCacheLayer, cache_keyword, find_cache
+from hf_linear_attn.seam.cache import LinearAttnCacheLayer, cache_keyword, find_cache
 from hf_linear_attn.seam.checkpointing import enable_checkpointing, is_checkpointing
 from hf_linear_attn.seam.tiny import has_causal_lm, tiny_config, tiny_model, token_batch
 
-__all__ = ["FACTS", "Fact", "family_facts"]
+__all__ = ["FACTS", "Fact", "require", "run_with"]
 
 _PROBE = "linear_attn_probe"
 
@@ -50,7 +57,8 @@ def _fact(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     return register
 
 
-def _require(holds: object, found: str) -> None:
+def require(holds: object, found: str) -> None:
+    """Raise `AssertionError` with what was found in place of a fact."""
     if not holds:
         raise AssertionError(found)
 
@@ -69,10 +77,10 @@ def _decoder() -> str:
 def _cache_layers() -> None:
     """A DynamicCache holds its layers in a list, DynamicLayer one and all unless the config asks for a window; one
     without a config makes them when they are first needed, of the class `layer_class_to_replicate`."""
-    _require(caches.DynamicCache().layer_class_to_replicate is caches.DynamicLayer, "another class is replicated")
+    require(caches.DynamicCache().layer_class_to_replicate is caches.DynamicLayer, "another class is replicated")
     kinds = [type(layer) for layer in caches.DynamicCache(config=tiny_config(_decoder())).layers]
-    _require(kinds == [caches.DynamicLayer] * 2, f"layers are {kinds}")
-    _require(not caches.DynamicLayer().is_initialized, "a new DynamicLayer is initialized")
+    require(kinds == [caches.DynamicLayer] * 2, f"layers are {kinds}")
+    require(not caches.DynamicLayer().is_initialized, "a new DynamicLayer is initialized")
 
 
 @_fact("cache methods")
@@ -82,18 +90,18 @@ def _cache_methods() -> None:
     cache.layers.append(layer := LinearAttnCacheLayer())
     layer.announced = True
     states = torch.arange(2.0)[:, None, None, None]
-    _require(torch.equal(cache.update(states, states, 0)[0], states), "update does not return what the layer did")
+    require(torch.equal(cache.update(states, states, 0)[0], states), "update does not return what the layer did")
     layer.state = {"sum": torch.arange(2.0)}
-    _require(cache.get_seq_length() == 1, f"get_seq_length says {cache.get_seq_length()} after one token")
-    _require(tuple(cache.get_mask_sizes(3, 0)) == (4, 0), f"mask sizes are {cache.get_mask_sizes(3, 0)}")
+    require(cache.get_seq_length() == 1, f"get_seq_length says {cache.get_seq_length()} after one token")
+    require(tuple(cache.get_mask_sizes(3, 0)) == (4, 0), f"mask sizes are {cache.get_mask_sizes(3, 0)}")
     cache.reorder_cache(torch.tensor([1, 0]))  # type: ignore[arg-type]
     cache.batch_repeat_interleave(2)
-    _require(layer.state["sum"].tolist() == [1, 1, 0, 0], "reorder or repeat did not reach the layer")
+    require(layer.state["sum"].tolist() == [1, 1, 0, 0], "reorder or repeat did not reach the layer")
     cache.batch_select_indices(torch.tensor([0, 2]))
-    _require(layer.state["sum"].tolist() == [1, 0], "batch_select_indices did not reach the layer")
+    require(layer.state["sum"].tolist() == [1, 0], "batch_select_indices did not reach the layer")
     cache.crop(0)
     cache.reset()
-    _require(layer.state is None and cache.get_seq_length() == 0, "reset did not reach the layer")
+    require(layer.state is None and cache.get_seq_length() == 0, "reset did not reach the layer")
 
 
 @_fact("cache of a composite")
@@ -101,8 +109,8 @@ def _cache_of_composite() -> None:
     """An EncoderDecoderCache keeps the cache of self-attention as `self_attention_cache`, and is a Cache."""
     own = caches.DynamicCache()
     both = caches.EncoderDecoderCache(own, caches.DynamicCache())
-    _require(both.self_attention_cache is own, "self_attention_cache is another object")
-    _require(isinstance(both, caches.Cache), "it is no Cache")
+    require(both.self_attention_cache is own, "self_attention_cache is another object")
+    require(isinstance(both, caches.Cache), "it is no Cache")
 
 
 @_fact("cache keyword")
@@ -130,8 +138,8 @@ def _cache_reaches_layers() -> None:
         )
     with torch.no_grad():
         returned = find_cache(model(**token_batch(), use_cache=True).items())
-    _require(returned is not None, "no cache was returned")
-    _require(all(cache is returned for cache in met) and len(met) == len(attentions), f"layers were given {met}")
+    require(returned is not None, "no cache was returned")
+    require(all(cache is returned for cache in met) and len(met) == len(attentions), f"layers were given {met}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -145,30 +153,29 @@ def _attention_interface() -> None:
     keywords) with `[B, H, T, D]`, gets a model's unknown keywords, and its `[B, T, H, D]` is used."""
     for model_type in list_patchers():
         met: dict[str, Any] = {}
-        _run_with(model_type, met, {"linear_attn_keyword": 7})
+        run_with(model_type, met, {"linear_attn_keyword": 7})
         shape = met["query"].shape
-        _require(shape[:1] == (2,) and shape[2] == 37, f"{model_type}: the query's shape is {tuple(shape)}")
-        _require(met["keywords"].get("linear_attn_keyword") == 7, f"{model_type}: an unknown keyword was lost")
-        _require(
-            {"scaling", "dropout"} <= met["keywords"].keys(), f"{model_type}: keywords are {list(met['keywords'])}"
-        )
-        _require(met["calls"] == 2, f"{model_type}: {met['calls']} calls in a model of 2 layers")
+        require(shape[:1] == (2,) and shape[2] == 37, f"{model_type}: the query's shape is {tuple(shape)}")
+        require(met["keywords"].get("linear_attn_keyword") == 7, f"{model_type}: an unknown keyword was lost")
+        require({"scaling", "dropout"} <= met["keywords"].keys(), f"{model_type}: keywords are {list(met['keywords'])}")
+        require(met["calls"] == 2, f"{model_type}: {met['calls']} calls in a model of 2 layers")
 
 
 @_fact("mask interface")
 def _mask_interface() -> None:
-    """The mask function registered under the same name is called with `attention_mask`, `kv_length` and `kv_offset`,
-    and what it returns reaches the attention function."""
+    """The mask function registered under the same name is called with `batch_size`, `q_length`, `q_offset`, `kv_length`,
+    `kv_offset`, `mask_function`, `attention_mask` and `device`, and what it returns reaches the attention function."""
     for model_type in list_patchers():
         met: dict[str, Any] = {}
-        _run_with(model_type, met, {})
+        run_with(model_type, met, {})
         keywords = met["mask_keywords"]
-        _require({"attention_mask", "kv_length", "kv_offset"} <= keywords.keys(), f"{model_type}: {list(keywords)}")
-        _require(keywords["attention_mask"].shape == (2, 37), f"{model_type}: the mask's shape is wrong")
-        _require(met["mask"] is met["mask_returned"], f"{model_type}: attention got another mask")
+        names = {"batch_size", "q_length", "q_offset", "kv_length", "kv_offset", "mask_function", "device"}
+        require({"attention_mask", *names} <= keywords.keys(), f"{model_type}: {list(keywords)}")
+        require(keywords["attention_mask"].shape == (2, 37), f"{model_type}: the mask's shape is wrong")
+        require(met["mask"] is met["mask_returned"], f"{model_type}: attention got another mask")
 
 
-def _run_with(model_type: str, met: dict[str, Any], extra: dict[str, Any]) -> None:
+def run_with(model_type: str, met: dict[str, Any], extra: dict[str, Any]) -> None:
     """Run a tiny model whose attention and mask functions write down what they are given, last layer last."""
 
     def attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **keywords: Any) -> tuple[Any, None]:
@@ -200,15 +207,16 @@ def _run_with(model_type: str, met: dict[str, Any], extra: dict[str, Any]) -> No
 @_fact("packing rule")
 def _packing_rule() -> None:
     """Upstream reads packed sequences off `position_ids` of decoders only where there is neither a mask nor a cache."""
-    parameters = list(inspect.signature(masks._preprocess_mask_arguments).parameters)
-    _require("position_ids" in parameters, f"parameters are {parameters}")
     model = tiny_model(_decoder(), decoder=True)
     ids, positions = token_batch()["input_ids"], (torch.arange(37) % 20)[None].expand(2, -1)
+    rule = masks.and_masks(masks.causal_mask_function, masks.packed_sequence_mask_function((positions == 0).cumsum(-1)))
+    sees = rule(torch.tensor(0), torch.tensor(0), torch.tensor([19, 20, 21]), torch.tensor([18, 19, 20]))
+    require(sees.tolist() == [True, False, True], f"the mask of packed rows lets tokens see their predecessors: {sees}")
     with torch.no_grad():
         packed, alone = model(ids, position_ids=positions, use_cache=False), model(ids[:, 20:], use_cache=False)
         masked = model(ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)
-    _require(torch.allclose(packed.logits[:, 20:], alone.logits, atol=1e-3), "packed sequences see one another")
-    _require(not torch.allclose(masked.logits[:, 20:], alone.logits, atol=1e-3), "a mask of ones keeps them apart")
+    require(torch.allclose(packed.logits[:, 20:], alone.logits, atol=1e-3), "packed sequences see one another")
+    require(not torch.allclose(masked.logits[:, 20:], alone.logits, atol=1e-3), "a mask of ones keeps them apart")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,7 +228,7 @@ def _packing_rule() -> None:
 def _config_fields() -> None:
     """A config class is a dataclass; what it does not know reaches `__post_init__(**kwargs)`; `attn_implementation`
     becomes `_attn_implementation`; `to_dict` and `to_diff_dict` make what is saved."""
-    _require(dataclasses.is_dataclass(PreTrainedConfig), "PreTrainedConfig is no dataclass")
+    require(dataclasses.is_dataclass(PreTrainedConfig), "PreTrainedConfig is no dataclass")
 
     class Probe(PreTrainedConfig):
         model_type = _PROBE
@@ -231,9 +239,9 @@ def _config_fields() -> None:
 
     probe_class: Any = Probe
     config = probe_class(linear_attn={"version": 1}, attn_implementation="eager")
-    _require({"linear_attn", "attn_implementation"} <= config.met.keys(), f"__post_init__ got {list(config.met)}")
-    _require(config._attn_implementation == "eager", f"_attn_implementation is {config._attn_implementation!r}")
-    _require("met" in config.to_dict() and "met" in config.to_diff_dict(), "attributes are not saved")
+    require({"linear_attn", "attn_implementation"} <= config.met.keys(), f"__post_init__ got {list(config.met)}")
+    require(config._attn_implementation == "eager", f"_attn_implementation is {config._attn_implementation!r}")
+    require("met" in config.to_dict() and "met" in config.to_diff_dict(), "attributes are not saved")
 
 
 @_fact("config registry")
@@ -241,25 +249,25 @@ def _config_registry() -> None:
     """`AutoConfig.register` makes a model type known, and `AutoConfig.for_model` builds its config."""
     for model_type in list_patchers():
         config = AutoConfig.for_model(f"linear_attn_{model_type}")
-        _require(config.model_type == f"linear_attn_{model_type}", f"{model_type}: built a {type(config).__name__}")
+        require(config.model_type == f"linear_attn_{model_type}", f"{model_type}: built a {type(config).__name__}")
 
 
 @_fact("model registries")
 def _model_registries() -> None:
     """The Auto classes' tables are `MODEL_..._MAPPING`s of `modeling_auto`, lazy mappings from config class to model
     class that can be added to; an Auto class names its table `_model_mapping`."""
-    _require(hasattr(auto_factory._LazyAutoMapping, "register"), "mappings cannot be added to")
+    require(hasattr(auto_factory._LazyAutoMapping, "register"), "mappings cannot be added to")
     tables = [x for name, x in vars(modeling_auto).items() if name.startswith("MODEL_")]
     tables = [table for table in tables if isinstance(table, auto_factory._LazyAutoMapping)]
-    _require(len(tables) > 10, f"{len(tables)} tables found")
+    require(len(tables) > 10, f"{len(tables)} tables found")
     for model_type in list_patchers():
         patcher = get_patcher(model_type)
-        _require(patcher.config_class in modeling_auto.MODEL_MAPPING, f"{model_type} is not in MODEL_MAPPING")
+        require(patcher.config_class in modeling_auto.MODEL_MAPPING, f"{model_type} is not in MODEL_MAPPING")
         cls: Any = modeling_auto.MODEL_MAPPING[patcher.config_class]
-        _require(getattr(patcher.modeling, cls.__name__, None) is cls, f"{model_type}: {cls} is defined elsewhere")
-        _require(cls.config_class is patcher.config_class, f"{model_type}: config_class is {cls.config_class}")
-    _require(issubclass(modeling_auto.AutoModel, auto_factory._BaseAutoModelClass), "AutoModel has another base")
-    _require(modeling_auto.AutoModel._model_mapping is modeling_auto.MODEL_MAPPING, "AutoModel's table moved")
+        require(getattr(patcher.modeling, cls.__name__, None) is cls, f"{model_type}: {cls} is defined elsewhere")
+        require(cls.config_class is patcher.config_class, f"{model_type}: config_class is {cls.config_class}")
+    require(issubclass(modeling_auto.AutoModel, auto_factory._BaseAutoModelClass), "AutoModel has another base")
+    require(modeling_auto.AutoModel._model_mapping is modeling_auto.MODEL_MAPPING, "AutoModel's table moved")
 
 
 @_fact("tokenizer registry")
@@ -270,17 +278,17 @@ def _tokenizer_registry() -> None:
         if config_class in tokenization_auto.TOKENIZER_MAPPING:
             found: Any = tokenization_auto.TOKENIZER_MAPPING[config_class]
             entries = found if isinstance(found, (list, tuple)) else [found]
-            _require(any(isinstance(entry, type) for entry in entries), f"{model_type}: {found!r}")
+            require(any(isinstance(entry, type) for entry in entries), f"{model_type}: {found!r}")
 
 
 @_fact("output recorders")
 def _output_recorders() -> None:
     """What `output_hidden_states` records is looked up in `_CAN_RECORD_REGISTRY`, a dict, by the class's `str`."""
-    _require(isinstance(output_capturing._CAN_RECORD_REGISTRY, dict), "the registry is no dict")
+    require(isinstance(output_capturing._CAN_RECORD_REGISTRY, dict), "the registry is no dict")
     for model_type in list_patchers():
         model: Any = tiny_model(model_type, decoder=False)
-        _require(isinstance(model._can_record_outputs, dict), f"{model_type}: {model._can_record_outputs!r}")
-        _require(
+        require(isinstance(model._can_record_outputs, dict), f"{model_type}: {model._can_record_outputs!r}")
+        require(
             dict.__contains__(output_capturing._CAN_RECORD_REGISTRY, str(model.__class__)),
             f"{model_type}: a model that was built is not in the registry",
         )
@@ -291,8 +299,8 @@ def _tied_weights() -> None:
     """A model's tied weights are `all_tied_weights_keys` (target: source), made by `get_expanded_tied_weights_keys`."""
     model = tiny_model(_decoder(), decoder=True)
     made = model.get_expanded_tied_weights_keys(all_submodels=True)
-    _require(isinstance(made, dict) and isinstance(model.all_tied_weights_keys, dict), f"made {made!r}")
-    _require(made.items() <= model.all_tied_weights_keys.items(), f"{made} is not in {model.all_tied_weights_keys}")
+    require(isinstance(made, dict) and isinstance(model.all_tied_weights_keys, dict), f"made {made!r}")
+    require(made.items() <= model.all_tied_weights_keys.items(), f"{made} is not in {model.all_tied_weights_keys}")
 
 
 @_fact("loading")
@@ -322,9 +330,81 @@ def _loading() -> None:
         finally:
             logging.set_verbosity(verbosity)
     missing = sorted(info["missing_keys"])
-    _require(missing == ["probe.bias", "probe.weight"], f"missing keys are {missing}")
-    _require(not info["unexpected_keys"], f"unexpected keys are {info['unexpected_keys']}")
-    _require(loaded.probe in initialized, "_init_weights was not called for the missing module")
+    require(missing == ["probe.bias", "probe.weight"], f"missing keys are {missing}")
+    require(not info["unexpected_keys"], f"unexpected keys are {info['unexpected_keys']}")
+    require(loaded.probe in initialized, "_init_weights was not called for the missing module")
+
+
+@_fact("generation guards")
+def _generation_guards() -> None:
+    """`generate` asks `_validate_generation_mode(mode, config, ...)` before the first forward, and `_is_stateful`; ways
+    of generating are members of GenerationMode, static caches are listed by name."""
+    base: Any = type(tiny_model(_decoder(), decoder=True))
+    met: list[Any] = []
+
+    class Probe(base):  # type: ignore[misc]
+        def _validate_generation_mode(self, mode: Any, generation_config: Any, *args: Any, **kwargs: Any) -> None:
+            met.append((mode, generation_config.cache_implementation))
+            super()._validate_generation_mode(mode, generation_config, *args, **kwargs)
+
+    model = Probe(tiny_config(_decoder())).eval()
+    model.register_forward_pre_hook(lambda *_: met.append("forward"))
+    model.generate(token_batch()["input_ids"], max_new_tokens=1, do_sample=False, pad_token_id=0)
+    require(met[:2] == [(generation.GenerationMode.GREEDY_SEARCH, None), "forward"], f"calls were {met}")
+    require(base._is_stateful is False and isinstance(base._can_compile_fullgraph, bool), "flags of the class are gone")
+    require(hasattr(generation.GenerationMode, "ASSISTED_GENERATION"), "there is no ASSISTED_GENERATION")
+    require("static" in generation.ALL_STATIC_CACHE_IMPLEMENTATIONS, "static caches are not listed")
+
+
+@_fact("initialization marks")
+def _initialization_marks() -> None:
+    """`init_weights` draws the weights of every module anew, but for those that carry `_is_hf_initialized`."""
+    model: Any = tiny_model(_decoder(), decoder=True)
+    marked, unmarked = (get_patcher(_decoder()).layers(model)[place] for place in (0, 1))
+    for layer in (marked, unmarked):
+        for module in layer.modules():
+            for tensor in module.parameters(recurse=False):
+                tensor.data.fill_(7)
+                tensor._is_hf_initialized = module._is_hf_initialized = layer is marked
+    model.init_weights()
+    kept = [all(bool((x == 7).all()) for x in layer.parameters()) for layer in (marked, unmarked)]
+    require(kept == [True, False], f"of a marked and an unmarked layer, these kept their weights: {kept}")
+
+
+@_fact("configs in configs")
+def _configs_in_configs() -> None:
+    """`_attn_implementation` of a config is a property whose setter a composite's config calls on those it holds."""
+    require(isinstance(PreTrainedConfig._attn_implementation, property), "_attn_implementation is no property")
+    require(PreTrainedConfig._attn_implementation.fset is not None, "_attn_implementation cannot be set")
+    inner = tiny_config(_decoder())
+    outer: Any = EncoderDecoderConfig(encoder=inner.to_dict(), decoder=inner.to_dict())
+    outer._attn_implementation = "eager"
+    require(outer.decoder._attn_implementation == "eager", "a composite does not hand its implementation down")
+
+
+@_fact("weights before they are read")
+def _weights_before_they_are_read() -> None:
+    """`from_pretrained` reads weights in `_load_pretrained_model(model, state_dict, files, load_config)`, into a model
+    on the meta device; what matches `_keys_to_ignore_on_load_unexpected` may be left over."""
+    base: Any = type(model := tiny_model(_decoder(), decoder=True))
+    met: dict[str, Any] = {}
+
+    class Probe(base):  # type: ignore[misc]
+        @classmethod
+        def _load_pretrained_model(
+            cls, model: Any, state_dict: Any, files: Any, config: Any, *args: Any, **kw: Any
+        ) -> Any:
+            met.update(meta=all(x.is_meta for x in model.parameters()), files=files, config=config)
+            return super()._load_pretrained_model(model, state_dict, files, config, *args, **kw)
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        Probe.from_pretrained(folder)
+    require(met.get("meta"), "the model is not on the meta device, or weights are read elsewhere")
+    require([str(file).endswith(".safetensors") for file in met["files"]] == [True], f"files are {met['files']}")
+    fields = ("hf_quantizer", "ignore_mismatched_sizes")
+    require(all(hasattr(met["config"], name) for name in fields), f"load_config lacks one of {fields}")
+    require(hasattr(base, "_keys_to_ignore_on_load_unexpected"), "_keys_to_ignore_on_load_unexpected is gone")
 
 
 @_fact("model attributes")
@@ -332,57 +412,10 @@ def _model_attributes() -> None:
     """A model knows its `base_model`, its `name_or_path` and whether it recomputes activations, and switches attention
     by `set_attn_implementation`."""
     model: Any = tiny_model(_decoder(), decoder=True)
-    _require(model.base_model is not model and isinstance(model.base_model, PreTrainedModel), "base_model is gone")
-    _require(is_checkpointing(model) is False, "a new model recomputes activations")
+    require(model.base_model is not model and isinstance(model.base_model, PreTrainedModel), "base_model is gone")
+    require(is_checkpointing(model) is False, "a new model recomputes activations")
     enable_checkpointing(model)
-    _require(is_checkpointing(model) is True, "enabling the recomputation of activations shows nowhere")
+    require(is_checkpointing(model) is True, "enabling the recomputation of activations shows nowhere")
     model.set_attn_implementation("eager")
-    _require(model.config._attn_implementation == "eager", "set_attn_implementation did not change the config")
-    _require(isinstance(model.name_or_path, str), "name_or_path is gone")
-
-
-def family_facts(model_type: str) -> None:
-    """Hold a patcher's answers about its family against a model.
-
-    Raises:
-        AssertionError: naming the answer that does not fit.
-    """
-    patcher = get_patcher(model_type)
-    model: Any = tiny_model(model_type, decoder=False, num_hidden_layers=3)
-    config = model.config
-    found = patcher.self_attentions(model)
-    _require(len(found) == config.num_hidden_layers == 3, f"{len(found)} self-attention modules in 3 layers")
-    for attention in found:
-        _require(bool(attention.module.is_causal) == patcher.is_causal(config), "is_causal of module and config differ")  # type: ignore[arg-type]
-    table = patcher.position_table(model)
-    _require((table is None) == patcher.rotary, "a position table and rotary embeddings, or neither")
-    if table is not None:
-        limit = patcher.max_length(config)
-        with torch.no_grad():
-            model(**token_batch(1, limit))
-            try:
-                model(**token_batch(1, limit + 1))
-            except (IndexError, RuntimeError, ValueError):
-                limit = None
-        _require(limit is None, f"the model reads more than the {limit} tokens that its position table has rows for")
-    _check_projections(model_type)
-    keywords = inspect.signature(patcher.attention_class.forward).parameters
-    _require("kwargs" in keywords, f"{patcher.attention_name} takes no further keywords")
-    if has_causal_lm(model_type):
-        _require(any(name in keywords for name in CACHE_KEYWORDS), f"{patcher.attention_name} takes no cache")
-
-
-@torch.no_grad()
-def _check_projections(model_type: str) -> None:
-    """The patcher's projections make the query, key and value that attention is given (rotated ones aside)."""
-    met: dict[str, Any] = {}
-    patcher = get_patcher(model_type)
-    _run_with(model_type, met, {})
-    for name, projection in zip(("query", "key", "value"), patcher.projections(met["module"]), strict=True):
-        if patcher.rotary and name != "value":
-            continue
-        made = nn.functional.linear(met["hidden"], projection.weight, projection.bias)
-        given = met[name].repeat_interleave(met["query"].shape[1] // met[name].shape[1], dim=1)
-        made = made.unflatten(-1, (given.shape[1], -1)).transpose(1, 2)
-        same = made.shape == given.shape and torch.allclose(made, given, atol=1e-3, rtol=1e-3)
-        _require(same, f"the {name} that attention gets is not made by the projection the patcher names")
+    require(model.config._attn_implementation == "eager", "set_attn_implementation did not change the config")
+    require(isinstance(model.name_or_path, str), "name_or_path is gone")
