@@ -163,8 +163,8 @@ def _attention_interface() -> None:
 
 @_fact("mask interface")
 def _mask_interface() -> None:
-    """The mask function registered under the same name is called with `batch_size`, `q_length`, `q_offset`, `kv_length`,
-    `kv_offset`, `mask_function`, `attention_mask` and `device`, and what it returns reaches the attention function."""
+    """The mask function registered under the same name is called with `batch_size`, `q_length`, `q_offset`,
+    `kv_length`, `kv_offset`, `mask_function`, `attention_mask` and `device`, and what it returns reaches attention."""
     for model_type in list_patchers():
         met: dict[str, Any] = {}
         run_with(model_type, met, {})
@@ -375,7 +375,6 @@ def _initialization_marks() -> None:
 def _configs_in_configs() -> None:
     """`_attn_implementation` of a config is a property whose setter a composite's config calls on those it holds."""
     require(isinstance(PreTrainedConfig._attn_implementation, property), "_attn_implementation is no property")
-    require(PreTrainedConfig._attn_implementation.fset is not None, "_attn_implementation cannot be set")
     inner = tiny_config(_decoder())
     outer: Any = EncoderDecoderConfig(encoder=inner.to_dict(), decoder=inner.to_dict())
     outer._attn_implementation = "eager"
@@ -391,11 +390,9 @@ def _weights_before_they_are_read() -> None:
 
     class Probe(base):  # type: ignore[misc]
         @classmethod
-        def _load_pretrained_model(
-            cls, model: Any, state_dict: Any, files: Any, config: Any, *args: Any, **kw: Any
-        ) -> Any:
+        def _load_pretrained_model(cls, model: Any, state_dict: Any, files: Any, config: Any, *args: Any) -> Any:
             met.update(meta=all(x.is_meta for x in model.parameters()), files=files, config=config)
-            return super()._load_pretrained_model(model, state_dict, files, config, *args, **kw)
+            return super()._load_pretrained_model(model, state_dict, files, config, *args)
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
