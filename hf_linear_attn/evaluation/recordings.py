@@ -92,7 +92,7 @@ def record_layers(
     causal = get_patcher(model.config.model_type).is_causal(model.config)
     # The recorder sits in converted layers and answers before their variant runs: any variant will do.
     stand_in = list_variants(decoder=True)[0] if causal else list_variants(encoder=True)[0]
-    convert_model(model, stand_in, layers=layers)
+    convert_model(model, stand_in, layers=None if layers is None else list(layers))
     try:
         return record(model, list(batches))
     finally:
@@ -114,7 +114,7 @@ def build_layers(
     limit = patcher.max_length(model.config)
     patcher.set_max_length(model.config, limit if max_length is None else max_length)
     try:
-        convert_model(model, key, layers=layers, **options)
+        convert_model(model, key, layers=None if layers is None else list(layers), **options)
         built = installed_layers(model)
         revert_model(model)
     finally:

@@ -38,7 +38,9 @@ def fake_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "someone/some-model", "./a/folder"])
-def test_hub_ids_and_folders_are_returned_as_they_are(name):
+def test_hub_ids_and_folders_are_returned_as_they_are(name, tmp_path, monkeypatch):
+    (tmp_path / "a" / "folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     assert resolve_model(name) == name
     assert resolve_model_kwargs(name) == {}
 
