@@ -223,7 +223,9 @@ def _padding(
     if mask.ndim != 2:
         raise ValueError(_mask_message(mask))
     expected = query.shape[0], key.shape[2] if cache_layer is None else cache_layer.seen_tokens
-    if tuple(mask.shape) != expected:
+    # Beside softmax layers with a sliding window, one mask for all covers the window's tokens alone.
+    fewest = min(key.shape[2], expected[1])
+    if mask.shape[0] != expected[0] or not fewest <= mask.shape[1] <= expected[1]:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but there are {expected} [batch, tokens] to attend to."
         )

@@ -212,12 +212,14 @@ def _converted_indices(model: Any) -> list[int]:
 
 def _refuse_incomplete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
     saved = _saved_class(model.config)
-    # A keyword of the load adds or drops these parts of a base model, as upstream.
-    optional = get_patcher(model.config.base_model_type).optional_parts if model.base_model is model else ()  # type: ignore[attr-defined]
-    missing, unexpected = (
-        sorted(key for key in map(str, info[kind]) if key.split(".")[0] not in optional)
-        for kind in ("missing_keys", "unexpected_keys")
-    )
+    missing, unexpected = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
+    for part in get_patcher(model.config.base_model_type).optional_parts if model.base_model is model else ():  # type: ignore[attr-defined]
+        # A keyword of the load adds or drops the whole of it, as upstream.
+        own, gone, extra = (
+            [key for key in keys if key.startswith(f"{part}.")] for keys in (model.state_dict(), missing, unexpected)
+        )
+        if (not own) or (len(gone) == len(own) and not extra):
+            missing, unexpected = ([key for key in keys if key not in gone + extra] for keys in (missing, unexpected))
     if saved is not None and saved is not type(model):
         if missing:  # a model of the class that was saved has them, so the checkpoint lacks them; else it is our head's
             prefix = f"{model.base_model_prefix}."

@@ -76,9 +76,12 @@ GOOD = {"version": 1, "layers": [LAYER, None], "positions": {"original_max_lengt
         ({"version": 2}, "linear_attn.version=2; allowed: format versions 1 to 1. Upgrade hf-linear-attn."),
         ({"layers": {}}, "linear_attn.layers={}; allowed: a list with one entry per layer of the model."),
         ({"layers": "ab"}, "linear_attn.layers='ab'; allowed: a list with one entry per layer of the model."),
-        ({"layers": [7]}, "linear_attn.layers[0]=7; allowed: a mapping with the keys variant, options."),
-        ({"layers": [{}]}, "linear_attn.layers[0] lacks variant. Its keys: variant, options."),
-        ({"layers": [{**LAYER, "x": 1}]}, "Unknown key(s) ['x'] in linear_attn.layers[0]. Allowed: variant, options."),
+        ({"layers": [7]}, "linear_attn.layers[0]=7; allowed: a mapping with the keys variant, options, built_for."),
+        ({"layers": [{}]}, "linear_attn.layers[0] lacks variant. Its keys: variant, options, built_for."),
+        (
+            {"layers": [{**LAYER, "x": 1}]},
+            "Unknown key(s) ['x'] in linear_attn.layers[0]. Allowed: variant, options, built_for.",
+        ),
         (
             {"layers": [LAYER, {**LAYER, "options": [1]}]},
             "linear_attn.layers[1]: options=[1]; allowed: a mapping with the keys num_features, kernel, orthogonal, "

@@ -14,10 +14,12 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from hf_linear_attn import get_variant, list_patchers, list_variants
 from hf_linear_attn.registry import get_patcher
-from hf_linear_attn.seam.tiny import PAD, VOCAB, build, has_causal_lm, tiny_config, tiny_model, token_batch
+from hf_linear_attn.seam.tiny import PAD as PAD
+from hf_linear_attn.seam.tiny import build as build
+from hf_linear_attn.seam.tiny import has_causal_lm, tiny_model
+from hf_linear_attn.seam.tiny import tiny_config as tiny_config
+from hf_linear_attn.seam.tiny import token_batch as token_batch
 from hf_linear_attn.variants.base import LayerContext
-
-__all__ = ["PAD", "VOCAB", "build", "tiny_config", "token_batch"]  # for the tests, from the package's own tiny models
 
 FAMILIES = list_patchers()
 
