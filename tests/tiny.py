@@ -15,6 +15,7 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 from hf_linear_attn import get_variant, list_patchers, list_variants
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.tiny import PAD as PAD
+from hf_linear_attn.seam.tiny import VOCAB as VOCAB
 from hf_linear_attn.seam.tiny import build as build
 from hf_linear_attn.seam.tiny import has_causal_lm, tiny_model
 from hf_linear_attn.seam.tiny import tiny_config as tiny_config
