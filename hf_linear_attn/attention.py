@@ -208,6 +208,8 @@ def linear_attention_forward(
 
     keys_at_hand = cache_layer is None or cache_layer.state is None
     output = _by_bucket(plan, attend, inputs) if plan.buckets and regroups else attend(inputs)
+    if real is not None and not keys_at_hand:
+        _refuse_padded_end(mask, inputs)
     if real is not None:
         reads_last = keys_at_hand and not plan.packed and (is_traced() or not plan.last_real)
         output = _settle_padding(output, inputs, reads_last=reads_last, window=sliding_window)
@@ -259,6 +261,17 @@ def _by_bucket(
 
     tokens = inputs.query, inputs.key, inputs.value, inputs.hidden_states, inputs.global_mask
     return attend_by_bucket(plan, attend_rows, *tokens)
+
+
+def _refuse_padded_end(mask: torch.Tensor | None, inputs: AttentionInputs) -> None:
+    """Raise if the last of several new tokens is padding behind a prompt: generation reads it, its keys are gone."""
+    if mask is None or is_traced() or not inputs.is_causal or inputs.query.shape[2] == 1:
+        return
+    if bool((mask.any(-1) & ~mask[:, -1].bool()).any()):
+        raise ValueError(
+            "A piece of a prompt ends in padding, after earlier pieces whose keys converted layers do not keep. Pad on "
+            "the left, or give the prompt in one piece (prefill_chunk_size unset, a new cache)."
+        )
 
 
 def _settle_padding(

@@ -125,7 +125,7 @@ class LinearAttnPreTrainedModel:
     def conversion_report(self) -> ConversionReport:
         """What each layer runs, the parameters it added, and its measured error if the conversion was calibrated."""
         settle(self)
-        stored = self.__dict__.get(REPORT_ATTRIBUTE)
+        stored = self.base_model.__dict__.get(REPORT_ATTRIBUTE)  # type: ignore[attr-defined]
         return stored if stored is not None else describe(self)  # type: ignore[arg-type]
 
     @property
@@ -406,7 +406,7 @@ def detach(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             attention.module.__class__ = type(attention.module).__mro__[2]
         if not patcher.layers_are_numbered:
             del attention.module.layer_idx
-    model.__dict__.pop(REPORT_ATTRIBUTE, None)
+    model.base_model.__dict__.pop(REPORT_ATTRIBUTE, None)
     _rebrand(model, config, lambda converted: converted.__mro__[2])
 
 

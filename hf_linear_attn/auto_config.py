@@ -124,6 +124,8 @@ class LinearAttnConfigMixin:
 def check_named_layers(config: Any, exactly: bool = False) -> None:
     """Raise `ValueError` if a converted config names too few layers for its model, or `exactly` as many as it has."""
     named, count = len(config.linear_attn["layers"]), config.num_hidden_layers
+    if count < 1:
+        raise ValueError(f"{file_of(config.name_or_path)}num_hidden_layers={count}; allowed: an integer of at least 1.")
     if named < count or (exactly and named != count):
         raise ValueError(
             f"{file_of(config.name_or_path)}linear_attn.layers has {named} entries for num_hidden_layers={count}; "

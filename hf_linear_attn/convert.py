@@ -146,7 +146,7 @@ def convert_model(
         _forget(model)
         raise
     unmark_unpacked(model)
-    setattr(model, REPORT_ATTRIBUTE, describe(model, errors, kept))
+    setattr(model.base_model, REPORT_ATTRIBUTE, describe(model, errors, kept))
     return model
 
 
@@ -245,6 +245,11 @@ def _check_convertible(model: Any) -> None:
     patcher = get_patcher(model.config.model_type)
     for module in model.modules():
         cls = type(module)
+        if isinstance(module, LinearAttnPreTrainedModel):
+            raise ValueError(
+                f"The {cls.__name__} inside the model is already converted. Revert it (revert_model on that part) and "
+                "convert the whole model: a part's config is not saved with the whole."
+            )
         if isinstance(module, PreTrainedModel) and getattr(patcher.modeling, cls.__name__, None) is not cls:
             raise ValueError(
                 f"{cls.__name__} is not one of Transformers' {model.config.model_type} classes, so its "
@@ -485,4 +490,4 @@ def _original_table(model: Any, positions: PositionsConfig) -> torch.Tensor | No
             "The position table was interpolated before this model was saved; the checkpoint's own rows are lost. "
             "Pass keep_positions=True to revert the attention only."
         )
-    return stored
+    return stored.to(table)

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers.cache_utils import EncoderDecoderCache
 
 from hf_linear_attn import convert_model, get_variant, list_variants
-from hf_linear_attn.seam.cache import LinearAttnCacheLayer, cache_keyword
+from hf_linear_attn.seam.cache import LinearAttnCacheLayer
 from tests.tiny import (
     PAD,
     VOCAB,
+    cached,
     causal_families,
     causal_lm,
     is_causal,
@@ -33,11 +34,6 @@ PAIRS = [(v, f) for f in causal_families() for v in (VARIANTS if is_causal(f) el
 
 def converted(variant: str, family: str = MAIN, **kwargs: Any) -> GPT2LMHeadModel:
     return convert_model(causal_lm(family), variant, **small_options(variant, family, causal=True), **kwargs)
-
-
-def cached(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """`cache` under the name that this release of Transformers has for it."""
-    return {cache_keyword(type(model).forward): cache}
 
 
 def left_padded(length: int = 21) -> dict[str, torch.Tensor]:
@@ -76,9 +72,9 @@ def test_cached_generation_equals_uncached(variant: str, family: str, mode: str)
         extra = dict(kwargs) if use_cache else {k: v for k, v in kwargs.items() if k != "prefill_chunk_size"}
         return model.generate(**batch, use_cache=use_cache, **extra)
 
-    cached = generate(True)
-    assert torch.equal(cached, generate(False))
-    assert cached[:, 21:].unique().numel() > 3, "a degenerate model would pass anything"
+    tokens = generate(True)
+    assert torch.equal(tokens, generate(False))
+    assert tokens[:, 21:].unique().numel() > 3, "a degenerate model would pass anything"
 
 
 @over(PAIRS)
@@ -257,3 +253,12 @@ def test_global_attention_mask_is_rejected_by_generate() -> None:
     batch = token_batch(length=10)
     with pytest.raises(ValueError, match="global_attention_mask"):
         model.generate(**batch, global_attention_mask=torch.zeros_like(batch["input_ids"]), max_new_tokens=2)
+
+
+def test_a_later_piece_of_a_prompt_that_ends_in_padding_is_refused() -> None:
+    """The one masked place that is read, and the keys it would need are gone."""
+    model = converted("linear")
+    batch = token_batch(length=24)
+    batch["attention_mask"][0, -5:] = 0
+    with pytest.raises(ValueError, match="Pad on the left"):
+        model.generate(**batch, max_new_tokens=3, pad_token_id=PAD, prefill_chunk_size=7)

@@ -17,6 +17,7 @@ from tests.tiny import (
     VOCAB,
     base_model,
     build,
+    cached,
     causal_lm,
     is_causal,
     main_family,
@@ -112,11 +113,11 @@ def test_decoders_read_packing_off_positions_as_upstream_does(family: str, metho
             {"use_cache": False},
             {"use_cache": False, "attention_mask": torch.ones_like(ids)},
             {"use_cache": True},
-            {"past_key_values": "new"},
+            {"cache": "new"},
         ):
             results = []
             for subject in (softmax, model):
-                given = {k: DynamicCache() if v == "new" else v for k, v in extra.items()}
+                given = cached(subject, DynamicCache()) if "cache" in extra else extra
                 results.append(subject(input_ids=ids, position_ids=at, **given).last_hidden_state)
             torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4, msg=f"{what} {extra}")
 
@@ -210,13 +211,13 @@ def test_a_mask_beside_a_cache_covers_past_and_new_tokens(layers: list[int] | No
     ids, cache = token_batch(length=8)["input_ids"], DynamicCache()
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[0, :3] = 0
-    model(input_ids=ids, attention_mask=mask[:, :8], past_key_values=cache)
+    model(input_ids=ids, attention_mask=mask[:, :8], **cached(model, cache))
     for short in (mask[:, :9], mask[:, -2:]):
         with pytest.raises(ValueError, match="attention_mask has shape"):
-            model(input_ids=ids[:, :2], attention_mask=short, past_key_values=cache)
+            model(input_ids=ids[:, :2], attention_mask=short, **cached(model, cache))
     # Refused before anything changed.
     assert cache.get_seq_length() == 8
-    out = model(input_ids=ids[:, :2], attention_mask=mask, past_key_values=cache).last_hidden_state
+    out = model(input_ids=ids[:, :2], attention_mask=mask, **cached(model, cache)).last_hidden_state
     whole = torch.cat([ids, ids[:, :2]], 1)
     expected = model(input_ids=whole, attention_mask=mask, use_cache=False).last_hidden_state[:, -2:]
     assert_same(out, expected)

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from hf_linear_attn import convert_model, list_variants, revert_model
 from tests.tiny import (
     FAMILIES,
     assert_bit_equal,
     base_model,
+    cached,
     causal_families,
     causal_lm,
     main_family,
@@ -177,8 +178,9 @@ def test_decoders_decode_after_surgery(family: str, when: str) -> None:
             model = operate(convert_model(model, mapping), surgery)
         ids = token_batch(length=11)["input_ids"]
         with torch.no_grad():
-            out = model(input_ids=ids[:, :7], use_cache=True)
-            step = model(input_ids=ids[:, 7:], past_key_values=out.past_key_values, use_cache=True).logits
+            cache = DynamicCache()
+            model(input_ids=ids[:, :7], **cached(model, cache))
+            step = model(input_ids=ids[:, 7:], **cached(model, cache)).logits
             full = model(input_ids=ids, use_cache=False).logits[:, 7:]
         torch.testing.assert_close(step, full, rtol=1e-4, atol=1e-4)
 
@@ -262,3 +264,48 @@ def test_a_config_names_each_layer_once(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"built_for=\[5, 4\]"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_softmax_layer_in_the_place_of_a_converted_one_runs_as_softmax_does() -> None:
+    """It came with a config of its own, and with ours it must not lose causality behind a padding mask."""
+    softmax = causal_lm("llama")
+    model = convert_model(copy.deepcopy(softmax), "memory")
+    model.model.layers[1] = copy.deepcopy(softmax.model.layers[1])
+    batch = token_batch()
+    batch["attention_mask"][0, :9] = 0
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits[real], softmax(**batch).logits[real], atol=1e-4, rtol=1e-4)
+    assert [row.variant for row in model.conversion_report.rows] == ["memory", "softmax"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoder_whose_layers_were_dropped_generates(family: str) -> None:
+    model = convert_model(causal_lm(family, num_hidden_layers=LAYERS), "linear")
+    operate(model, lambda layers: layers[:2])
+    batch, kwargs = token_batch(), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    tokens = [model.generate(**batch, **kwargs, use_cache=use_cache) for use_cache in (True, False)]
+    assert torch.equal(*tokens)
+
+
+def test_a_model_with_a_copy_of_its_config_still_switches_to_softmax() -> None:
+    softmax = base_model("bert")
+    model = convert_model(copy.deepcopy(softmax), "linear")
+    model.config = copy.deepcopy(model.config)
+    model.set_attn_implementation("sdpa")
+    assert_bit_equal(outputs_of(model, token_batch()), outputs_of(softmax, token_batch()))
+
+
+def test_a_model_whose_base_is_converted_already_is_refused_with_the_way_out() -> None:
+    model = causal_lm("llama")
+    convert_model(model.model, "linear")
+    with pytest.raises(ValueError, match=r"already converted\. Revert it"):
+        convert_model(model, "linear")
+    revert_model(model.model)
+    convert_model(model, "linear")
+
+
+def test_no_layers_at_all_is_a_sentence(tmp_path: Path) -> None:
+    convert_model(base_model("bert"), "linear").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_hidden_layers=0; allowed"):
+        AutoModel.from_pretrained(tmp_path, num_hidden_layers=0)

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from hf_linear_attn import get_variant, list_patchers, list_variants
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam.cache import cache_keyword
 from hf_linear_attn.seam.tiny import PAD as PAD
 from hf_linear_attn.seam.tiny import VOCAB as VOCAB
 from hf_linear_attn.seam.tiny import build as build
@@ -122,6 +124,11 @@ def thorough_pairs() -> list[tuple[str, str]]:
 def over(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
     """Parametrises a test over (variant, family) pairs."""
     return pytest.mark.parametrize(("variant", "family"), cases, ids=[f"{v}-{f}" for v, f in cases])
+
+
+def cached(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """`cache` under the name that this release of Transformers has for it."""
+    return {cache_keyword(type(model).forward): cache}
 
 
 def inputs_for(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -272,9 +272,11 @@ def _check_batch(layer: LinearAttnCacheLayer, batch: int) -> None:
 
 def _check_lengths(cache: Cache, layer: LinearAttnCacheLayer, layer_idx: int, new_tokens: int) -> None:
     """Raise if an exception in an earlier forward left some layers of the cache a step ahead of others."""
-    # Layer 0 opens the call, so the last layer must be where it is; later layers follow layer 0, which has just
-    # taken the new tokens.
-    other: Any = cache.layers[0] if layer_idx else cache.layers[-1]
+    # Layer 0 opens the call, so the last layer in use must be where it is (a cache may have room for more layers than
+    # the model has left); later layers follow layer 0, which has just taken the new tokens.
+    layers: list[Any] = cache.layers
+    in_use = [entry for entry in layers if entry.is_initialized]
+    other: Any = cache.layers[0] if layer_idx else (in_use or [layer])[-1]
     expected = layer.seen_tokens + (new_tokens if layer_idx else 0)
     if other.get_seq_length() != expected:
         raise ValueError(

@@ -85,11 +85,20 @@ def number_layers(patcher: ModelPatcher, model: nn.Module) -> None:
 
 
 def have_moved(patcher: ModelPatcher, model: PreTrainedModel) -> bool:
-    """Whether layers of a converted model were dropped, reordered or stacked since they were numbered."""
+    """Whether layers of a converted model were dropped, reordered, stacked or replaced since they were numbered."""
     config: Any = model.config
-    counts = {patcher.num_layers(model), config.num_hidden_layers, len(config.linear_attn["layers"])}
-    numbers = (getattr(entry.module, "layer_idx", None) == entry.layer_idx for entry in patcher.self_attentions(model))
-    return len(counts) > 1 or not all(numbers)
+    named = config.linear_attn["layers"]
+    if len({patcher.num_layers(model), config.num_hidden_layers, len(named)}) > 1:
+        return True
+
+    def fits(place: int, module: Any) -> bool:
+        same_config = getattr(module, "config", config) is config
+        is_converted = hasattr(module, "linear_attn")
+        return (
+            getattr(module, "layer_idx", None) == place and same_config and is_converted == (named[place] is not None)
+        )
+
+    return not all(fits(place, module) for place, _, module in patcher.self_attentions(model))
 
 
 def layers_as_they_stand(patcher: ModelPatcher, model: nn.Module) -> tuple[LayerConfig | None, ...]:
