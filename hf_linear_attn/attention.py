@@ -53,12 +53,21 @@ class LinearAttnCall:
     cache_layer: LinearAttnCacheLayer | None
 
 
+JIT_TRACE_MESSAGE = (
+    "torch.jit.trace, which torch.onnx.export(dynamo=False) uses too, writes the length of the example into a "
+    "converted layer. Allowed: torch.export.export with dynamic_shapes, and torch.onnx.export of that program "
+    "(docs/export.md)."
+)
+
+
 class ConvertedAttention:
     """Mixin put before an upstream self-attention class; its instances own a variant, `linear_attn`."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.config._attn_implementation != IMPLEMENTATION:  # type: ignore[attr-defined]
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if torch.jit.is_tracing():
+            raise ValueError(JIT_TRACE_MESSAGE)
         cache = find_cache([*(("", value) for value in args), *kwargs.items()])
         cache_layer = None
         if cache is not None:

@@ -54,6 +54,8 @@ class VariantSpec:
         linear_cost: whether it claims never to hold a tensor with two dimensions of sequence length; a function of
             the options where they decide.
         quadratic: what of it takes time quadratic in the length, for the table of methods: options, or "always".
+        masked_export: whether a program exported from an encoder computes all pairs of tokens behind a mask, in time
+            and memory quadratic in the length, because its blocks have no form for every length.
         kernel: the Triton kernel that can run it on a GPU, e.g. `"linear_attention"`; "" where there is none.
         kernel_sides: the sides whose attention the kernel runs.
     """
@@ -73,6 +75,7 @@ class VariantSpec:
     test_options: tuple[dict[str, Any], ...] = ()
     linear_cost: bool | Callable[[Any], bool] = True
     quadratic: str = ""
+    masked_export: bool = False
     kernel: Literal["", "linear_attention", "gated_linear_attention", "block_sparse"] = ""
     kernel_sides: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 

@@ -19,6 +19,7 @@ TOP_LEVEL = {
     "Makefile",
     "README.md",
     "constraints.txt",
+    "docs",
     "hf_linear_attn",
     "model_cards",
     "notebooks",

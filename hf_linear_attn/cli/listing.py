@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_linear_attn.registry import VariantSpec
 
-__all__ = ["KEEPS", "all_facts", "exact_limit", "short_facts", "spell_defaults"]
+__all__ = ["KEEPS", "all_facts", "exact_limit", "exported_form", "short_facts", "spell_defaults"]
 
 # kind of decode state -> what generation keeps
 KEEPS = {"constant": "constant size", "window": "a window of keys", "kv": "all keys", "none": "-"}
@@ -52,6 +52,11 @@ def short_facts(spec: VariantSpec) -> dict[str, str]:
     }
 
 
+def exported_form(spec: VariantSpec) -> str:
+    """What a program exported from an encoder computes."""
+    return "all pairs of tokens behind a mask, quadratic in length" if spec.masked_export else "the method as it runs"
+
+
 def all_facts(spec: VariantSpec) -> dict[str, str]:
     """Everything that the registry says of a variant."""
     limits = [f"{options} ({', '.join(sides)})" for options, sides in exact_limit(spec, 128).items()]
@@ -65,6 +70,7 @@ def all_facts(spec: VariantSpec) -> dict[str, str]:
         "generation keeps": KEEPS[spec.state],
         "equals softmax": "\n".join(limits) + " at 128 tokens" if limits else "never",
         "quadratic in length": spec.quadratic or "nothing",
+        **({"exported": exported_form(spec)} if spec.encoder else {}),
         "Triton kernel": f"{spec.kernel} ({' and '.join(f'{side}s' for side in spec.kernel_sides)})"
         if spec.kernel
         else "none: plain PyTorch",

@@ -20,6 +20,7 @@ from hf_linear_attn.ops.block_patterns import CAUSAL, EMPTY, FULL, TAIL, BlockLi
 from hf_linear_attn.ops.block_segments import Piece, attend_segments
 from hf_linear_attn.ops.compaction import CompactedCall, heads_apart, take_tokens
 from hf_linear_attn.ops.kept_lists import kept_lists
+from hf_linear_attn.ops.tracing import blocks_of, is_exported
 
 __all__ = [
     "ANYONE",
@@ -135,7 +136,7 @@ def block_grid(call: CompactedCall, block_size: int, *, aligned: bool) -> BlockG
         rank = rank.clamp(min=0)
         return BlockGrid(block_size, rank // block_size, rank % block_size, start, count, None, None, aligned)
     # Queries after earlier keys may begin in the middle of a block.
-    num_tiles = -(-q_len // block_size) if q_len == k_len else (q_len + block_size - 2) // block_size + 1
+    num_tiles = blocks_of(q_len, block_size) if q_len == k_len else (q_len + block_size - 2) // block_size + 1
     first = rank[:, :1].clamp(min=0) // block_size
     row = first + torch.arange(num_tiles, device=device)
     place = torch.arange(block_size, device=device)[None]
@@ -188,6 +189,8 @@ def block_sparse_attention(
     if callable(lists):
         key = "lists", kept_as, grid.block_size, call.q.shape[2], call.k.shape[2], call.q.device
         lists = lists() if kept_as is None else kept_lists(key, call.q.device, lists)
+    if is_exported() and not lists.is_causal:
+        return _attend_dense(call, grid, lists, scaling, extra)
     q, shift = grid.tiles(call.q), None
     B, R, H, _, D = q.shape
     width, G = lists.columns.shape[-1] * grid.block_size, 0 if extra is None else extra.key.shape[2]
@@ -318,6 +321,37 @@ def _attend_gathered(q: torch.Tensor, call: CompactedCall, listed: _Listed, step
             keys, values = (torch.cat(pair, dim=3) for pair in zip(shared, (keys, values), strict=True))
         outputs.append(_attend(q[:, part], keys, values, seen, scaling, listed.shift))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _attend_dense(
+    call: CompactedCall, grid: BlockGrid, lists: BlockLists, scaling: float, extra: Extra | None
+) -> torch.Tensor:
+    """All queries over all keys behind a mask, for exported programs: `[B, H, Tq, D]`, 0 in rows without a key."""
+    (B, _, q_len, _), k_len, b = call.q.shape, call.k.shape[2], grid.block_size
+    listed = _Listed(lists, grid, None, None, blocks_of(k_len, b) * b)
+    blocks = listed.blocks_seen()
+    if lists.full_rows is not None:
+        full = (grid.row[:, :, None] == lists.full_rows[:, None]).any(-1)  # [B or 1, R]
+        blocks = blocks | full[:, None, :, None]
+    rank = call.rank.expand(B, -1)
+    rows = rank[:, k_len - q_len :].clamp(min=0) // b
+    tile = (rows - grid.row[:, :1]).clamp(min=0)[:, None, :, None]
+    of_row = blocks.expand(B, -1, -1, -1).gather(2, tile.expand(-1, blocks.shape[1], -1, blocks.shape[3]))
+    column = (rank.clamp(min=0) // b)[:, None, None].expand(-1, blocks.shape[1], q_len, -1)
+    seen = of_row.gather(3, column) & (rank >= 0)[:, None, None]
+    parts = [(call.q @ call.k.mT * scaling, seen, call.v)]
+    if extra is not None:
+        logits = call.q @ extra.key.mT * scaling
+        logits = logits if extra.shift is None else logits + extra.shift.to(logits.dtype)[:, None, None]
+        parts.append((logits, extra.seen(rows, lists.is_causal)[:, None], extra.value))
+    # One softmax over both parts, not joined: a tracer would ask what their lengths add up to.
+    least = torch.finfo(call.q.dtype).min
+    peaks = [logits.masked_fill(~seen, least).amax(-1, keepdim=True) for logits, seen, _ in parts]
+    peak = peaks[0] if len(peaks) == 1 else torch.maximum(*peaks)
+    weights = [(logits - peak).masked_fill(~seen, least).exp() * seen for logits, seen, _ in parts]
+    output = torch.stack([w @ part[2] for w, part in zip(weights, parts, strict=True)]).sum(0)
+    total = torch.stack([w.sum(-1, keepdim=True) for w in weights]).sum(0)
+    return output / torch.where(total == 0, 1.0, total)
 
 
 def _places(columns: torch.Tensor, grid: BlockGrid, k_len: int) -> torch.Tensor:

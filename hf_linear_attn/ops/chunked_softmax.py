@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from hf_linear_attn.ops.feature_maps import accumulation_dtype
 from hf_linear_attn.ops.linear_sums import LOG_ZERO
 from hf_linear_attn.ops.masking import safe_masked_fill
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = ["chunked_softmax_attention"]
 
@@ -60,12 +61,25 @@ def chunked_softmax_attention(
             return F.scaled_dot_product_attention(
                 q.to(dtype), k.to(dtype), v.to(dtype), is_causal=is_causal and q_len > 1, scale=scaling
             ).to(v.dtype)
+    if is_exported() and not is_causal:
+        return _whole(q, k, v, scaling, key_padding)
     if chunk_size is None:
         chunk_size = max(_MIN_CHUNK, math.isqrt(k_len - 1) + 1)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be None or an int >= 1, got {chunk_size!r}.")
     k, v = safe_masked_fill(k, key_padding), safe_masked_fill(v, key_padding)
     return _ChunkedSoftmax.apply(q, k, v, key_padding, is_causal, scaling, chunk_size)
+
+
+def _whole(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, key_padding: torch.Tensor | None
+) -> torch.Tensor:
+    """All of it in torch's own kernel, for exported programs: the chunks are the runtime's business."""
+    dtype, mask = accumulation_dtype(v.dtype), None
+    q, k, v_full = q.to(dtype), safe_masked_fill(k, key_padding).to(dtype), safe_masked_fill(v, key_padding).to(dtype)
+    if key_padding is not None:  # a row without any key attends to values of 0
+        mask = (key_padding | ~key_padding.any(-1, keepdim=True))[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v_full, attn_mask=mask, scale=scaling).to(v.dtype)
 
 
 class _ChunkedSoftmax(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 
 from hf_linear_attn.ops.growing import append_tokens, may_grow
 from hf_linear_attn.ops.masking import invert_permutation, pads_first_permutation, safe_masked_fill
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = [
     "CompactedCall",
@@ -34,7 +35,7 @@ def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     them together would copy all of `x`.
     """
     B, H, T, D = x.shape
-    apart = heads_apart(x) if index.shape[1] <= T and not torch.compiler.is_compiling() else None
+    apart = heads_apart(x) if not torch.compiler.is_compiling() and index.shape[1] <= T else None
     if apart is not None:
         matrix, first = apart
         return matrix.index_select(0, (first + index[:, None]).flatten()).view(B, H, index.shape[1], D)
@@ -210,7 +211,15 @@ def marked_tokens(mask: torch.Tensor, call: CompactedCall) -> GlobalTokens | Non
     """The real tokens that `mask` (bool `[B, T]`, in the call's order) marks, or None when it marks none.
 
     How many they are is read from the device: this path cannot be compiled into one graph.
+
+    Raises:
+        ValueError: in an exported program.
     """
+    if is_exported():
+        raise ValueError(
+            "global_attention_mask in an exported program: how many tokens it marks decides the size of tensors. "
+            "Allowed there: the first tokens as global ones (num_global_tokens), without a mask."
+        )
     if call.perm is not None and call.query_real is not None:
         mask = (mask & call.query_real).gather(1, call.perm)
     number = mask.sum(-1)

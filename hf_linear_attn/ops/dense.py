@@ -8,6 +8,7 @@ import torch
 
 from hf_linear_attn.ops.compaction import CompactedCall
 from hf_linear_attn.ops.linear_sums import full_precision
+from hf_linear_attn.ops.tracing import segments
 
 __all__ = ["attend_in_chunks", "masked_softmax", "row_logits"]
 
@@ -59,12 +60,10 @@ def attend_in_chunks(
     """
     (B, H, q_len, _), k_len, device = call.q.shape, call.k.shape[2], call.q.device
     elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
-    step = max(1, elements // (B * H * max(1, k_len)))
     real = (call.rank >= 0)[:, None, None, :]
     places = torch.arange(k_len, device=device)
     outputs = []
-    for start in range(0, q_len, step):
-        rows = slice(start, min(start + step, q_len))
+    for rows in segments(q_len, elements, B * H * max(1, k_len)):
         allowed = real & (places <= places[k_len - q_len :][rows, None]) if is_causal else real
         outputs.append(weights(rows, allowed).to(call.v.dtype) @ call.v)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

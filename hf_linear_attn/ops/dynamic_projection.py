@@ -21,6 +21,7 @@ from hf_linear_attn.ops.band_attention import UNSEEN, attend_backward, attend_wi
 from hf_linear_attn.ops.compaction import CompactedCall, take_tokens
 from hf_linear_attn.ops.landmark_blocks import NOTHING, gated_norm, norm_by_blocks, pool_by_blocks
 from hf_linear_attn.ops.pooling import even_segment_starts, segment_of_rank
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = [
     "GatedNorm",
@@ -66,7 +67,7 @@ class GatedNorm(nn.Module):
         self.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not is_exported():
             return norm_by_blocks(x, self.gate, self.weight, self.bias)
         return gated_norm(x, self.gate[:, None, None], self.weight[:, None], self.bias[:, None])
 
@@ -92,7 +93,9 @@ def pool_landmarks(
         if allowed is not None:
             logits = logits.masked_fill(~allowed, NOTHING)
         p = logits.softmax(-2)
-        entropy = (logits.logsumexp(-2) - (p * logits).sum(-2)).clamp(min=0, max=math.log(max(k.shape[-2], 1)))
+        entropy = (logits.logsumexp(-2) - (p * logits).sum(-2)).clamp(min=0)
+        if not is_exported():  # but for rounding it is never more
+            entropy = entropy.clamp(max=math.log(max(k.shape[-2], 1)))
         p = p.transpose(-1, -2)
         return (p @ keys).to(k.dtype), (p @ v.to(dtype)).to(v.dtype), entropy
 
@@ -117,8 +120,10 @@ def pool_sequence(
     places = rank.masked_fill(rank < 0, k.shape[2])
     segment = segment_of_rank(even_segment_starts(n_real, len(landmarks)), k.shape[2], places)
     own, real = segment[:, None, :, None] == landmarks, (rank >= 0)[:, None, :, None]
-    allowed = torch.where(segmented[:, None, None], own, real)  # [B or 1, H, T, r]
-    pool = pool_by_blocks if k.device.type == "cpu" else pool_landmarks
+    cut = segmented[:, None, None]
+    # [B or 1, H, T, r]; onnxruntime has no `where` of bools
+    allowed = (own & cut) | (real & ~cut) if is_exported() else torch.where(cut, own, real)
+    pool = pool_by_blocks if k.device.type == "cpu" and not is_exported() else pool_landmarks
     keys, values, entropy = pool(k, v, weight, allowed)
     shared = used.to(entropy.dtype).log().masked_fill(segmented, 0)  # [B or 1, H]
     return (keys, values, entropy - shared[..., None]), landmarks < used

@@ -35,6 +35,7 @@ from hf_linear_attn.ops.linear_sums import (
     unpack_state,
 )
 from hf_linear_attn.ops.masking import causal_mask, query_padding, safe_masked_fill
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = [
     "LOG_ZERO",
@@ -350,7 +351,7 @@ def _traced(
     state: State | None,
 ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
     """Attention in blocks, differentiated by autograd; `q_map` and `k_map` give features of a range of positions."""
-    k_len, dtype, block = v.shape[2], accumulation_dtype(v.dtype), block_size(v)
+    k_len, dtype = v.shape[2], accumulation_dtype(v.dtype)
 
     def keys(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         features, weight = k_map(start, stop)
@@ -360,6 +361,13 @@ def _traced(
         return features.to(dtype), *prepare_keys(v[:, :, start:stop], weight, padding, dtype)
 
     carry = None if state is None else pack_state(state)
+    if is_exported() and not is_causal:  # in one piece: no block depends on the length
+        carry = accumulate(None, *keys(0, k_len))
+        queries, log_scale = q_map(0, q_len)
+        sums, peak = queries.to(dtype) @ carry[0], carry[1][..., None]
+        peak = peak if log_scale is None else peak + log_scale
+        return divide(sums, v.dtype), sums[..., -1].clamp(min=TINY).log() + peak, None
+    block = block_size(v)
     # Keys before the first query's own position (all of them when bidirectional) are only summed.
     offset = k_len - q_len if is_causal else k_len
     for start in range(0, offset, block):

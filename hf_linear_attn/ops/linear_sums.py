@@ -139,7 +139,7 @@ def chunk_block(
 def divide(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Numerator over denominator, the latter kept away from 0 with its sign (Fourier features have both)."""
     numerator, denominator = sums[..., :-1], sums[..., -1:]
-    tiny = torch.full_like(denominator, TINY).copysign(denominator)
+    tiny = torch.where(denominator < 0, -TINY, TINY)
     return (numerator / torch.where(denominator.abs() < TINY, tiny, denominator)).to(dtype)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_linear_attn.ops.chunk_attention import attend_chunks
+from hf_linear_attn.ops.tracing import blocks_of, is_exported
 
 __all__ = ["Rounds", "hash_buckets", "naive_round_attention", "round_attention", "visible"]
 
@@ -98,6 +99,8 @@ def visible(
         num_buckets: buckets are below this.
     """
     (B, H, q_len, rounds), k_len = q_bucket.shape, k_bucket.shape[2]
+    if is_exported() and not is_causal:
+        return _visible_by_counts(q_bucket, k_bucket, real, chunk_size, num_buckets)
     chunk, offset = min(chunk_size, k_len), k_len - q_len
     by_position = real is None and is_causal and q_len == k_len
     same = real is None and q_bucket is k_bucket
@@ -151,6 +154,31 @@ def visible(
     return Rounds(q_chunk, k_chunk, k_place, real, num_chunks, chunk, is_causal, by_position, same)
 
 
+def _visible_by_counts(
+    q_bucket: torch.Tensor, k_bucket: torch.Tensor, real: torch.Tensor | None, chunk_size: int, num_buckets: int
+) -> Rounds:
+    """`visible` of as many queries as keys, bidirectional, without sorting: a key's rank is counted, bucket by bucket.
+
+    For exported programs. Arguments as in `visible`.
+    """
+    B, H, k_len = k_bucket.shape[:3]
+    if real is None:
+        real = torch.ones(1, k_len, dtype=torch.bool, device=k_bucket.device)
+    real = real.expand(B, k_len)
+    held = (k_bucket[..., None] == torch.arange(num_buckets, device=real.device)) & real[:, None, :, None, None]
+    upto = held.long().cumsum(2)  # [B, H, T, rounds, b]
+    total = upto[:, :, -1:]
+    first = total.cumsum(-1) - total
+    before = upto - held.long() + first  # the place of a key, or where a query falls, were it in that bucket
+    k_place = before.gather(-1, k_bucket[..., None])[..., 0]
+    q_place = before.gather(-1, q_bucket[..., None])[..., 0]
+    last = (real.sum(-1) - 1).clamp(min=0)[:, None, None, None]
+    k_place, q_place = (x.minimum(last).permute(3, 0, 1, 2).flatten(1, 2) for x in (k_place, q_place))
+    seen = real[:, None].expand(B, H, k_len).flatten(0, 1)
+    k_chunk, q_chunk = k_place // chunk_size + 1, q_place // chunk_size + 1
+    return Rounds(q_chunk, k_chunk, k_place % chunk_size, seen, blocks_of(k_len, chunk_size) + 1, chunk_size, False)
+
+
 def naive_round_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -160,7 +188,7 @@ def naive_round_attention(
     scaling: float,
     self_penalty: bool = False,
 ) -> torch.Tensor:
-    """Dense O(n^2) evaluation of `round_attention`, for tests and inspection; same arguments."""
+    """Dense O(n^2) evaluation of `round_attention`, for exported programs and tests; same arguments."""
     q_len, k_len = q.shape[2], k.shape[2]
     distance = rounds.q_chunk[..., None] - rounds.k_chunk[..., None, :]
     allowed = ((distance == 0) | (distance == 1)).any(0) & rounds.real[:, None]  # [N, Tq, Tk]
@@ -195,6 +223,8 @@ def round_attention(
     Returns:
         `[B, H, Tq, D]`; rows that see no key are 0.
     """
+    if is_exported() and not rounds.is_causal:
+        return naive_round_attention(q, k, v, rounds, scaling=scaling, self_penalty=self_penalty)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     out = attend_chunks(
         q.to(dtype).flatten(0, 1),

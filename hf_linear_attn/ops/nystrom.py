@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.compaction import take_tokens
 from hf_linear_attn.ops.masking import invert_permutation, pads_first_permutation, safe_masked_fill
 from hf_linear_attn.ops.pooling import attend_pooled, even_segment_mean
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = ["CENTROIDS", "OWN_QUERIES", "SEGMENT_MEANS", "iterative_pinv", "nystrom_attention", "rank_convolution"]
 
@@ -84,11 +85,13 @@ def nystrom_attention(
     if q_len > k_len:
         raise ValueError(f"Nystrom attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
     query_real = visible = None
+    if key_padding is None and is_exported():  # which length is short is then a question of each row
+        key_padding = torch.ones(k.shape[0], k_len, dtype=torch.bool, device=k.device)
     if key_padding is not None:
         n_keys, query_real = key_padding.sum(-1), key_padding[:, k_len - q_len :]
         q, k, v = safe_masked_fill(q, query_real), safe_masked_fill(k, key_padding), safe_masked_fill(v, key_padding)
         visible = (key_padding | (n_keys == 0)[:, None])[:, None, None]  # without any key: values are 0, so is the mean
-    if min(q_len, k_len) <= m:
+    if not is_exported() and min(q_len, k_len) <= m:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
     q_marks, k_marks = even_segment_mean(q, m, query_real), even_segment_mean(k, m, key_padding)  # [B, H, m, D]
@@ -105,7 +108,8 @@ def nystrom_attention(
         mixed = iterative_pinv(logits.softmax(-1), num_iterations) @ mixed
     if key_padding is not None:
         # Rows of at most m tokens: their keys and values themselves.
-        first = pads_first_permutation(~key_padding)[:, :m]
+        first = pads_first_permutation(~key_padding)
+        first = (F.pad(first, (0, m)) if is_exported() else first)[:, :m]
         short = (n_keys <= m)[:, None, None, None]
         k_marks = torch.where(short, take_tokens(k, first).to(full), k_marks)
         mixed = torch.where(short, take_tokens(v, first).to(full), mixed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.tracing import is_exported
+
 __all__ = [
     "attend_pooled",
     "attend_segments",
@@ -42,6 +44,8 @@ def segment_of_rank(starts: torch.Tensor, length: int, rank: torch.Tensor | None
     """Segment of each rank `[B, length]`; ranks past the last segment get the number of segments."""
     if rank is None:
         rank = torch.arange(length, device=starts.device).expand(starts.shape[0], -1)
+    if is_exported():  # ONNX has no search
+        return (rank[..., None] >= starts[:, None, 1:]).sum(-1)
     return torch.searchsorted(starts[:, 1:].contiguous(), rank.contiguous(), right=True)
 
 
@@ -76,7 +80,7 @@ def even_segment_mean(x: torch.Tensor, slots: int, real: torch.Tensor | None = N
         `[B, H, slots, D]`.
     """
     length = x.shape[2]
-    if real is None and length % slots == 0:
+    if real is None and not is_exported() and length % slots == 0:
         heads = x.transpose(1, 2).flatten(2)  # side by side, where the mean is quicker
         dtype = torch.promote_types(x.dtype, torch.float32)
         return heads.unflatten(1, (slots, -1)).mean(2, dtype=dtype).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.compaction import take_tokens
 from hf_linear_attn.ops.masking import pads_first_permutation, safe_masked_fill
 from hf_linear_attn.ops.pooling import even_segment_starts, mix_tokens, segment_max, segment_mean
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = ["PROJECTION_CHOICES", "SequenceProjection", "check_projection_options"]
 
@@ -188,10 +189,10 @@ class SequenceProjection:
             n_real = padding.sum(-1)
         each: Any = ((key, key_weight), (value, key_weight if value_weight is None else value_weight))
         if self.is_linear and self.options.init == "random":  # without segments any token brings all slots into use
-            key, value = (self._mix(x, weight[None, ..., :length]) for x, weight in each)
+            key, value = (self._mix(x, _columns(weight, length)[None]) for x, weight in each)
             return key, value, None if padding is None else (n_real > 0)[:, None].expand(-1, self.k)
         # An exported graph serves all lengths: the number of slots may not depend on them.
-        exported = torch.compiler.is_exporting()
+        exported = is_exported()
         slots = self.k if exported else min(self.k, length)
         starts = even_segment_starts(n_real, slots)
         in_use = None if padding is None and not exported else starts.diff() > 0
@@ -261,3 +262,10 @@ class SequenceProjection:
         """Sums over tokens `[B, H, T, D]` weighted by `[B or 1, H or 1, slots, T]`."""
         weight = weight.to(x.dtype)
         return mix_tokens(weight[:, 0], x) if weight.shape[1] == 1 else weight @ x
+
+
+def _columns(weight: torch.Tensor, length: int) -> torch.Tensor:
+    """The first columns of E; of a slice, an exported program would ask at which lengths it is the whole."""
+    if is_exported():
+        return weight.index_select(-1, torch.arange(length, device=weight.device))
+    return weight[..., :length]

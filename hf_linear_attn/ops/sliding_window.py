@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.backend import use_triton
 from hf_linear_attn.ops.band_attention import attend_band, serves
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = [
     "Extra",
@@ -47,7 +48,7 @@ def naive_sliding_window_attention(
     key_allowed: torch.Tensor | None = None,
     extra: Extra | None = None,
 ) -> torch.Tensor:
-    """Dense O(n^2) evaluation of `sliding_window_attention`, for tests and inspection; same arguments."""
+    """Dense O(n^2) evaluation of `sliding_window_attention`, for exported programs and tests; same arguments."""
     (B, H, q_len, _), k_len, width = q.shape, k.shape[2], v.shape[3]
     q, k, v = _widened(q, k, v, extra)
     distance = torch.arange(k_len, device=q.device) - torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
@@ -119,6 +120,9 @@ def sliding_window_attention(
             given: dict[str, Any] = {"dilation": dilation, "key_allowed": key_allowed, "extra": extra}
             out = fused.sliding_window_attention(q, k, v, left=left, right=right, scaling=scaling, **given)
             return out[..., :width]
+    if is_exported():
+        seen: dict[str, Any] = {"dilation": dilation, "key_allowed": key_allowed, "extra": extra}
+        return naive_sliding_window_attention(q, k, v, left=left, right=right, scaling=scaling, **seen)
     return by_dilation(
         lambda q, k, v, d, part: _dilated(q, k, v, left, right, scaling, d, key_allowed, part, block_size),
         *(q, k, v, dilation, extra),

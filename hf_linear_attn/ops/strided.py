@@ -17,6 +17,7 @@ from hf_linear_attn.ops.block_sparse import segment_rows
 from hf_linear_attn.ops.dense import row_logits
 from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = ["column_attention", "naive_strided_attention", "strided_attention"]
 
@@ -55,6 +56,9 @@ def strided_attention(
             given: dict[str, Any] = {"scaling": scaling, "is_causal": is_causal, "key_allowed": key_allowed}
             return fused.strided_attention(q, k, v, stride=stride, **given)
     (B, H, q_len, _), k_len, device = q.shape, k.shape[2], q.device
+    if is_exported():
+        where: dict[str, Any] = {"is_causal": is_causal, "key_allowed": key_allowed}
+        return naive_strided_attention(q, k, v, stride=stride, scaling=scaling, **where)
     if stride >= k_len - 1:
         right = 0 if is_causal else k_len
         return sliding_window_attention(q, k, v, left=k_len, right=right, scaling=scaling, key_allowed=key_allowed)
@@ -122,6 +126,9 @@ def column_attention(
         if use_triton(backend, q, fused.refusal(q)):
             given: dict[str, Any] = {"scaling": scaling, "is_causal": is_causal, "key_allowed": key_allowed}
             return fused.column_attention(q, k, v, stride=stride, **given)
+    if is_exported():
+        where: dict[str, Any] = {"is_causal": is_causal, "key_allowed": key_allowed, "near": False}
+        return naive_strided_attention(q, k, v, stride=stride, scaling=scaling, **where)
     B, q_len, k_len, device = q.shape[0], q.shape[2], k.shape[2], q.device
     num_rows, num_columns = -(-q_len // stride), -(-k_len // stride)
     if key_allowed is None:
@@ -155,10 +162,13 @@ def _windows(x: torch.Tensor, reach: int, dim: int) -> torch.Tensor:
     return torch.cat([x.narrow(dim, i, count) for i in range(reach)], dim=dim + 1)
 
 
-def _pattern(q_len: int, k_len: int, stride: int, is_causal: bool, device: torch.device) -> torch.Tensor:
+def _pattern(
+    q_len: int, k_len: int, stride: int, is_causal: bool, device: torch.device, near: bool = True
+) -> torch.Tensor:
     """bool `[1, 1, Tq, Tk]`."""
     distance = torch.arange(k_len - q_len, k_len, device=device)[:, None] - torch.arange(k_len, device=device)
-    seen = (distance.abs() <= stride) | (distance % stride == 0)
+    seen = distance % stride == 0
+    seen = seen | (distance.abs() <= stride) if near else seen
     return (seen & (distance >= 0) if is_causal else seen)[None, None]
 
 
@@ -171,9 +181,13 @@ def naive_strided_attention(
     scaling: float,
     is_causal: bool,
     key_allowed: torch.Tensor | None = None,
+    near: bool = True,
 ) -> torch.Tensor:
-    """Dense O(n^2) evaluation of `strided_attention`, for tests and inspection; same arguments."""
-    seen = _pattern(q.shape[2], k.shape[2], stride, is_causal, q.device)
+    """Dense O(n^2) evaluation of `strided_attention`, for exported programs and tests; same arguments.
+
+    Without `near` that of `column_attention`.
+    """
+    seen = _pattern(q.shape[2], k.shape[2], stride, is_causal, q.device, near)
     if key_allowed is not None:
         seen = seen & key_allowed[:, None, None, :]
     logits = (q @ k.transpose(-1, -2) * scaling).masked_fill(~seen, float("-inf"))

@@ -11,6 +11,8 @@ after the window is the same in reverse. Cost n (w + F) D. `ops.taylor_window` d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +28,7 @@ from hf_linear_attn.ops.feature_maps import (
 from hf_linear_attn.ops.linear_attention import LOG_ZERO, State, feature_map_attention_with_normalizer
 from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.taylor_window import taylor_window_attention
+from hf_linear_attn.ops.tracing import is_exported
 from hf_linear_attn.ops.window_blocks import window_block_softmax
 
 __all__ = ["centered_features", "naive_window_tail_attention", "window_softmax", "window_tail_attention"]
@@ -80,6 +83,10 @@ def window_tail_attention(
     dtype = accumulation_dtype(v.dtype)
     with torch.autocast(q.device.type, enabled=False):
         q, k, wide = q.to(dtype), k.to(dtype), v.to(dtype)
+        if is_exported() and state is None:
+            window: dict[str, Any] = {"left": left, "right": right, "is_causal": is_causal, "scaling": scaling}
+            window |= {"window_log_factor": window_log_factor, "relative": relative, "key_real": key_real}
+            return naive_window_tail_attention(q, k, wide, q_map, k_map, **window), None
         if isinstance(q_map, TaylorMap) and isinstance(k_map, TaylorMap):
             tails_both_ways = not is_causal and relative is None and q_len == k_len
             if tails_both_ways and not torch.compiler.is_compiling() and not use_triton(backend, v):
@@ -151,7 +158,7 @@ def naive_window_tail_attention(
     relative: torch.Tensor | None = None,
     key_real: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dense O(n^2) evaluation of `window_tail_attention`, for tests and inspection; same arguments."""
+    """Dense O(n^2) evaluation of `window_tail_attention`, for exported programs and tests; same arguments."""
     q_len, k_len = q.shape[2], k.shape[2]
     logits = q @ k.mT * scaling
     distance = torch.arange(k_len, device=q.device) - torch.arange(k_len - q_len, k_len, device=q.device)[:, None]

@@ -93,6 +93,7 @@ def _note_full(limit: int) -> None:
         {"block_size": 8, "num_window_blocks": 1, "num_random_blocks": 1, "seed": 7},
         {"block_size": 4, "form": "etc", "num_global_tokens": 3},
     ),
+    masked_export=True,
 )
 class BigBirdAttention(AttentionVariant):
     """Block-sparse attention of one layer. Blocks are counted by rank among the real tokens."""
@@ -180,10 +181,9 @@ class BigBirdAttention(AttentionVariant):
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
-        k_len, scaling = call.k.shape[2], inputs.scaling
+        k_len, scaling, limit = call.k.shape[2], inputs.scaling, self.full_blocks() * self.config.block_size
         aligned = inputs.key_padding is None and state is None and inputs.query.shape[2] == k_len
-        limit = self.full_blocks() * self.config.block_size
-        if k_len <= limit and not self.num_global_tokens:  # by the shape of this call alone: nothing is remembered
+        if not (torch.compiler.is_exporting() or self.num_global_tokens) and k_len <= limit:  # nothing is remembered
             if not torch.compiler.is_compiling():
                 _note_full(limit)
             where: dict[str, Any] = {"left": k_len, "right": 0 if inputs.is_causal else k_len, "backend": self.backend}

@@ -71,8 +71,9 @@ class LolcatsConfig(VariantConfig):
     cost="n (w+f) d",
     state="window",
     exact_limit=lambda length, is_causal: {"window_size": length if is_causal else max(2, 2 * (length - 1))},
-    # The second one is for decoders only: its window is odd.
+    # An odd window is for decoders only.
     test_options=({"window_size": 8, "tail": "centroids", "num_features": 12}, {"window_size": 5, "tail": "hedgehog"}),
+    masked_export=True,
 )
 class LolcatsAttention(AttentionVariant):
     """Window and tail of one layer.

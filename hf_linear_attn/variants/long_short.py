@@ -81,6 +81,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
         {"window_size": 6, "num_landmarks": 2, "segment_size": 4, "norm_gate": 1.0, "landmark_bias": -1.0},
         {"window_size": 4, "num_landmarks": 0, "norm_gate": None},
     ),
+    masked_export=True,
 )
 class LongShortAttention(AttentionVariant):
     """Window and landmarks of one layer; see `LongShortConfig`. Position means rank among the real tokens.

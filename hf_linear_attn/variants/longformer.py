@@ -43,10 +43,6 @@ class LongformerConfig(VariantConfig):
         self.require_integer("num_global_tokens", at_least=0, optional=True)
 
 
-def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
-    return {"window_size": length if is_causal else max(2, 2 * (length - 1))}
-
-
 @register_variant(
     "longformer",
     config=LongformerConfig,
@@ -55,13 +51,14 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     cost="n w d",
     state="window",
     kernel="block_sparse",
-    exact_limit=_exact_limit,
+    exact_limit=lambda length, is_causal: {"window_size": length if is_causal else max(2, 2 * (length - 1))},
     uses_global_mask=True,
     test_options=(
         {"window_size": 8},
         {"window_size": 4, "dilation": 3, "num_global_tokens": 1},
         {"window_size": 2, "num_global_tokens": 0},
     ),
+    masked_export=True,
 )
 class LongformerAttention(AttentionVariant):
     """Window and global attention of one layer.

@@ -77,6 +77,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     state="kv",
     exact_limit=_exact_limit,
     test_options=({"chunk_size": 4, "num_hashes": 2, "num_buckets": 6},),
+    masked_export=True,
 )
 class ReformerAttention(AttentionVariant):
     """LSH attention of one layer. Position means rank among the real tokens.

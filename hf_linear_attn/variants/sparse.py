@@ -20,6 +20,7 @@ from hf_linear_attn.ops.block_sparse import NOBODY, BlockGrid, Extra, block_grid
 from hf_linear_attn.ops.compaction import CompactedCall, compact, init_kv_state, kv_state_after, take_tokens
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
 from hf_linear_attn.ops.strided import column_attention, strided_attention
+from hf_linear_attn.ops.tracing import blocks_of, is_exported
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -77,6 +78,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
         {"pattern": "strided", "stride": 5, "heads": ["far", "near", "union", "far"]},
         {"pattern": "block_local", "stride": 8},
     ),
+    masked_export=True,
 )
 class SparseAttention(AttentionVariant):
     """Sparse attention of one layer, without parameters. Positions are ranks among the real tokens.
@@ -131,8 +133,9 @@ class SparseAttention(AttentionVariant):
     def _fixed(self, call: CompactedCall, inputs: AttentionInputs, part: str, is_first: bool) -> torch.Tensor:
         k_len = call.k.shape[2]
         aligned = is_first and inputs.key_padding is None and inputs.query.shape[2] == k_len
-        grid = block_grid(call, min(self.stride, k_len), aligned=aligned)  # one block: as many tokens as there are
-        alone = part == "near" or self.config.pattern == "block_local" or self.stride >= k_len
+        whole = not is_exported() and self.stride >= k_len
+        grid = block_grid(call, k_len if whole else self.stride, aligned=aligned)  # one block: of the tokens there are
+        alone = part == "near" or self.config.pattern == "block_local" or whole
         extra = None if alone else self._summaries(call, grid)
         lists = partial(own_block_lists, grid.row, grid.blocks, inputs.is_causal)
         kept_as = ("own block", inputs.is_causal) if aligned else None
@@ -142,9 +145,13 @@ class SparseAttention(AttentionVariant):
     def _summaries(self, call: CompactedCall, grid: BlockGrid) -> Extra:
         """The last c tokens of each block, as columns for the others; of the last block its last real ones."""
         (B, _, k_len, _), stride = call.k.shape, self.stride
-        first = torch.arange(-(-k_len // stride), device=call.k.device)[:, None] * stride
-        end = (first + stride).minimum(grid.count[:, None, None])  # [B or 1, blocks, 1]
-        rank = end - torch.arange(min(self.config.num_summary_tokens, stride), 0, -1, device=first.device)
-        block = torch.where(rank >= first, first // stride, NOBODY).flatten(1)
-        place = (grid.start[:, None] + rank.flatten(1)).clamp(0, k_len - 1).expand(B, -1)
+        if isinstance(k_len, torch.SymInt):
+            raise ValueError("pattern='fixed' exports at one length only. Allowed with any length: pattern='strided'.")
+        number = min(self.config.num_summary_tokens, stride)
+        column = torch.arange(blocks_of(k_len, stride) * number, device=call.k.device)
+        block, first = column // number, column // number * stride
+        end = (first + stride).minimum(grid.count[:, None])  # [B or 1, blocks * c]
+        rank = end - number + column % number
+        block = torch.where(rank >= first, block, NOBODY)
+        place = (grid.start[:, None] + rank).clamp(0, k_len - 1).expand(B, -1)
         return Extra(take_tokens(call.k, place), take_tokens(call.v, place), block)
