@@ -22,6 +22,8 @@ OTHER_FAMILIES = [
     for variant in representative_variants(family)
 ]
 LIMIT = 1e-4
+# PyTorch's ONNX exporter copies trees of a class that PyTorch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 
 
 @pytest.mark.slow
@@ -57,6 +59,8 @@ def test_every_encoder_family_exports(variant: str, family: str) -> None:
     assert largest_error(model, onnx_session(program), masked=True) < LIMIT
 
 
+# jit.trace says that it is deprecated, and reads every property of a model, deprecated ones too.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_converted_layer_refuses_to_be_traced_at_one_length() -> None:
     model = encoder("linear")
     args = inputs(2, 24, masked=True)
@@ -71,6 +75,7 @@ def test_the_registry_says_what_an_exported_program_computes() -> None:
     for key in VARIANTS:
         spec = get_variant(key)
         assert ("mask" in all_facts(spec)["exported"]) == spec.masked_export
+    assert "pattern='fixed'" in all_facts(get_variant("sparse"))["exported"]
 
 
 def test_marks_of_global_tokens_are_refused_in_an_exported_program() -> None:

@@ -54,7 +54,8 @@ def short_facts(spec: VariantSpec) -> dict[str, str]:
 
 def exported_form(spec: VariantSpec) -> str:
     """What a program exported from an encoder computes."""
-    return "all pairs of tokens behind a mask, quadratic in length" if spec.masked_export else "the method as it runs"
+    form = "all pairs of tokens behind a mask, quadratic in length" if spec.masked_export else "the method as it runs"
+    return f"{form}; refused: {spec.not_exported}" if spec.not_exported else form
 
 
 def all_facts(spec: VariantSpec) -> dict[str, str]:

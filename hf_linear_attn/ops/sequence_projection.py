@@ -17,7 +17,13 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.compaction import take_tokens
 from hf_linear_attn.ops.masking import pads_first_permutation, safe_masked_fill
-from hf_linear_attn.ops.pooling import even_segment_starts, mix_tokens, segment_max, segment_mean
+from hf_linear_attn.ops.pooling import (
+    even_segment_starts,
+    mix_tokens,
+    segment_max,
+    segment_mean,
+    segment_of_rank,
+)
 from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = ["PROJECTION_CHOICES", "SequenceProjection", "check_projection_options"]
@@ -201,40 +207,48 @@ class SequenceProjection:
             return pool(key, starts), pool(value, starts), in_use
         if self.is_convolution:
             key, value = (self._convolve(x, weight, starts) for x, weight in each)
-        elif padding is None and length == self.max_length and not exported:
+        elif not exported and padding is None and length == self.max_length:
             key, value = (self._mix(x, weight[None]) for x, weight in each)
+        elif exported:  # a token has its segment for a place: how many places a segment has is not known
+            slot = segment_of_rank(starts, length).clamp(max=slots - 1)
+            place = torch.arange(length, device=key.device) - starts.gather(1, slot)
+            place = torch.stack([place, place + 1], dim=-1)
+            key, value = (self._mix(x, self._stretch(weight, starts, slot[..., None], place)) for x, weight in each)
         else:
-            room = -(-length // slots)  # places for the tokens of a segment
-            place = starts[:, :-1, None] + torch.arange(room, device=key.device)
-            place = place.clamp(max=length - 1).flatten(1).expand(len(key), -1)
-            key, value = (self._mix(take_tokens(x, place), self._stretch(weight, starts, room)) for x, weight in each)
+            room = torch.arange(-(-length // slots) + 1, device=key.device)  # places for the tokens of a segment
+            token = (starts[:, :-1, None] + room[:-1]).clamp(max=length - 1).flatten(1).expand(len(key), -1)
+            slot = torch.arange(slots, device=key.device)[None, :, None]
+            each = ((take_tokens(x, token), self._stretch(weight, starts, slot, room)) for x, weight in each)
+            key, value = (self._mix(x, weight) for x, weight in each)
         return key, value, in_use
 
-    def _stretch(self, weight: torch.Tensor, starts: torch.Tensor, room: int) -> torch.Tensor:
+    def _stretch(
+        self, weight: torch.Tensor, starts: torch.Tensor, slot: torch.Tensor, place: torch.Tensor
+    ) -> torch.Tensor:
         """E for rows of fewer tokens than it has columns: a token's weight is the sum of the columns that it covers.
 
         Args:
             weight: `[H or 1, k, n_max]`.
             starts: `[B or 1, slots + 1]`, see `even_segment_starts`.
-            room: places for the tokens of a segment.
+            slot: segments, `[B or 1, S, 1]`.
+            place: where the tokens of a segment begin and the last one ends, broadcastable to `[B or 1, S, P + 1]`.
 
         Returns:
-            `[B or 1, H or 1, slots, slots * room]`, 0 at places without a token.
+            `[B or 1, H or 1, slots, S * P]`, 0 at places without a token.
         """
         slots = starts.shape[1] - 1
         first = -(-torch.arange(slots + 1, device=weight.device) * self.max_length // self.k)  # column of each slot
-        column = torch.arange(self.kernel_size, device=weight.device)
-        width, count = first.diff()[:, None], starts.diff()[:, :, None]
+        column, width = torch.arange(self.kernel_size, device=weight.device), first.diff()
         columns = weight[:, :slots, (first[:-1, None] + column).clamp(max=self.max_length - 1)]
         full = torch.promote_types(weight.dtype, torch.float32)
-        columns = F.pad(columns.masked_fill(column >= width, 0).to(full), (0, 1)).flatten(2)  # [h, slots, all columns]
-        sums = F.pad(columns.unflatten(-1, (slots, -1)).cumsum(-1), (1, -1)).flatten(2)
+        columns = F.pad(columns.masked_fill(column >= width[:, None], 0).to(full), (0, 1))
+        sums = F.pad(columns.cumsum(-1), (1, -1)).flatten(2)  # [h, slots, all columns], of those before in the segment
         # Place i of a segment of so many tokens begins i * width / tokens columns into its slot.
-        ahead = torch.arange(room + 1, device=weight.device).minimum(count) * width  # [B or 1, slots, room + 1]
-        count = count.clamp(min=1)
-        whole = (ahead // count + torch.arange(slots, device=weight.device)[:, None] * (self.kernel_size + 1)).flatten()
-        before = sums[..., whole] + columns[..., whole] * ((ahead % count).to(full) / count).flatten()
-        return before.unflatten(-1, ahead.shape).diff().flatten(-2).permute(2, 0, 1, 3)
+        count = starts.diff().gather(1, slot[..., 0].expand(starts.shape[0], -1))[..., None]
+        ahead, count = place.minimum(count) * width[slot], count.clamp(min=1)
+        whole = ahead // count + slot * (self.kernel_size + 1)
+        before = sums[..., whole] + columns.flatten(2)[..., whole] * ((ahead % count).to(full) / count)
+        return before.diff().flatten(-2).permute(2, 0, 1, 3)
 
     def _convolve(self, x: torch.Tensor, weight: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """The convolution, with the kernel stretched over the tokens of each segment.
@@ -253,7 +267,7 @@ class SequenceProjection:
 
         def taken(place: torch.Tensor) -> torch.Tensor:  # [B, H, slots, kernel, D]
             place = (starts[:, :-1, None] + place).clamp(max=x.shape[2] - 1).flatten(1)
-            return take_tokens(x, place.expand(len(x), -1)).unflatten(2, (-1, self.kernel_size))
+            return take_tokens(x, place.expand(x.shape[0], -1)).unflatten(2, (-1, self.kernel_size))
 
         spread = (taken(token) * (1 - over) + taken(token + 1) * over).masked_fill(empty, 0)
         return spread.flatten(3) @ weight.to(x.dtype).flatten(1, 2)

@@ -79,6 +79,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
         {"pattern": "block_local", "stride": 8},
     ),
     masked_export=True,
+    not_exported="pattern='fixed', the default, whose summaries are as many as the length has blocks",
 )
 class SparseAttention(AttentionVariant):
     """Sparse attention of one layer, without parameters. Positions are ranks among the real tokens.
