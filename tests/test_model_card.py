@@ -307,7 +307,7 @@ def test_the_limitations_in_the_card_are_true() -> None:
     first = model(batch["input_ids"][:1, :20]).logits
     torch.testing.assert_close(model(**packed).logits[:, :20], first, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="Packed sequences"):
-        model(**{**packed, "use_cache": True})
+        model(batch["input_ids"][:1], seq_idx=torch.arange(37)[None] // 20, use_cache=True)
     assert "Prefix tuning is refused" in content
     prefixed = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="cache"):
