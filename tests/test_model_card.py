@@ -292,6 +292,7 @@ def test_the_documentation_of_the_template_names_its_sections() -> None:
         assert f"**{heading}**" in documentation, heading
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's name for a prefix
 def test_the_limitations_in_the_card_are_true() -> None:
     model = convert_model(causal_lm("gpt2"), "linear")
     batch = token_batch()
