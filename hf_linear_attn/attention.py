@@ -7,10 +7,8 @@ receive the same two-dimensional padding mask.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from hf_linear_attn.ops.masking import causal_mask
 from hf_linear_attn.ops.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, find_cache, prepare_cache_layer
+from hf_linear_attn.seam.limits import named_arguments
 from hf_linear_attn.seam.masks import packed_rows
 from hf_linear_attn.variants.base import AttentionInputs
 
@@ -382,8 +381,7 @@ def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     if model.base_model is not model or "linear_attn_plan" in kwargs or is_traced():
         return kwargs
-    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-    given = {**given, **given.pop("kwargs", {})}
+    given = named_arguments(model, args, kwargs)
     mask, of_tokens = given.get("attention_mask"), given.get("input_ids")
     if of_tokens is None and given.get("inputs_embeds") is not None:
         of_tokens = given["inputs_embeds"][..., 0]
@@ -410,11 +408,6 @@ def _warn_of_positions(model: Any, given: dict[str, Any]) -> None:
             "position_ids do not go up by one. Beside a cache they are positions and nothing else, as in Transformers: "
             "if this row holds packed sequences, they see one another. Pass use_cache=False to keep them apart."
         )
-
-
-@cache
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
 
 
 def _is_self_attention(module: nn.Module) -> bool:

@@ -10,12 +10,18 @@ from typing import Any
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import find_cache
 
-__all__ = ["check_length"]
+__all__ = ["check_length", "named_arguments"]
 
 
 @cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
+
+
+def named_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `model` by the names of its forward, further keywords among them."""
+    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+    return {**given, **given.pop("kwargs", {})}
 
 
 def check_length(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -26,8 +32,7 @@ def check_length(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     """
     patcher = get_patcher(model.config.base_model_type)
     table = patcher.position_table(model)
-    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-    given = {**given, **given.pop("kwargs", {})}
+    given = named_arguments(model, args, kwargs)
     ids, positions = given.get("input_ids"), given.get("position_ids")
     of_tokens = given.get("inputs_embeds") if ids is None else ids[..., None]  # [B, T, any]
     if table is None or of_tokens is None:
