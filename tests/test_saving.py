@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,6 @@ def outcome(folder: Path) -> torch.Tensor | str:
         return str(error)
 
 
-def in_child(work: Callable[[], None], then: Callable[[int], None] = lambda pid: None) -> int:
-    """Run `work` in a forked process; its exit status, or minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    then(pid)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def kill_at(number: int, folder: Path) -> None:
     """Have this process killed at its `number`-th operation on a file below `folder`."""
     left = number
@@ -76,13 +63,46 @@ def kill_at(number: int, folder: Path) -> None:
     sys.addaudithook(hook)
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def save_and_be_killed(number: int, folder: Path, form: dict[str, Any]) -> None:
+    model = converted(1, window_size=2)
+    kill_at(number, folder)
+    model.save_pretrained(folder, **form)
 
 
-@needs_fork
+def save_for_ever(folder: Path, seed: int, ready: Event) -> None:
+    models, draw = [converted(0, window_size=4), converted(1, window_size=2)], random.Random(seed)
+    ready.set()
+    while True:
+        for model in models:
+            model.save_pretrained(folder, max_shard_size=draw.choice(["8KB", "1GB"]))
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Processes that start in no time and from a clean one: a fork of this one could wait for ever for its threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def exit_code(process: Any) -> int:
+    """The exit status, or minus the signal that ended it."""
+    process.join(100)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("the process that saves does not end")
+    return process.exitcode  # type: ignore[no-any-return]
+
+
+needs_forks = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="kills a hundred processes"
+)
+
+
+@needs_forks
 @pytest.mark.parametrize("forms", [(SINGLE, SINGLE), (SHARDED, SINGLE), (SINGLE, SHARDED), (SHARDED, SHARDED)])
 def test_a_save_that_is_killed_leaves_the_old_model_the_new_one_or_an_error(
-    tmp_path: Path, forms: tuple[dict[str, Any], dict[str, Any]]
+    tmp_path: Path, forms: tuple[dict[str, Any], dict[str, Any]], processes: Any
 ) -> None:
     old, new = converted(0, window_size=4), converted(1, window_size=2)
     expected = {"old": outputs(old), "new": outputs(new)}
@@ -91,12 +111,9 @@ def test_a_save_that_is_killed_leaves_the_old_model_the_new_one_or_an_error(
         folder = tmp_path / f"killed_{number}"
         old.save_pretrained(folder, **forms[0])
         (folder / "README.md").write_text("mine")
-
-        def save(number: int = number, folder: Path = folder) -> None:
-            kill_at(number, folder)
-            new.save_pretrained(folder, **forms[1])
-
-        status = in_child(save)
+        process = processes.Process(target=save_and_be_killed, args=(number, folder, forms[1]))
+        process.start()
+        status = exit_code(process)
         found = outcome(folder)
         if isinstance(found, str):
             assert "config.json" in found
@@ -118,25 +135,21 @@ def test_a_save_that_is_killed_leaves_the_old_model_the_new_one_or_an_error(
     assert list(dict.fromkeys(seen)) == ["old", "error", "new"]
 
 
-@needs_fork
+@needs_forks
 @pytest.mark.slow
-def test_saves_that_are_killed_at_random_moments(tmp_path: Path) -> None:
+def test_saves_that_are_killed_at_random_moments(tmp_path: Path, processes: Any) -> None:
     models = [converted(0, window_size=4), converted(1, window_size=2)]
     expected = [outputs(model) for model in models]
     draw = random.Random(0)
-
-    def save_for_ever() -> None:
-        while True:
-            for model in models:
-                model.save_pretrained(tmp_path / "model", max_shard_size=draw.choice(["8KB", "1GB"]))
-
-    def kill_later(pid: int) -> None:
-        time.sleep(draw.uniform(0.02, 0.3))
-        os.kill(pid, signal.SIGKILL)
-
     models[0].save_pretrained(tmp_path / "model")
-    for _ in range(40):
-        assert in_child(save_for_ever, kill_later) == -signal.SIGKILL
+    for seed in range(40):
+        ready = processes.Event()
+        process = processes.Process(target=save_for_ever, args=(tmp_path / "model", seed, ready))
+        process.start()
+        assert ready.wait(100)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        assert exit_code(process) == -signal.SIGKILL
         found = outcome(tmp_path / "model")
         if isinstance(found, str):
             assert "config.json" in found
