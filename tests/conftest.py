@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,13 @@ _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_collections() -> None:
+    """What the imports made stays for good: `gc.collect()`, half a second with it, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 class _DeprecationsAreErrors(logging.Handler):
