@@ -94,12 +94,12 @@ def exit_code(process: Any) -> int:
     return process.exitcode  # type: ignore[no-any-return]
 
 
-needs_forks = pytest.mark.skipif(
-    "forkserver" not in multiprocessing.get_all_start_methods(), reason="kills a hundred processes"
+needs_forkserver = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="starts a hundred processes, too many to spawn"
 )
 
 
-@needs_forks
+@needs_forkserver
 @pytest.mark.parametrize("forms", [(SINGLE, SINGLE), (SHARDED, SINGLE), (SINGLE, SHARDED), (SHARDED, SHARDED)])
 def test_a_save_that_is_killed_leaves_the_old_model_the_new_one_or_an_error(
     tmp_path: Path, forms: tuple[dict[str, Any], dict[str, Any]], processes: Any
@@ -135,7 +135,7 @@ def test_a_save_that_is_killed_leaves_the_old_model_the_new_one_or_an_error(
     assert list(dict.fromkeys(seen)) == ["old", "error", "new"]
 
 
-@needs_forks
+@needs_forkserver
 @pytest.mark.slow
 def test_saves_that_are_killed_at_random_moments(tmp_path: Path, processes: Any) -> None:
     models = [converted(0, window_size=4), converted(1, window_size=2)]

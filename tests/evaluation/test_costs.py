@@ -28,20 +28,26 @@ from transformers import BertConfig, BertModel
 from hf_linear_attn import convert_model
 from hf_linear_attn.evaluation.profile import peak_memory
 
-def peaks(variant):
+def measure(variant, pipe):
     torch.manual_seed(0)
     model = convert_model(BertModel(BertConfig(num_hidden_layers=1, vocab_size=1000)).eval(), variant, max_length=8192)
-    found = []
+    peaks = []
     with torch.no_grad():
         for length in (4096, 8192):
             ids = torch.randint(5, 1000, (1, length))
             model(input_ids=ids[:, :64])
-            found.append(peak_memory(lambda: model(input_ids=ids)).megabytes)
-    return found
+            peaks.append(peak_memory(lambda: model(input_ids=ids)).megabytes)
+    pipe.send(peaks)
 
-variants = sys.argv[1:]
-with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-    print(json.dumps(dict(zip(variants, pool.map(peaks, variants, chunksize=1)))))
+context, found = multiprocessing.get_context("fork"), {}
+for variant in sys.argv[1:]:  # not a pool, which has threads, and this process must have none when it forks
+    pipe, childs_end = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(variant, childs_end))
+    process.start()
+    childs_end.close()
+    found[variant] = pipe.recv()
+    process.join()
+print(json.dumps(found))
 """
 
 
