@@ -239,7 +239,10 @@ def test_a_gguf_checkpoint_can_be_trained(tmp_path: Path, conversion: str) -> No
     assert result.exit_code == 0, result.output
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert type(model).__name__.startswith("LinearAttn") == (conversion != "null")
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("apple")["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("apple")["input_ids"]
+    specials = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert specials == ("<|im_start|>", "<|im_end|>", "<|im_end|>"), "the file's"
 
 
 @pytest.mark.slow

@@ -161,7 +161,13 @@ def load_tokenizer(name_or_path: str) -> Any:
 
     path, kwargs = resolve_model(name_or_path), resolve_model_kwargs(name_or_path)
     with named_errors(name_or_path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    if "gguf_file" in kwargs:  # whose special tokens Transformers 5.17 misreads for the tokenizer, not for the config
+        config = load_config(name_or_path)
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if (token_id := getattr(config, f"{name}_id")) is not None:
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    return tokenizer
 
 
 def load_checkpoint(name_or_path: str) -> Any:

@@ -317,10 +317,14 @@ def _attend_gathered(q: torch.Tensor, call: CompactedCall, listed: _Listed, step
         places = _places(columns, listed.grid, listed.k_len)
         keys, values = _gather_tokens(call.k, places), _gather_tokens(call.v, places)
         if listed.extra is not None:
-            shared = (x[:, None].expand(-1, keys.shape[1], -1, -1, -1) for x in (listed.extra.key, listed.extra.value))
-            keys, values = (torch.cat(pair, dim=3) for pair in zip(shared, (keys, values), strict=True))
+            keys, values = _behind(listed.extra.key, keys), _behind(listed.extra.value, values)
         outputs.append(_attend(q[:, part], keys, values, seen, scaling, listed.shift))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _behind(columns: torch.Tensor, gathered: torch.Tensor) -> torch.Tensor:
+    """Columns `[B, H, G, D]` in front of what each tile gathered `[B, R, H, K, D]`."""
+    return torch.cat([columns[:, None].expand(-1, gathered.shape[1], -1, -1, -1), gathered], dim=3)
 
 
 def _attend_dense(
@@ -330,11 +334,11 @@ def _attend_dense(
     (B, _, q_len, _), k_len, b = call.q.shape, call.k.shape[2], grid.block_size
     listed = _Listed(lists, grid, None, None, blocks_of(k_len, b) * b)
     blocks = listed.blocks_seen()
-    if lists.full_rows is not None:
-        full = (grid.row[:, :, None] == lists.full_rows[:, None]).any(-1)  # [B or 1, R]
-        blocks = blocks | full[:, None, :, None]
     rank = call.rank.expand(B, -1)
     rows = rank[:, k_len - q_len :].clamp(min=0) // b
+    if lists.full_rows is not None:
+        tiles_full, rows_full = ((x[:, :, None] == lists.full_rows[:, None]).any(-1) for x in (grid.row, rows))
+        blocks = blocks | tiles_full[:, None, :, None]
     tile = (rows - grid.row[:, :1]).clamp(min=0)[:, None, :, None]
     of_row = blocks.expand(B, -1, -1, -1).gather(2, tile.expand(-1, blocks.shape[1], -1, blocks.shape[3]))
     column = (rank.clamp(min=0) // b)[:, None, None].expand(-1, blocks.shape[1], q_len, -1)
@@ -343,7 +347,9 @@ def _attend_dense(
     if extra is not None:
         logits = call.q @ extra.key.mT * scaling
         logits = logits if extra.shift is None else logits + extra.shift.to(logits.dtype)[:, None, None]
-        parts.append((logits, extra.seen(rows, lists.is_causal)[:, None], extra.value))
+        shown = extra.seen(rows, lists.is_causal)
+        shown = shown if lists.full_rows is None else shown & ~rows_full[..., None]
+        parts.append((logits, shown[:, None], extra.value))
     # One softmax over both parts, not joined: a tracer would ask what their lengths add up to.
     least = torch.finfo(call.q.dtype).min
     peaks = [logits.masked_fill(~seen, least).amax(-1, keepdim=True) for logits, seen, _ in parts]

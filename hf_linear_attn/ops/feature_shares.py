@@ -15,6 +15,7 @@ from hf_linear_attn.ops.exponentials import exp_
 from hf_linear_attn.ops.feature_maps import accumulation_dtype
 from hf_linear_attn.ops.linear_sums import LOG_ZERO
 from hf_linear_attn.ops.masking import safe_masked_fill
+from hf_linear_attn.ops.tracing import is_exported
 
 __all__ = ["ShareGradients", "ShareInputs"]
 
@@ -70,6 +71,8 @@ class ShareInputs:
         if weight is None or bias is None:
             x = q if weight is None else q @ weight.mT
             return x if bias is None else x + bias[:, None]
+        if is_exported():
+            return torch.einsum("bhtd,hfd->bhtf", q, weight) + bias[:, None]
         # Added in the product, which costs nothing there.
         bias, weight = (x.expand(q.shape[0], *x.shape).flatten(0, 1) for x in (bias[:, None], weight))
         return torch.baddbmm(bias, q.flatten(0, 1), weight.mT).unflatten(0, q.shape[:2])

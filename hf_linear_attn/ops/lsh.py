@@ -162,6 +162,8 @@ def _visible_by_counts(
     For exported programs. Arguments as in `visible`.
     """
     B, H, k_len = k_bucket.shape[:3]
+    if isinstance(k_len, torch.SymInt) and torch.__version__ < "2.13":
+        raise ValueError(f"reformer exports at one length only in PyTorch {torch.__version__}. Allowed: 2.13 or newer.")
     if real is None:
         real = torch.ones(1, k_len, dtype=torch.bool, device=k_bucket.device)
     real = real.expand(B, k_len)

@@ -13,8 +13,11 @@ __all__ = ["blocks_of", "is_exported", "segments"]
 
 
 def is_exported() -> bool:
-    """Whether this call is being exported."""
-    return torch.compiler.is_exporting()
+    """Whether this call is being exported, not compiled.
+
+    The flag, not `torch.compiler.is_exporting()`, which is True under `torch.compile` in PyTorch 2.11.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def blocks_of(length: int, size: int) -> int:

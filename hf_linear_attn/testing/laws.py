@@ -439,23 +439,6 @@ def gradient_checkpointing(subject: Subject) -> None:
 
 
 @law()
-def compile_full_graph(subject: Subject) -> None:
-    """`torch.compile` takes the forward and backward as one graph and gives the same numbers."""
-    module = subject.build(dtype=torch.float32, trained=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    inputs = draw(module.context, 36, padding=padding_masks(2, 36)["left"], dtype=torch.float32)
-    results = []
-    for forward in (module, compiled):
-        q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.query, inputs.key, inputs.value))
-        output = forward(dataclasses.replace(inputs, query=q, key=k, value=v))[0]
-        output.square().sum().backward()
-        results.append((output, q.grad, k.grad, v.grad))
-    for actual, expected in zip(results[1], results[0], strict=True):
-        assert_close(actual, expected, "compiled", tolerance=1e-4)
-
-
-@law()
 def options_survive_json(subject: Subject) -> None:
     """Options round-trip through JSON, are frozen, and an unknown one is an error that names it."""
     config_class: Any = subject.spec.config_class

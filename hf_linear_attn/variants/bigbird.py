@@ -28,6 +28,7 @@ from hf_linear_attn.ops.block_sparse import BlockGrid, block_grid, block_sparse_
 from hf_linear_attn.ops.calibration import choose_start, collect_rows
 from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
 from hf_linear_attn.ops.sliding_window import sliding_window_attention
+from hf_linear_attn.ops.tracing import is_exported
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -156,7 +157,6 @@ class BigBirdAttention(AttentionVariant):
         starts = [{}, {"tokens": first + 0.1 * first.std(-1, keepdim=True) * noise}]
         for shift in (0.0, 1.5, 3.0):
             starts.append({"tokens": real[:, :, places], "shift": torch.full_like(self.global_shift, shift)})
-
         present = {"tokens": self.global_tokens, "shift": self.global_shift}
         choose_start(present, starts, self.error_meter(rows, batches[0].scaling))
 
@@ -183,7 +183,7 @@ class BigBirdAttention(AttentionVariant):
         call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
         k_len, scaling, limit = call.k.shape[2], inputs.scaling, self.full_blocks() * self.config.block_size
         aligned = inputs.key_padding is None and state is None and inputs.query.shape[2] == k_len
-        if not (torch.compiler.is_exporting() or self.num_global_tokens) and k_len <= limit:  # nothing is remembered
+        if not (is_exported() or self.num_global_tokens) and k_len <= limit:  # nothing is remembered
             if not torch.compiler.is_compiling():
                 _note_full(limit)
             where: dict[str, Any] = {"left": k_len, "right": 0 if inputs.is_causal else k_len, "backend": self.backend}

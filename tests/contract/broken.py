@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.tracing import is_exported
 from hf_linear_attn.registry import VariantSpec
 from hf_linear_attn.variants.base import AttentionVariant, VariantConfig
 
@@ -302,6 +303,13 @@ class GraphBreak(DenseAttention):
         return output * (2.0 if output.sum().item() == 0 else 1.0)
 
 
+class ExportsAnotherForm(DenseAttention):
+    """What a program computes is not what the layer does."""
+
+    def finish(self, output):
+        return output * (1 + int(is_exported()))
+
+
 class BuiltAnyway(DenseAttention):
     """Encoder-only by its spec, and built for a decoder without a word."""
 
@@ -372,6 +380,7 @@ BROKEN = [
     (spec_of(NotReset), ENCODER, {}, "reset_parameters", "meta device leaves table"),
     (spec_of(ChangesBetweenCalls), ENCODER, {}, "gradient_checkpointing", "checkpointed"),
     (spec_of(GraphBreak), ENCODER, {}, "compile_full_graph", "data-dependent"),
+    (spec_of(ExportsAnotherForm), ENCODER, {}, "export_any_length", "2 x 24, padding=right"),
     (spec_of(BuiltAnyway, decoder=False, refusal=REFUSAL), DECODER, {}, "refusal", "was built"),
     (
         spec_of(DenseAttention, config_class=LenientConfig),
