@@ -45,7 +45,7 @@ from hf_linear_attn.report import ConversionReport, describe
 from hf_linear_attn.saving import whole_folder
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
-from hf_linear_attn.seam.initialization import is_initialized, mark_initialized
+from hf_linear_attn.seam.initialization import is_initialized, mark_initialized, refuse_lost
 from hf_linear_attn.seam.limits import check_length
 from hf_linear_attn.seam.places import (
     check_layers,
@@ -142,6 +142,7 @@ class LinearAttnPreTrainedModel:
         if isinstance(module, AttentionVariant):
             # Reached for modules that came from the meta device; what the checkpoint filled must stay.
             if not is_initialized(module):
+                refuse_lost(self, module)  # type: ignore[arg-type]
                 module.reset_parameters()
             return
         super()._init_weights(module)  # type: ignore[misc]

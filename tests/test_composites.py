@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -193,6 +194,32 @@ def test_a_part_converted_in_place_reloads_once_the_composite_holds_its_config(t
     model.save_pretrained(tmp_path)
     outputs, again = run(EncoderDecoderModel.from_pretrained(tmp_path), seq2seq_batch())
     assert again == runs == {"encoder": 2}
+    assert_bit_equal(outputs, expected)
+
+
+def test_a_composite_without_the_weights_of_its_part_is_refused(tmp_path: Path) -> None:
+    """Transformers reports what it did not find and draws it anew: a method that was never calibrated or trained."""
+    bert_to_bert("encoder").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    save_file(
+        {name: x for name, x in held.items() if not name.endswith("layer.1.attention.self.linear_attn.omega")}, file
+    )
+    with pytest.raises(ValueError, match=r"LinearAttnBertModel: missing keys: encoder\.layer\.1\S+\.omega\."):
+        EncoderDecoderModel.from_pretrained(tmp_path)
+
+
+def test_layers_that_moved_in_a_part_are_described_or_refused(tmp_path: Path) -> None:
+    """A composite saves the configs of its parts by itself: they know what moved from the next forward on."""
+    encoder = convert_model(base_model("bert"), {0: "performer", 1: "linear"})
+    model = EncoderDecoderModel(encoder=encoder, decoder=decoder()).eval()
+    encoder.encoder.layer = torch.nn.ModuleList(reversed(encoder.encoder.layer))
+    model.save_pretrained(tmp_path / "early")
+    with pytest.raises(ValueError, match="missing keys"):
+        EncoderDecoderModel.from_pretrained(tmp_path / "early")
+    expected, _ = run(model, seq2seq_batch())
+    model.save_pretrained(tmp_path / "settled")
+    outputs, _ = run(EncoderDecoderModel.from_pretrained(tmp_path / "settled"), seq2seq_batch())
     assert_bit_equal(outputs, expected)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import chain
 
+import torch
 from torch import nn
 
-__all__ = ["is_initialized", "mark_initialized"]
+__all__ = ["is_initialized", "mark_initialized", "refuse_lost"]
 
 _MARK = "_is_hf_initialized"
 
@@ -26,4 +27,20 @@ def mark_initialized(module: nn.Module) -> None:
 
 def is_initialized(module: nn.Module) -> bool:
     """Whether every tensor of `module` came from a checkpoint or was marked."""
-    return all(getattr(tensor, _MARK, False) for tensor in chain(module.parameters(), module.buffers()))
+    return all(_is_marked(tensor) for tensor in chain(module.parameters(), module.buffers()))
+
+
+def refuse_lost(model: nn.Module, variant: nn.Module) -> None:
+    """Raise `ValueError` if a checkpoint filled the layers of `model` and left out tensors of `variant` in it.
+
+    The load of a model around it, an `EncoderDecoderModel` say, would report them and draw new ones.
+    """
+    own = {id(tensor) for tensor in chain(variant.parameters(), variant.buffers())}
+    named = list(chain(model.named_parameters(), model.named_buffers()))
+    if any(_is_marked(tensor) for _, tensor in named if id(tensor) not in own):
+        lost = ", ".join(name for name, tensor in named if id(tensor) in own and not _is_marked(tensor))
+        raise ValueError(f"The weights of the checkpoint do not fit {type(model).__name__}: missing keys: {lost}.")
+
+
+def _is_marked(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, _MARK, False)
