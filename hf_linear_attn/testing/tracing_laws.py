@@ -69,12 +69,12 @@ def export_any_length(subject: Subject) -> None:
 
     Options without a form for every length refuse by a `ValueError` which says so.
     """
-    layer = subject.build(dtype=torch.float32, trained=True)
+    layer = subject.build(trained=True)  # in float64, where near-zero denominators of some maps do not matter
     program = None
     # The first is the example; the others lie below and above a block, a window, a number of landmarks.
     for batch, length, padding in ((2, 24, "right"), (1, 7, "left"), (3, 40, "interior"), (4, 130, "left")):
         mask = padding_masks(batch, length)[padding]
-        call = draw(layer.context, length, batch=batch, padding=mask, dtype=torch.float32)
+        call = draw(layer.context, length, batch=batch, padding=mask)
         try:
             program = program or _export(layer, call)
         except ValueError as error:
@@ -83,4 +83,4 @@ def export_any_length(subject: Subject) -> None:
             return
         with torch.no_grad():
             actual, expected = (x * mask[:, None, :, None] for x in (program(*_tensors(call)), layer(call)[0]))
-        assert_close(actual, expected, f"{batch} x {length}, padding={padding}", tolerance=1e-4)
+        assert_close(actual, expected, f"{batch} x {length}, padding={padding}", tolerance=1e-6)
