@@ -33,11 +33,11 @@ BENCH_SECONDS = 570  # the recipe's own limit comes first; this one is for a cal
 # One launch of each pass at lengths that end inside a tile. Gradients too: most addresses are computed there.
 MEMCHECK = """
 import torch
-from hf_linear_attn.kernels.block_sparse import block_sparse_attention
-from hf_linear_attn.kernels.block_sparse_config import tiles_for
-from hf_linear_attn.kernels.gated_linear_attention import gated_linear_attention
-from hf_linear_attn.kernels.linear_attention import linear_attention
-from hf_linear_attn.ops.block_csr import window_csr
+from hf_linear_attn.kernels.sparse.op import block_sparse_attention
+from hf_linear_attn.kernels.sparse.launch import tiles_for
+from hf_linear_attn.kernels.gated.op import gated_linear_attention
+from hf_linear_attn.kernels.linear.op import linear_attention
+from hf_linear_attn.ops.sparse.csr import window_csr
 q, k, v = (torch.rand(1, 2, 100, 40, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 decay = (-torch.rand(1, 2, 100, 40, device="cuda")).requires_grad_()
 scale = torch.rand(1, 2, 100, device="cuda").requires_grad_()

@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
 from hf_linear_attn.auto_config import IMPLEMENTATION, converted_name, made_once
-from hf_linear_attn.ops.masking import causal_mask
-from hf_linear_attn.ops.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
+from hf_linear_attn.ops.base.masking import causal_mask
+from hf_linear_attn.ops.base.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, find_cache, prepare_cache_layer
 from hf_linear_attn.seam.limits import named_arguments

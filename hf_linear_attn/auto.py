@@ -38,7 +38,7 @@ from hf_linear_attn.auto_config import (
     made_once,
 )
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig
-from hf_linear_attn.ops.packing import is_traced
+from hf_linear_attn.ops.base.packing import is_traced
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, describe

@@ -26,7 +26,7 @@ from hf_linear_attn.auto import (
 from hf_linear_attn.auto_config import config_class_for
 from hf_linear_attn.calibration import DEFAULT_LEARNING_RATE, calibrate, check_batches, layers_to_keep
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig, PositionsConfig
-from hf_linear_attn.ops.backend import check_backend
+from hf_linear_attn.ops.base.backend import check_backend
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import describe
 from hf_linear_attn.seam.initialization import mark_initialized

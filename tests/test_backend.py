@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_linear_attn import convert_model, get_variant, list_variants, set_backend
-from hf_linear_attn.ops import backend
+from hf_linear_attn.ops.base import backend
 from tests.tiny import base_model, main_family, outputs_of, token_batch
 
 SPECS = [get_variant(key) for key in list_variants()]

@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_linear_attn import convert_model
 from hf_linear_attn.attention import softmax_attention, with_sequence_plan
-from hf_linear_attn.ops import packing
+from hf_linear_attn.ops.base import packing
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from tests.tiny import (

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_linear_attn.calibration import Recording, output_errors
 from hf_linear_attn.evaluation.recordings import build_layers, choose_start
-from hf_linear_attn.ops.masking import causal_mask
+from hf_linear_attn.ops.base.masking import causal_mask
 from hf_linear_attn.registry import get_variant
 from hf_linear_attn.variants.base import AttentionInputs, State
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from hf_linear_attn.kernels.launch import check_launches, on_device
-from hf_linear_attn.kernels.linear_attention_tiles import block_of, dot_constants, precision_of
+from hf_linear_attn.kernels.linear.tiles import block_of, dot_constants, precision_of
 
 __all__ = ["exp_features", "exp_features_constants", "exp_features_kernel"]
 

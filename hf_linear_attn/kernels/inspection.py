@@ -98,7 +98,7 @@ class Inspection:
 def kernel_modules() -> list[str]:
     """Names of the modules of this package that ship kernels: those with a function `shipped_launches`."""
     package = importlib.import_module("hf_linear_attn.kernels")
-    names = sorted(f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__))
+    names = sorted(module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
     entries = {name: getattr(importlib.import_module(name), _ENTRY, None) for name in names}
     # Not where it is only imported from another module.
     return [name for name, entry in entries.items() if entry is not None and entry.__module__ == name]

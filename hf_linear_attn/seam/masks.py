@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from hf_linear_attn.ops.packing import PACKED_MESSAGE, SequencePlan, is_traced, plan_sequences
+from hf_linear_attn.ops.base.packing import PACKED_MESSAGE, SequencePlan, is_traced, plan_sequences
 
 __all__ = ["packed_rows"]
 

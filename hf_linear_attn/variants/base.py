@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.calibration import Row, error_meter
+from hf_linear_attn.ops.starts.calibration import Row, error_meter
 from hf_linear_attn.registry import VariantSpec
 
 __all__ = [
@@ -187,7 +187,7 @@ class AttentionVariant(nn.Module):
 
     Attributes:
         spec: what the registry knows of it.
-        backend: `"auto"`, `"triton"` or `"torch"`, which its ops are called with (`ops.backend`); never saved.
+        backend: `"auto"`, `"triton"` or `"torch"`, which its ops are called with (`ops.base.backend`); never saved.
     """
 
     spec: ClassVar[VariantSpec]
@@ -221,7 +221,7 @@ class AttentionVariant(nn.Module):
         """A function that measures this layer as it stands: each head's squared error against softmax on `rows`.
 
         Args:
-            rows: calibration sequences without padding (`ops.calibration.collect_rows`).
+            rows: calibration sequences without padding (`ops.starts.calibration.collect_rows`).
             scaling: factor of the logits.
 
         Returns:

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdRef
 
-from hf_linear_attn.ops.block_patterns import BlockLists, bigbird_lists, hashed, random_blocks
-from hf_linear_attn.ops.block_sparse import BlockGrid, block_grid, block_sparse_attention, global_columns
-from hf_linear_attn.ops.calibration import choose_start, collect_rows
-from hf_linear_attn.ops.compaction import compact, init_kv_state, kv_state_after
-from hf_linear_attn.ops.sliding_window import sliding_window_attention
-from hf_linear_attn.ops.tracing import is_exported
+from hf_linear_attn.ops.base.compaction import compact, init_kv_state, kv_state_after
+from hf_linear_attn.ops.base.tracing import is_exported
+from hf_linear_attn.ops.sparse.attention import BlockGrid, block_grid, block_sparse_attention, global_columns
+from hf_linear_attn.ops.sparse.patterns import BlockLists, bigbird_lists, hashed, random_blocks
+from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows
+from hf_linear_attn.ops.window.attention import sliding_window_attention
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, kmeans
-from hf_linear_attn.ops.feature_maps import gaussian_orthogonal
-from hf_linear_attn.ops.prefix_softmax import init_prefix_softmax_state, prefix_softmax_attention
+from hf_linear_attn.ops.features.maps import gaussian_orthogonal
+from hf_linear_attn.ops.prefix.attention import init_prefix_softmax_state, prefix_softmax_attention
+from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, kmeans
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

@@ -20,9 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_linear_attn.ops.calibration import Row, choose_start, collect_rows, error_meter, head_tokens, reducer_starts
-from hf_linear_attn.ops.decay import LogDecay, feature_map_decay_attention, init_decay_state
-from hf_linear_attn.ops.feature_maps import FEATURE_MAPS, Features, accumulation_dtype, weighted_by_mean_logit
+from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, accumulation_dtype, weighted_by_mean_logit
+from hf_linear_attn.ops.linear.decay import LogDecay, feature_map_decay_attention, init_decay_state
+from hf_linear_attn.ops.starts.calibration import (
+    Row,
+    choose_start,
+    collect_rows,
+    error_meter,
+    head_tokens,
+    reducer_starts,
+)
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

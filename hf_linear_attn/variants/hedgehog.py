@@ -18,11 +18,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from hf_linear_attn.ops import calibration as measure
-from hf_linear_attn.ops import softmax_map as maps
-from hf_linear_attn.ops.attention_rows import attended_share, attention_cross_entropy
-from hf_linear_attn.ops.feature_maps import ParametricMap
-from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
+from hf_linear_attn.ops.features import softmax_map as maps
+from hf_linear_attn.ops.features.maps import ParametricMap
+from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
+from hf_linear_attn.ops.starts import calibration as measure
+from hf_linear_attn.ops.starts.attention_rows import attended_share, attention_cross_entropy
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -59,7 +59,7 @@ class HedgehogAttention(AttentionVariant):
     """Attention through learned softmax features.
 
     Parameters: `query_weight`, `key_weight [H, F, D]`, `query_bias`, `key_bias [H, F]`. Buffer (persistent): `form
-    [H]`, how each head's features are normalised (see `ops.softmax_map`).
+    [H]`, how each head's features are normalised (see `ops.features.softmax_map`).
     """
 
     form: torch.Tensor

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, reducer_starts
-from hf_linear_attn.ops.feature_maps import (
+from hf_linear_attn.ops.features.maps import (
     FEATURE_MAPS,
     FeatureMap,
     Features,
@@ -24,7 +23,8 @@ from hf_linear_attn.ops.feature_maps import (
     laplace_features,
     weighted_by_mean_logit,
 )
-from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
+from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
+from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

@@ -3,7 +3,7 @@
     y_i = softmax(s q_i (E K)^T) (F V),    E, F: k x n_max
 
 Cost n k d, encoders only. A row of fewer tokens than n_max spreads over all columns of E, wherever its padding is: its
-tokens share all k slots, see `ops.sequence_projection`.
+tokens share all k slots, see `ops.pooled.projection`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.feature_maps import accumulation_dtype
-from hf_linear_attn.ops.linear_sums import full_precision
-from hf_linear_attn.ops.pooling import attend_segments
-from hf_linear_attn.ops.sequence_projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
+from hf_linear_attn.ops.features.maps import accumulation_dtype
+from hf_linear_attn.ops.linear.sums import full_precision
+from hf_linear_attn.ops.pooled.pooling import attend_segments
+from hf_linear_attn.ops.pooled.projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

@@ -20,13 +20,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from hf_linear_attn.ops import calibration as measure
-from hf_linear_attn.ops import softmax_map as maps
-from hf_linear_attn.ops.attention_rows import attended_share
-from hf_linear_attn.ops.compaction import compact
-from hf_linear_attn.ops.feature_maps import FeatureMap, Features, ParametricMap, TaylorMap
-from hf_linear_attn.ops.linear_attention import init_linear_state
-from hf_linear_attn.ops.window_tail import centered_features, window_tail_attention
+from hf_linear_attn.ops.base.compaction import compact
+from hf_linear_attn.ops.features import softmax_map as maps
+from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, TaylorMap
+from hf_linear_attn.ops.linear.attention import init_linear_state
+from hf_linear_attn.ops.starts import calibration as measure
+from hf_linear_attn.ops.starts.attention_rows import attended_share
+from hf_linear_attn.ops.window.tail import centered_features, window_tail_attention
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -80,7 +80,7 @@ class LolcatsAttention(AttentionVariant):
 
     Parameters: `window_log_factor [H]` (log g); `query_center`, `key_center [H, D]` (a and c); `query_weight`,
     `key_weight [H, rows, D]`, and for `centroids` and `hedgehog` `query_bias`, `key_bias [H, rows]`. Buffer
-    (persistent) of these two: `form [H]` (see `ops.softmax_map`).
+    (persistent) of these two: `form [H]` (see `ops.features.softmax_map`).
 
     Raises:
         ValueError: for an odd window on an encoder.

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops import dynamic_projection as landmark
-from hf_linear_attn.ops.backend import use_triton
-from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, kmeans
-from hf_linear_attn.ops.compaction import compact
-from hf_linear_attn.ops.sliding_window import sliding_window_attention
+from hf_linear_attn.ops.base.backend import use_triton
+from hf_linear_attn.ops.base.compaction import compact
+from hf_linear_attn.ops.pooled import landmarks as landmark
+from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, kmeans
+from hf_linear_attn.ops.window.attention import sliding_window_attention
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

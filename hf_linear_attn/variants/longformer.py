@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.compaction import CompactedCall, GlobalTokens, compact, first_tokens, marked_tokens, take_tokens
-from hf_linear_attn.ops.global_rows import check_hidden, keep_old, rows_over_all, rows_over_first
-from hf_linear_attn.ops.sliding_window import sliding_window_attention
+from hf_linear_attn.ops.base.compaction import (
+    CompactedCall,
+    GlobalTokens,
+    compact,
+    first_tokens,
+    marked_tokens,
+    take_tokens,
+)
+from hf_linear_attn.ops.window.attention import sliding_window_attention
+from hf_linear_attn.ops.window.global_rows import check_hidden, keep_old, rows_over_all, rows_over_first
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

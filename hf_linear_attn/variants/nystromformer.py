@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.calibration import choose_start, collect_rows, head_tokens, kmeans
-from hf_linear_attn.ops.nystrom import CENTROIDS, OWN_QUERIES, SEGMENT_MEANS, nystrom_attention, rank_convolution
-from hf_linear_attn.ops.packing import is_traced
+from hf_linear_attn.ops.base.packing import is_traced
+from hf_linear_attn.ops.pooled.nystrom import CENTROIDS, OWN_QUERIES, SEGMENT_MEANS, nystrom_attention, rank_convolution
+from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, kmeans
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -81,7 +81,7 @@ class NystromformerAttention(AttentionVariant):
     """Attention through landmarks; see `NystromformerConfig`.
 
     Parameter: `conv_weight [H, conv_kernel_size]`. Buffers (persistent): `form [H]`, the kind of landmarks of each
-    head as in `ops.nystrom`, and `centroids [H, m, D]` for those that use them.
+    head as in `ops.pooled.nystrom`, and `centroids [H, m, D]` for those that use them.
 
     Raises:
         ValueError: for a causal layer.

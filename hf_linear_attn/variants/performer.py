@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from hf_linear_attn.ops import calibration as measure
-from hf_linear_attn.ops import feature_maps as maps
-from hf_linear_attn.ops.linear_attention import feature_map_attention, init_linear_state
+from hf_linear_attn.ops.features import maps
+from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
+from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops.calibration import balancing_maps, choose_start, collect_rows, head_tokens
-from hf_linear_attn.ops.compaction import compact
-from hf_linear_attn.ops.lsh import SELF_LOGIT, hash_buckets, round_attention, visible
-from hf_linear_attn.ops.lsh_decode import decode_token, init_lsh_state, lsh_past, lsh_state_after
+from hf_linear_attn.ops.base.compaction import compact
+from hf_linear_attn.ops.lsh.attention import SELF_LOGIT, hash_buckets, round_attention, visible
+from hf_linear_attn.ops.lsh.decode import decode_token, init_lsh_state, lsh_past, lsh_state_after
+from hf_linear_attn.ops.starts.calibration import balancing_maps, choose_start, collect_rows, head_tokens
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

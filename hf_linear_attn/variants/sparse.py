@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from hf_linear_attn.ops.block_patterns import own_block_lists
-from hf_linear_attn.ops.block_sparse import NOBODY, BlockGrid, Extra, block_grid, block_sparse_attention
-from hf_linear_attn.ops.compaction import CompactedCall, compact, init_kv_state, kv_state_after, take_tokens
-from hf_linear_attn.ops.sliding_window import sliding_window_attention
-from hf_linear_attn.ops.strided import column_attention, strided_attention
-from hf_linear_attn.ops.tracing import blocks_of, is_exported
+from hf_linear_attn.ops.base.compaction import CompactedCall, compact, init_kv_state, kv_state_after, take_tokens
+from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
+from hf_linear_attn.ops.sparse.attention import NOBODY, BlockGrid, Extra, block_grid, block_sparse_attention
+from hf_linear_attn.ops.sparse.patterns import own_block_lists
+from hf_linear_attn.ops.sparse.strided import column_attention, strided_attention
+from hf_linear_attn.ops.window.attention import sliding_window_attention
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

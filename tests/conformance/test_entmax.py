@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops.entmax import entmax
+from hf_linear_attn.ops.exact.entmax import entmax
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.entmax import EntmaxAttention, EntmaxConfig
 

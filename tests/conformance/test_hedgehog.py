@@ -7,7 +7,7 @@ import torch
 from fla.modules.feature_map import HedgehogFeatureMap
 from fla.ops.linear_attn.naive import naive_chunk_linear_attn
 
-from hf_linear_attn.ops import softmax_map as maps
+from hf_linear_attn.ops.features import softmax_map as maps
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.hedgehog import HedgehogAttention, HedgehogConfig
 

@@ -9,7 +9,7 @@ import torch
 from transformers import ReformerConfig as UpstreamConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from hf_linear_attn.ops.lsh import hash_buckets, visible
+from hf_linear_attn.ops.lsh.attention import hash_buckets, visible
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.reformer import ReformerAttention, ReformerConfig
 

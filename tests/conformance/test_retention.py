@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops.decay import decay_linear_attention
+from hf_linear_attn.ops.linear.decay import decay_linear_attention
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.retention import RetentionAttention, RetentionConfig
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops.feature_maps import taylor_features
+from hf_linear_attn.ops.features.maps import taylor_features
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.taylor import TaylorAttention, TaylorConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.tracing import is_exported
+from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.registry import VariantSpec
 from hf_linear_attn.variants.base import AttentionVariant, VariantConfig
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
 
 from hf_linear_attn import get_variant, list_variants
-from hf_linear_attn.ops import backend
+from hf_linear_attn.ops.base import backend
 from hf_linear_attn.testing.contract import Subject
 from hf_linear_attn.testing.tools import draw, padding_masks, tokens
 
@@ -89,20 +88,19 @@ def test_decoding_is_the_twins(subject: Subject) -> None:
 @pytest.mark.parametrize(
     ("kernel", "variant"),
     [
-        ("linear_attention", "linear"),
-        ("gated_linear_attention", "gated"),
-        ("exp_features", "performer"),
-        ("block_sparse", "longformer"),
+        ("linear.op.linear_attention", "linear"),
+        ("gated.op.gated_linear_attention", "gated"),
+        ("exp_features.exp_features", "performer"),
+        ("sparse.op.block_sparse_attention", "longformer"),
     ],
 )
 def test_kernels_really_ran(kernel: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above would be one of the twin with itself if the dispatch never chose the kernels."""
-    module = importlib.import_module(f"hf_linear_attn.kernels.{kernel}")
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the kernel was called")
 
-    monkeypatch.setattr(module, "block_sparse_attention" if kernel == "block_sparse" else kernel, broken)
+    monkeypatch.setattr(f"hf_linear_attn.kernels.{kernel}", broken)
     module = Subject(get_variant(variant), True).build(dtype=torch.float32)
     module.backend = "triton"
     with pytest.raises(AssertionError, match="the kernel was called"):

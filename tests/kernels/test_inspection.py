@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import pkgutil
 import re
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the extra [triton] is not installed")
 
+from hf_linear_attn import kernels
 from hf_linear_attn.kernels import inspection
 from hf_linear_attn.kernels.launch import Launch
 from tests.kernels import inspected
@@ -117,12 +120,12 @@ def test_every_shipped_configuration(tmp_path: Path) -> None:
 def test_every_kernel_of_the_package_is_shipped_by_a_configuration() -> None:
     from triton.runtime.jit import JITFunction
 
-    modules = [inspection.importlib.import_module(name) for name in inspection.kernel_modules()]
+    modules = [importlib.import_module(name) for name in inspection.kernel_modules()]
     shipped = {inspection._jit_function(launch.kernel).__name__ for m in modules for launch in m.shipped_launches()}
     defined = {
         name
-        for path in Path(inspection.__file__).parent.glob("*.py")
-        for name, value in vars(inspection.importlib.import_module(f"hf_linear_attn.kernels.{path.stem}")).items()
+        for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
+        for name, value in vars(importlib.import_module(module.name)).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
     assert defined == shipped

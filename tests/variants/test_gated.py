@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_linear_attn.ops.linear_attention import linear_attention
+from hf_linear_attn.ops.linear.attention import linear_attention
 from hf_linear_attn.registry import get_variant
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.gated import GatedConfig, GatedLinearAttention

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops import softmax_map as maps
+from hf_linear_attn.ops.features import softmax_map as maps
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.hedgehog import HedgehogAttention, HedgehogConfig
 

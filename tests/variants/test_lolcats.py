@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_linear_attn.ops import softmax_map as maps
+from hf_linear_attn.ops.features import softmax_map as maps
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.lolcats import LolcatsAttention, LolcatsConfig
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops import dynamic_projection
+from hf_linear_attn.ops.pooled import landmarks as dynamic_projection
 from hf_linear_attn.registry import get_variant
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.long_short import LongShortAttention, LongShortConfig

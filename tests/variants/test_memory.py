@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_linear_attn import get_variant
-from hf_linear_attn.ops import recomputed_scan
+from hf_linear_attn.ops.exact import scan as recomputed_scan
 from hf_linear_attn.testing.tools import AllocationRecorder
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.memory import MemoryAttention, MemoryConfig

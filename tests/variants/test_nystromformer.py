@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops.nystrom import CENTROIDS, OWN_QUERIES, SEGMENT_MEANS, iterative_pinv
+from hf_linear_attn.ops.pooled.nystrom import CENTROIDS, OWN_QUERIES, SEGMENT_MEANS, iterative_pinv
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.nystromformer import NystromformerAttention, NystromformerConfig
 

@@ -1,0 +1,1 @@
+"""Linear attention with gates of its own for each feature."""

@@ -1,0 +1,1 @@
+"""Linear attention: padding, weights, decay, states."""

@@ -1,0 +1,1 @@
+"""Softmax attention over lists of key blocks."""

@@ -1,0 +1,1 @@
+"""Whole rows of scores, in pieces: dense patterns, entmax, segments with a memory."""

@@ -1,0 +1,1 @@
+"""Feature maps phi, and the gradients of maps that are computed again."""

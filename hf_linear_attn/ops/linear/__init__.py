@@ -1,0 +1,1 @@
+"""Sums of phi(k) v^T: linear attention, and the same with decay."""

@@ -1,0 +1,172 @@
+"""Linear attention, with or without decay, by the Triton kernels: what their PyTorch twins in `ops` hand over to them.
+
+The kernels know a factor of each key and a log-decay of each token. Weights w_j = exp(a_j) with log weights a become
+that here: with the running maximum p_t of a, key t has the factor exp(a_t - p_t) and token t the log-decay
+p_{t-1} - p_t. Neither exceeds 1, and the scale exp(p_t) of row t cancels in its quotient. Padding is the factor 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_linear_attn.ops.base.masking import safe_masked_fill
+from hf_linear_attn.ops.features.maps import ExponentialMap, FeatureMap, Features
+from hf_linear_attn.ops.linear.sums import LOG_ZERO, TINY, State
+
+__all__ = ["MAPS", "attend", "map_features", "refusal"]
+
+MAPS = ("elu", "relu")  # of `feature_maps.FEATURE_MAPS`, those that the kernels apply as they read
+
+_MOST_FEATURES, _MOST_GATED, _MOST_DIM = 256, 128, 128
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LEAST = -120.0  # a log-decay after which nothing is left in float32
+_STEP_TOKENS = 4  # so many new tokens are decoded one by one, in one launch
+
+
+def refusal(num_features: int, v: torch.Tensor, *, gated: bool = False) -> str | None:
+    """Why the kernels do not serve a call; None if they do.
+
+    Args:
+        num_features: F.
+        v: `[B, H, T, D]`.
+        gated: whether every feature has a log-decay of its own.
+    """
+    most = _MOST_GATED if gated else _MOST_FEATURES
+    if v.dtype not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, got {v.dtype}"
+    if num_features > most or v.shape[-1] > _MOST_DIM:
+        return f"the kernels take up to {most} features and head_dim {_MOST_DIM}, got {num_features}, {v.shape[-1]}"
+    return None
+
+
+def map_features(feature_map: FeatureMap, x: torch.Tensor) -> Features:
+    """Features of tokens `[B, H, T, D]` and their log weight, exponential ones by one pass of a kernel."""
+    if not isinstance(feature_map, ExponentialMap) or x.dtype not in _DTYPES:
+        return feature_map(x)
+    weight, bias = feature_map.exponent()
+    if weight.shape[2] > _MOST_FEATURES or x.shape[-1] > _MOST_DIM:
+        return feature_map(x)
+    from hf_linear_attn.kernels.exp_features import exp_features
+
+    features, peak = exp_features(x, weight, bias)
+    return features, peak if feature_map.rest is None else peak + feature_map.rest(x)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    feature_map: str = "identity",
+    multipliers: tuple[float, float] = (1.0, 1.0),
+    log_decay: torch.Tensor | None = None,
+    log_weight: torch.Tensor | None = None,
+    key_real: torch.Tensor | None = None,
+    query_real: torch.Tensor | None = None,
+    is_causal: bool,
+    normalised: bool = True,
+    state: State | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, State | None]:
+    """Attend, checked arguments given.
+
+    Args:
+        q: `[B, H, Tq, F]`, features, or what `feature_map` takes; k: `[B, H, Tk, F]`; v: `[B, H, Tk, D]`.
+        feature_map: `"identity"`, or a map that the kernels apply as they read, of q and k times the multipliers.
+        multipliers: of q and of k.
+        log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0; needs is_causal.
+        log_weight: `[B, H, Tk]`, log of each key's weight; needs `normalised`.
+        key_real: bool `[B, Tk]`, True for a real token; what stands at others has no effect, be it nan.
+        query_real: bool `[B, Tq]`, likewise.
+        is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
+        normalised: False gives phi(q_i) S_i as it is, and a state of S alone.
+        state: sums over earlier keys.
+
+    Returns:
+        output `[B, H, Tq, D]`; log of each row's denominator `[B, H, Tq]` (for positive ones); the state after these
+        keys, None if none came.
+    """
+    q_len, k_len = q.shape[2], k.shape[2]
+    start = None if state is None else state.get("log_scale")
+    if log_weight is None and start is not None:  # the state may hold weighted keys
+        log_weight = torch.zeros_like(v[..., 0], dtype=torch.float32)
+    scale, decay, peaks = _factors(log_weight, log_decay, key_real, start, is_causal)
+    initial = None
+    if state is not None:
+        kv = state["kv"].float()
+        initial = (kv, state["z"].float()) if normalised else (kv, kv.new_zeros(kv.shape[:3]))
+    output, denominator, kv, z = _run(
+        *(q.to(v.dtype), k.to(v.dtype), v, scale, decay, initial, query_real, is_causal, normalised),
+        {"feature_map": feature_map, "q_multiplier": multipliers[0], "k_multiplier": multipliers[1]},
+    )
+    normalizer = denominator.clamp(min=TINY).log()
+    if peaks is not None:
+        normalizer = normalizer + (peaks[..., k_len - q_len :] if is_causal else peaks[..., -1:])
+    if state is None:
+        return output, normalizer, None
+    if not normalised:
+        return output, normalizer, {"kv": kv}
+    log_scale = kv.new_zeros(kv.shape[:2]) if peaks is None else peaks[..., -1]
+    return output, normalizer, {"kv": kv, "z": z, "log_scale": log_scale}
+
+
+def _factors(
+    log_weight: torch.Tensor | None,
+    log_decay: torch.Tensor | None,
+    key_real: torch.Tensor | None,
+    start: torch.Tensor | None,
+    is_causal: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Factors of keys `[B or 1, H or 1, Tk]`, log-decays `[B, H, Tk, F or 1]`, log scales of the sums `[B, H, Tk]`."""
+    decay = log_decay
+    if decay is not None:
+        decay = decay.float() if decay.ndim == 4 else decay.float()[..., None]
+        decay = safe_masked_fill(decay, key_real).clamp(min=_LEAST)
+    if log_weight is None:
+        return None if key_real is None else key_real[:, None].float(), decay, None
+    log_weight = log_weight.float()
+    if key_real is not None:
+        log_weight = log_weight.masked_fill(~key_real[:, None], LOG_ZERO)
+    fixed = log_weight.detach()
+    if is_causal:
+        elapsed = 0.0 if decay is None else decay.detach().amax(-1).cumsum(-1)
+        latest = (fixed - elapsed).cummax(-1).values
+        peaks = elapsed + (latest if start is None else torch.maximum(latest, start.float()[..., None]))
+        first = torch.full_like(peaks[..., :1], LOG_ZERO) if start is None else start.float()[..., None]
+        before = torch.cat([first, peaks[..., :-1]], -1)
+        shift = torch.where(before > LOG_ZERO / 2, before - peaks, 0.0)[..., None]  # nothing decays before a key
+        decay = (shift if decay is None else decay + shift).clamp(min=_LEAST)
+    else:
+        peaks = fixed.amax(-1, keepdim=True).expand_as(fixed)
+    scale = (log_weight - peaks).exp()
+    return scale if key_real is None else scale.masked_fill(~key_real[:, None], 0), decay, peaks
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: torch.Tensor | None,
+    decay: torch.Tensor | None,
+    initial: tuple[torch.Tensor, torch.Tensor] | None,
+    query_real: torch.Tensor | None,
+    is_causal: bool,
+    normalised: bool,
+    mapped: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Call the kernel that serves the call."""
+    from hf_linear_attn.kernels.gated import op as gated
+    from hf_linear_attn.kernels.linear import op as plain
+
+    if decay is not None and decay.shape[-1] > 1:
+        q = safe_masked_fill(q, query_real)
+        return gated.gated_linear_attention(
+            q, k, v, decay, key_scale=scale, initial_state=initial, normalized=normalised
+        )
+    options: dict[str, Any] = {"key_scale": scale, "normalized": normalised, **mapped}
+    options["log_decay"] = None if decay is None else decay[..., 0]
+    if initial is not None and q.shape[2] <= _STEP_TOKENS and not torch.is_grad_enabled():
+        return plain.recurrent_linear_attention(safe_masked_fill(q, query_real), k, v, state=initial, **options)
+    keep = None if query_real is None else query_real[:, None]
+    return plain.linear_attention(q, k, v, initial_state=initial, is_causal=is_causal, query_keep=keep, **options)

@@ -1,0 +1,247 @@
+"""Attention inside the buckets of locality-sensitive hashes (Reformer, arXiv:2001.04451), in O(n log n).
+
+Each round sorts the keys by (bucket, position) into chunks; a query sees the chunk that it falls in and the one before.
+Over all rounds it attends to the union of what they show, each key once: a round leaves out what an earlier one has
+shown, and rounds are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
+from hf_linear_attn.ops.lsh.blocks import attend_chunks
+
+__all__ = ["Rounds", "hash_buckets", "naive_round_attention", "round_attention", "visible"]
+
+# Added to the logit of a token with itself where queries are keys: it counts when nothing else is there, as in the
+# paper's code.
+SELF_LOGIT = -1e5
+
+
+def hash_buckets(x: torch.Tensor, rotations: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+    """Angular hash: the nearest of the directions [R, -R], in float32 at least.
+
+    Args:
+        x: `[B, H, T, D]`.
+        rotations: R, `[H, D, rounds, b / 2]`; b / 2 = 0 is a single bucket.
+        mean: `[H, D]`, subtracted from x, or None.
+
+    Returns:
+        long `[B, H, T, rounds]`, from 0 to b - 1.
+    """
+    rounds, half = rotations.shape[2:]
+    if half == 0:
+        return torch.zeros(*x.shape[:3], rounds, dtype=torch.long, device=x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # A hash of rounded numbers is another hash: no autocast.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        directions = rotations.to(dtype).flatten(2)
+        score = x.to(dtype) @ directions
+        if mean is not None:
+            score = score.sub_(mean.to(dtype)[:, None] @ directions)
+        score = score.unflatten(-1, (rounds, half))
+        nearest = score.abs().argmax(-1, keepdim=True)  # direction, of either sign
+        return torch.where(score.gather(-1, nearest) < 0, nearest + half, nearest)[..., 0]
+
+
+@dataclass
+class Rounds:
+    """What each query sees in each round, N = B * H: the keys of its own chunk and of the one before.
+
+    Attributes:
+        q_chunk: long `[rounds, N, Tq]`, number of each query's own chunk, 1 or more.
+        k_chunk: long `[rounds, N, Tk]`, number of the chunk that holds each key.
+        k_place: long `[rounds, N, Tk]`, place of each key among those of its chunk.
+        real: bool `[N, Tk]`, False for keys that nobody sees.
+        num_chunks: chunk numbers are below this.
+        chunk_size: places of a chunk; not all of them need have a key.
+        is_causal: whether keys after a query are left out besides.
+        by_position: whether the first round goes by position, with all keys real and as many queries.
+        same: whether queries are in the chunks of their own tokens' keys, and all keys are real.
+    """
+
+    q_chunk: torch.Tensor
+    k_chunk: torch.Tensor
+    k_place: torch.Tensor
+    real: torch.Tensor
+    num_chunks: int
+    chunk_size: int
+    is_causal: bool
+    by_position: bool = False
+    same: bool = False
+
+
+@torch.no_grad()
+def visible(
+    q_bucket: torch.Tensor,
+    k_bucket: torch.Tensor,
+    real: torch.Tensor | None,
+    chunk_size: int,
+    num_buckets: int,
+    *,
+    is_causal: bool,
+) -> Rounds:
+    """Where queries look, query row r being at position Tk - Tq + r.
+
+    A query is placed in the order of the keys by its own (bucket, position). Bidirectional: chunks are cut from the
+    order of all keys, without wrapping. Causal: each bucket is cut into chunks from its first key on, so that no
+    later token moves a boundary, and a query sees its own bucket alone. One more round, the first, then has a single
+    bucket: the query's own chunk of all keys and the one before, itself included.
+
+    Args:
+        q_bucket: long `[B, H, Tq, rounds]`; may be `k_bucket` itself, which saves work.
+        k_bucket: long `[B, H, Tk, rounds]`.
+        real: bool `[B or 1, Tk]`, False for padding; None without any.
+        chunk_size: keys per chunk.
+        num_buckets: buckets are below this.
+    """
+    (B, H, q_len, rounds), k_len = q_bucket.shape, k_bucket.shape[2]
+    if is_exported() and not is_causal:
+        return _visible_by_counts(q_bucket, k_bucket, real, chunk_size, num_buckets)
+    chunk, offset = min(chunk_size, k_len), k_len - q_len
+    by_position = real is None and is_causal and q_len == k_len
+    same = real is None and q_bucket is k_bucket
+    if real is None:
+        real = torch.ones(1, k_len, dtype=torch.bool, device=k_bucket.device)
+    real = real.expand(B, k_len).repeat_interleave(H, 0)  # [N, Tk]
+    sorts = rounds
+    if k_len <= chunk_size * (2 if is_causal else 1):  # one round shows everything
+        sorts = 0 if is_causal else 1
+    q_chunks, k_chunks, k_places = [], [], []
+    count = real.cumsum(-1)
+    if is_causal or not sorts:  # a single bucket
+        place = (count - 1).clamp(min=0)
+        k_chunks.append(place // chunk + 1)
+        k_places.append(place % chunk)
+        q_chunks.append(k_chunks[0][:, offset:])
+    position = torch.arange(k_len, device=real.device)
+    edges = torch.arange(num_buckets, device=real.device) * k_len
+    for number in range(sorts):
+        k_own = k_bucket[..., number].flatten(0, 1).contiguous()
+        code = torch.where(real, k_own * k_len, num_buckets * k_len) + position
+        code, order = code.sort(-1)
+        first = torch.searchsorted(code, edges.expand(code.shape[0], -1).contiguous())  # [N, b]
+        total = torch.cat([first[:, 1:], count[:, -1:]], 1) - first
+        k_rank = torch.empty_like(order).scatter_(-1, order, position.expand_as(order)) - first.gather(1, k_own)
+        if is_causal:
+            size = -(-total // chunk) + 1  # with an empty chunk between buckets
+            base = size.cumsum(-1) - size + 1
+        else:
+            base = first
+        k_base = base.gather(1, k_own)
+        if is_causal:
+            k_chunks.append(k_base + k_rank // chunk)
+            k_places.append(k_rank % chunk)
+        else:
+            k_chunks.append((k_base + k_rank) // chunk + 1)
+            k_places.append((k_base + k_rank) % chunk)
+        if same:
+            q_chunks.append(k_chunks[-1])
+            continue
+        q_own = q_bucket[..., number].flatten(0, 1).contiguous()
+        q_rank = torch.searchsorted(code, q_own * k_len + position[offset:]) - first.gather(1, q_own)
+        q_base = base.gather(1, q_own)
+        if is_causal:
+            q_chunks.append(q_base + q_rank // chunk)
+        else:
+            q_chunks.append((q_base + q_rank).minimum(count[:, -1:] - 1).clamp(min=0) // chunk + 1)
+    # Causal: every bucket may leave a chunk unfilled, and has an empty one before and after it.
+    num_chunks = k_len // chunk + 2 + (2 * num_buckets if is_causal and sorts else 0)
+    q_chunk, k_chunk, k_place = torch.stack(q_chunks), torch.stack(k_chunks), torch.stack(k_places)
+    return Rounds(q_chunk, k_chunk, k_place, real, num_chunks, chunk, is_causal, by_position, same)
+
+
+def _visible_by_counts(
+    q_bucket: torch.Tensor, k_bucket: torch.Tensor, real: torch.Tensor | None, chunk_size: int, num_buckets: int
+) -> Rounds:
+    """`visible` of as many queries as keys, bidirectional, without sorting: a key's rank is counted, bucket by bucket.
+
+    For exported programs. Arguments as in `visible`.
+    """
+    B, H, k_len = k_bucket.shape[:3]
+    if isinstance(k_len, torch.SymInt) and torch.__version__ < "2.13":
+        raise ValueError(f"reformer exports at one length only in PyTorch {torch.__version__}. Allowed: 2.13 or newer.")
+    if real is None:
+        real = torch.ones(1, k_len, dtype=torch.bool, device=k_bucket.device)
+    real = real.expand(B, k_len)
+    held = (k_bucket[..., None] == torch.arange(num_buckets, device=real.device)) & real[:, None, :, None, None]
+    upto = held.long().cumsum(2)  # [B, H, T, rounds, b]
+    total = upto[:, :, -1:]
+    first = total.cumsum(-1) - total
+    before = upto - held.long() + first  # the place of a key, or where a query falls, were it in that bucket
+    k_place = before.gather(-1, k_bucket[..., None])[..., 0]
+    q_place = before.gather(-1, q_bucket[..., None])[..., 0]
+    last = (real.sum(-1) - 1).clamp(min=0)[:, None, None, None]
+    k_place, q_place = (x.minimum(last).permute(3, 0, 1, 2).flatten(1, 2) for x in (k_place, q_place))
+    seen = real[:, None].expand(B, H, k_len).flatten(0, 1)
+    k_chunk, q_chunk = k_place // chunk_size + 1, q_place // chunk_size + 1
+    return Rounds(q_chunk, k_chunk, k_place % chunk_size, seen, blocks_of(k_len, chunk_size) + 1, chunk_size, False)
+
+
+def naive_round_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rounds: Rounds,
+    *,
+    scaling: float,
+    self_penalty: bool = False,
+) -> torch.Tensor:
+    """Dense O(n^2) evaluation of `round_attention`, for exported programs and tests; same arguments."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    distance = rounds.q_chunk[..., None] - rounds.k_chunk[..., None, :]
+    allowed = ((distance == 0) | (distance == 1)).any(0) & rounds.real[:, None]  # [N, Tq, Tk]
+    ahead = torch.arange(k_len, device=q.device) - torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
+    if rounds.is_causal:
+        allowed = allowed & (ahead <= 0)
+    logits = q @ k.mT * scaling
+    if self_penalty:
+        logits = logits.masked_fill(ahead == 0, SELF_LOGIT)
+    return logits.masked_fill(~allowed.unflatten(0, q.shape[:2]), -torch.inf).softmax(-1).nan_to_num(0) @ v
+
+
+def round_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rounds: Rounds,
+    *,
+    scaling: float,
+    self_penalty: bool = False,
+) -> torch.Tensor:
+    """Softmax attention over the keys that a query sees in any round.
+
+    Args:
+        q: `[B, H, Tq, D]`, row r at position Tk - Tq + r.
+        k: `[B, H, Tk, D]`.
+        v: `[B, H, Tk, D]`. All finite, padding too.
+        rounds: of `visible`.
+        scaling: factor of the logits.
+        self_penalty: `SELF_LOGIT` is added to the logit of a token with itself.
+
+    Returns:
+        `[B, H, Tq, D]`; rows that see no key are 0.
+    """
+    if is_exported() and not rounds.is_causal:
+        return naive_round_attention(q, k, v, rounds, scaling=scaling, self_penalty=self_penalty)
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    out = attend_chunks(
+        q.to(dtype).flatten(0, 1),
+        k.to(dtype).flatten(0, 1),
+        v.to(dtype).flatten(0, 1),
+        rounds.q_chunk,
+        rounds.k_chunk,
+        rounds.k_place,
+        rounds.real,
+        num_chunks=rounds.num_chunks,
+        chunk_size=rounds.chunk_size,
+        is_causal=rounds.is_causal,
+        by_position=rounds.by_position,
+        same=rounds.same,
+        scaling=scaling,
+        self_bias=SELF_LOGIT if self_penalty else 0.0,
+    )
+    return out.unflatten(0, q.shape[:2])

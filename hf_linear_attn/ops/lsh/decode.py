@@ -1,0 +1,187 @@
+"""One token after the other with locality-sensitive hashes: what a causal query sees, in constant time.
+
+Of each bucket a query sees the members since the start of the chunk before its own, fewer than 2 c of them. The state
+therefore knows the last 2 c members of every bucket beside all keys and values. New tokens wait in tensors of their
+own, so that a step copies these alone and earlier keys stay where they are; no state is changed in place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_linear_attn.ops.base.compaction import CompactedCall, init_kv_state, kv_state_after
+
+__all__ = ["decode_token", "init_lsh_state", "lsh_past", "lsh_state_after"]
+
+# New tokens are joined to the earlier ones when they are this many: a step then copies half of them, and in the mean
+# 1 / 256 of the earlier ones.
+MOST_RECENT = 256
+_KEPT = ("key", "value", "bucket")  # of every token
+
+_State = dict[str, torch.Tensor]
+
+
+def init_lsh_state(
+    batch_size: int,
+    num_heads: int,
+    head_dim: int,
+    rounds: int,
+    chunk_size: int,
+    num_buckets: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _State:
+    """The decode state before any token, N tokens real or padding being 0 so far, padding in front.
+
+    Returns:
+        key, value `[B, H, N, D]`, bucket `[B, H, N, rounds]`, their continuations recent_key, recent_value and
+        recent_bucket, all of them real, count `[B]` of real tokens, and of every bucket the number of its keys, filled
+        `[B, H, rounds, num_buckets]`, and member `[B, H, rounds, num_buckets, 2 * chunk_size]`: the key of number i in
+        its bucket is the real token `member[..., i % (2 * chunk_size)]`, counted from 0, for the last of them.
+    """
+    state = init_kv_state(batch_size, num_heads, head_dim, dtype, device)
+    integers = {"dtype": torch.int32, "device": device}
+    state["bucket"] = torch.zeros(batch_size, num_heads, 0, rounds, **integers)  # type: ignore[call-overload]
+    filled = torch.zeros(batch_size, num_heads, rounds, num_buckets, **integers)  # type: ignore[call-overload]
+    member = filled[..., None].repeat(1, 1, 1, 1, 2 * chunk_size)
+    return {**_nothing_recent(state), "filled": filled, "member": member}
+
+
+def _nothing_recent(state: _State) -> _State:
+    return {**state, **{f"recent_{name}": state[name][:, :, :0].clone() for name in _KEPT}}
+
+
+def lsh_past(state: _State) -> list[torch.Tensor]:
+    """Keys, values and buckets of all tokens so far, padding in front."""
+    pairs = ((state[name], state[f"recent_{name}"]) for name in _KEPT)
+    return [torch.cat([old, recent], 2) if recent.shape[2] else old for old, recent in pairs]
+
+
+@torch.no_grad()
+def _members(bucket: torch.Tensor, rank: torch.Tensor, num_buckets: int, slots: int) -> _State:
+    """`filled` and `member` of a state with these buckets `[B, H, T, rounds]`, token j being number `rank[b, j]`."""
+    length = bucket.shape[2]
+    place = torch.arange(length, device=bucket.device)
+    bucket = bucket.mT.contiguous().long()  # [B, H, rounds, T]
+    code = torch.where(rank[:, None, None] >= 0, bucket * length, num_buckets * length) + place
+    code = code.sort(-1).values
+    edge = (torch.arange(num_buckets + 1, device=code.device) * length).expand(*code.shape[:-1], -1).contiguous()
+    end = torch.searchsorted(code, edge)
+    filled = end.diff()
+    number = _number_in(filled, slots)
+    index = (end[..., :-1, None] + number).clamp_(0, length - 1)
+    taken = code.gather(-1, index.flatten(-2)) % length
+    member = rank[:, None, None].expand(*taken.shape[:-1], -1).gather(-1, taken).view_as(index)
+    return {"filled": filled.int(), "member": member.masked_fill_(number < 0, 0).int()}
+
+
+def _number_in(filled: torch.Tensor, slots: int) -> torch.Tensor:
+    """The number in its bucket of what each slot holds, negative for nothing: `[..., slots]`."""
+    last = filled[..., None] - 1
+    return last - (last - torch.arange(slots, device=filled.device)) % slots
+
+
+def lsh_state_after(call: CompactedCall, bucket: torch.Tensor, chunk_size: int, num_buckets: int) -> _State:
+    """The state of `init_lsh_state` after a call of any length, `bucket` `[B, H, Tk, rounds]` being compacted too."""
+    state = {**kv_state_after(call), "bucket": bucket.int()}
+    return {**_nothing_recent(state), **_members(bucket, call.rank, num_buckets, 2 * chunk_size)}
+
+
+def decode_token(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_bucket: torch.Tensor,
+    k_bucket: torch.Tensor,
+    state: _State,
+    *,
+    scaling: float,
+    self_bias: float,
+) -> tuple[torch.Tensor, _State]:
+    """Attention of one new token per sequence, as by `ops.lsh.attention` with all earlier ones.
+
+    Args:
+        q: `[B, H, 1, D]`.
+        k: `[B, H, 1, D]`.
+        v: `[B, H, 1, D]`.
+        q_bucket: long `[B, H, 1, rounds]`.
+        k_bucket: long `[B, H, 1, rounds]`.
+        state: of `init_lsh_state`, `lsh_state_after` or this.
+        scaling: factor of the logits.
+        self_bias: added to the logit of the token with itself.
+
+    Returns:
+        output `[B, H, 1, D]` and the new state.
+    """
+    new = {"key": k, "value": v, "bucket": k_bucket.int()}
+    recent = {name: torch.cat([state[f"recent_{name}"].to(x.dtype), x], 2) for name, x in new.items()}
+    token = _tokens_seen(q_bucket[:, :, 0], state)
+    place, seen = _places(token, state["count"], state["key"].shape[2], recent["key"].shape[2])
+    keys, values = (torch.cat([_take(state[x].to(k.dtype), place), recent[x]], 2) for x in ("key", "value"))
+    logits = (q @ keys.mT).to(torch.promote_types(q.dtype, torch.float32)) * scaling
+    if self_bias:
+        logits = torch.cat([logits[..., :-1], logits[..., -1:] + self_bias], -1)
+    weights = logits.masked_fill(~seen[:, :, None], -torch.inf).softmax(-1)
+    return weights.to(values.dtype) @ values, _state_with(state, recent, k_bucket[:, :, 0])
+
+
+@torch.no_grad()
+def _tokens_seen(q_bucket: torch.Tensor, state: _State) -> torch.Tensor:
+    """The tokens that a new query of buckets `[B, H, rounds]` sees, each once, -1 in other places: `[B, H, S]`."""
+    slots = state["member"].shape[-1]
+    chunk, own = slots // 2, state["count"][:, None, None]
+    filled = state["filled"].gather(-1, q_bucket[..., None])[..., 0].long()
+    token = state["member"].gather(-2, q_bucket[..., None, None].expand(-1, -1, -1, -1, slots))[..., 0, :].long()
+    token = token.masked_fill(_number_in(filled, slots) < _first_seen(filled, chunk)[..., None], -1).flatten(2)
+    by_position = own - torch.arange(slots, device=own.device)
+    by_position = by_position.masked_fill(by_position < _first_seen(own, chunk), -1)
+    token = torch.cat([token, by_position.expand(*token.shape[:2], -1)], -1).sort(-1).values
+    again = token[..., 1:] == token[..., :-1]
+    token[..., 1:].masked_fill_(again, -1)
+    return token
+
+
+def _first_seen(number: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Where the chunk before that of `number` starts."""
+    return (number // chunk - 1).clamp(min=0) * chunk
+
+
+@torch.no_grad()
+def _places(token: torch.Tensor, count: torch.Tensor, length: int, recent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where these tokens (-1: none) stand among `length` earlier ones, and which of them and the recent ones are seen.
+
+    Returns:
+        place long `[B, H, S]`, any place for tokens that are not among the earlier ones, S = 0 if there are none, and
+        seen bool `[B, H, S + recent]`.
+    """
+    first = (count + 1 - recent)[:, None, None]  # of the recent ones
+    new = torch.zeros(*token.shape[:2], 1 + recent, dtype=torch.bool, device=token.device)
+    new = new.scatter_(-1, (token - first + 1).clamp_(min=0), True)[..., 1:]
+    token = token if length else token[..., :0]
+    place = (token + length - first).clamp_(0, max(length - 1, 0))
+    return place, torch.cat([(token >= 0) & (token < first), new], -1)
+
+
+def _take(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Tokens at `place` `[B, H, S]` of `x` `[B, H, N, D]`: `[B, H, S, D]`."""
+    B, H, length, D = x.shape
+    head = torch.arange(B * H, device=x.device).view(B, H, 1)
+    return x.flatten(0, 2).index_select(0, (place + head * length).flatten()).view(B, H, -1, D)
+
+
+@torch.no_grad()
+def _remember(state: _State, k_bucket: torch.Tensor) -> _State:
+    """`filled` and `member` with the next token in buckets `[B, H, rounds]`."""
+    chosen, member = k_bucket[..., None], state["member"].clone()
+    slot = state["filled"].gather(-1, chosen) % member.shape[-1] + chosen * member.shape[-1]
+    token = state["count"].int()[:, None, None, None].expand_as(chosen)
+    member.flatten(-2).scatter_(-1, slot, token)
+    return {"filled": state["filled"].scatter_add(-1, chosen, torch.ones_like(token)), "member": member}
+
+
+def _state_with(state: _State, recent: _State, k_bucket: torch.Tensor) -> _State:
+    after = {**state, **{f"recent_{name}": x for name, x in recent.items()}}
+    if recent["key"].shape[2] >= MOST_RECENT:
+        after |= dict(zip(_KEPT, lsh_past(after), strict=True))
+        after = _nothing_recent(after)
+    return {**after, **_remember(state, k_bucket), "count": state["count"] + 1}

@@ -1,0 +1,1 @@
+"""Keys and values that are pooled or projected to fewer: Linformer, Nystromformer, Long-Short Transformer."""

@@ -1,0 +1,1 @@
+"""Softmax over the positions for each feature: efficient attention."""

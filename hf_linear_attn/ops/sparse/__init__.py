@@ -1,0 +1,1 @@
+"""Lists of key blocks: BigBird, Sparse Transformer."""

@@ -1,0 +1,1 @@
+"""Where a method's parameters start: measured on a few batches, from a checkpoint's heads."""

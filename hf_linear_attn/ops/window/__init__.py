@@ -1,0 +1,1 @@
+"""Sliding windows, global rows, and a window with a linear tail."""

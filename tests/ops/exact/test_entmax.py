@@ -1,0 +1,111 @@
+"""alpha-entmax: against bisection in float64, its derivatives, its masks."""
+
+import pytest
+import torch
+
+from hf_linear_attn.ops.base.compaction import compact
+from hf_linear_attn.ops.exact.dense import attend_in_chunks, masked_softmax
+from hf_linear_attn.ops.exact.entmax import entmax
+
+
+def by_bisection(logits, alpha):
+    """The definition: the threshold is where the weights sum to 1."""
+    z = logits.double() * (alpha - 1)
+    low, high = z.amax(-1, keepdim=True) - 1, z.amax(-1, keepdim=True)
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = ((z - middle).clamp(min=0) ** (1 / (alpha - 1))).sum(-1, keepdim=True) >= 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (z - low).clamp(min=0) ** (1 / (alpha - 1))
+
+
+def families(length):
+    """Rows of logits: Gaussian of every scale, heavy-tailed, tied, and crowding geometrically below the largest."""
+    generator = torch.Generator().manual_seed(length)
+    for scale in (0.01, 0.3, 1, 10, 1000):
+        yield torch.randn(16, length, generator=generator, dtype=torch.float64) * scale
+    yield torch.empty(16, length, dtype=torch.float64).cauchy_(generator=generator)
+    yield torch.randint(0, 3, (16, length), generator=generator).double()
+    yield -(2.0 ** -torch.linspace(0, 30, length, dtype=torch.float64))[None]
+
+
+@pytest.mark.parametrize("length", [1, 2, 50, 2000])
+@pytest.mark.parametrize("alpha", [1.02, 1.2, 1.5, 1.8, 1.97, 2.0])
+@pytest.mark.parametrize("learned", [False, True])
+def test_equals_bisection(length, alpha, learned):
+    given = torch.tensor([[alpha]], dtype=torch.float64) if learned else alpha
+    for logits in families(length):
+        torch.testing.assert_close(entmax(logits, given), by_bisection(logits, alpha), rtol=0, atol=1e-12)
+        single = entmax(logits.float(), given)
+        torch.testing.assert_close(single.double(), by_bisection(logits.float(), alpha), rtol=0, atol=1e-4)
+        torch.testing.assert_close(single.sum(-1), torch.ones(logits.shape[0]), rtol=0, atol=1e-5)
+
+
+def test_sparsemax_is_the_projection_onto_the_simplex():
+    torch.testing.assert_close(entmax(torch.tensor([[1.0, 0.6, -3.0]]), 2), torch.tensor([[0.7, 0.3, 0.0]]))
+
+
+def test_close_to_softmax_for_alpha_close_to_1():
+    logits = torch.randn(8, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(entmax(logits, 1.0001), logits.softmax(-1), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 1.9, 2.0])
+def test_derivatives_by_logits_and_alpha(alpha):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    allowed = torch.rand(2, 1, 9, generator=generator) < 0.7
+    torch.autograd.gradcheck(lambda z: entmax(z, alpha, allowed), (logits,))
+    if alpha < 2:
+        learned = torch.tensor([[[alpha]], [[alpha + 0.05]]], dtype=torch.float64, requires_grad=True)
+        torch.autograd.gradcheck(lambda z, a: entmax(z, a, allowed), (logits, learned))
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+def test_what_is_not_allowed_might_as_well_not_be_there(alpha):
+    logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)) * 3
+    allowed = torch.ones(12, dtype=torch.bool)
+    allowed[[0, 4, 11]] = False
+    masked = entmax(logits.masked_fill(~allowed, 1e9), alpha, allowed)
+    assert (masked[:, ~allowed] == 0).all()
+    torch.testing.assert_close(masked[:, allowed], entmax(logits[:, allowed], alpha))
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_row_without_any_allowed_entry_is_0_with_finite_gradients(alpha, dtype):
+    logits = torch.randn(2, 6).to(dtype).requires_grad_()
+    weights = entmax(logits, alpha, torch.tensor([[True], [False]]))
+    assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (weights[1] == 0).all()
+    weights.square().sum().backward()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("alpha", [1, 1.0, 0.5, 2.1])
+def test_an_alpha_out_of_range_is_an_error(alpha):
+    with pytest.raises(ValueError, match=f"alpha={alpha}; allowed: above 1 and at most 2"):
+        entmax(torch.zeros(1, 2), alpha)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_chunks_of_queries_change_nothing(is_causal, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (9, 11, 11))
+    call = compact(q, k, v, None)
+    largest = []
+
+    def weights(rows, allowed):
+        logits = call.q[:, :, rows] @ call.k.mT
+        largest.append(logits.shape[2])
+        return masked_softmax(logits, allowed)
+
+    whole = attend_in_chunks(call, weights, is_causal=is_causal)
+    assert largest == [9]
+    monkeypatch.setattr("hf_linear_attn.ops.exact.dense.CPU_CHUNK_ELEMENTS", 2 * 3 * 11 * 4)
+    torch.testing.assert_close(attend_in_chunks(call, weights, is_causal=is_causal), whole)
+    assert largest[1:] == [4, 4, 1]
+    mask = torch.ones(9, 11, dtype=torch.bool).tril(2) if is_causal else None
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    torch.testing.assert_close(whole, exact)
