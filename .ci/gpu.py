@@ -37,7 +37,7 @@ from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 from hf_linear_attn.kernels.sparse.launch import tiles_for
 from hf_linear_attn.kernels.gated.op import gated_linear_attention
 from hf_linear_attn.kernels.linear.op import linear_attention
-from hf_linear_attn.ops.sparse.csr import window_csr
+from hf_linear_attn.ops.window.csr import window_csr
 q, k, v = (torch.rand(1, 2, 100, 40, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 decay = (-torch.rand(1, 2, 100, 40, device="cuda")).requires_grad_()
 scale = torch.rand(1, 2, 100, device="cuda").requires_grad_()

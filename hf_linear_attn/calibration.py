@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_linear_attn.attention import AttentionRecorder
-from hf_linear_attn.ops.features.maps import accumulation_dtype
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.report import OutputErrors
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_linear_attn.ops.base.masking import real_token_rank
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
@@ -136,5 +137,5 @@ class CosformerAttention(AttentionVariant):
 
 def _with_rank(x: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
     """`x` with each token's rank `[B or 1, T]` as a last coordinate, in full precision: `[B, H, T, D + 1]`."""
-    x = x.to(maps.accumulation_dtype(x.dtype))
+    x = x.to(accumulation_dtype(x.dtype))
     return torch.cat([x, rank[:, None, :, None].to(x.dtype).expand(*x.shape[:-1], 1)], -1)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops.base.compaction import compact, init_kv_state, kv_state_after
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.exact.dense import attend_in_chunks, masked_softmax, row_logits
 from hf_linear_attn.ops.exact.entmax import entmax
-from hf_linear_attn.ops.features.maps import accumulation_dtype
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 

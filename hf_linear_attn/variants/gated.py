@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, accumulation_dtype, weighted_by_mean_logit
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
+from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, weighted_by_mean_logit
 from hf_linear_attn.ops.linear.decay import LogDecay, feature_map_decay_attention, init_decay_state
 from hf_linear_attn.ops.starts.calibration import (
     Row,

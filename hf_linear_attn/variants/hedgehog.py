@@ -94,7 +94,7 @@ class HedgehogAttention(AttentionVariant):
         q, k = measure.head_tokens(rows)
         share = attended_share(rows, is_causal=causal, scaling=scaling)
         center = (share[..., None] * k).sum(1)  # the mean attended key
-        starts = maps.centroid_starts(q, k - center[:, None], self.num_features, scaling)
+        starts = measure.centroid_starts(q, k - center[:, None], self.num_features, scaling)
         for start in starts:
             start["key_bias"] = start["key_bias"] - (start["key_weight"] @ center[..., None])[..., 0]
 

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
-from hf_linear_attn.ops.features.maps import FEATURE_MAPS, accumulation_dtype
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
+from hf_linear_attn.ops.features.maps import FEATURE_MAPS
 from hf_linear_attn.ops.linear.attention import bidirectional_linear_attention
 from hf_linear_attn.ops.pooled.projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens

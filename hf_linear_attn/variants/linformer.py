@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.features.maps import accumulation_dtype
-from hf_linear_attn.ops.linear.sums import full_precision
+from hf_linear_attn.ops.base.numerics import accumulation_dtype, full_precision
 from hf_linear_attn.ops.pooled.pooling import attend_segments
 from hf_linear_attn.ops.pooled.projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
 from hf_linear_attn.registry import register_variant

@@ -138,7 +138,7 @@ class LolcatsAttention(AttentionVariant):
             projections = zip(("query_weight", "key_weight"), measure.principal_maps(q, k), strict=True)
             starts = [{name: x[:, : self.query_weight.shape[1]] for name, x in projections}]
         elif self.config.tail == "centroids":
-            starts = maps.centroid_starts(q, k, self.num_features, scaling)
+            starts = measure.centroid_starts(q, k, self.num_features, scaling)
         centers = {} if self.config.tail == "hedgehog" else {"query_center": a, "key_center": c}
         errors = self.error_meter(rows, scaling)
         present = {**dict(self.named_parameters()), **dict(self.named_buffers())}

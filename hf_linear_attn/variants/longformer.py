@@ -163,8 +163,7 @@ class LongformerAttention(AttentionVariant):
         w, d = self.window_size, self.config.dilation
         left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
         where: dict[str, Any] = {"left": left, "right": right, "dilation": d, "key_allowed": in_window, "extra": extra}
-        where["backend"] = self.backend
-        out = sliding_window_attention(call.q, call.k, call.v, scaling=inputs.scaling, **where)
+        out = sliding_window_attention(call.q, call.k, call.v, scaling=inputs.scaling, backend=self.backend, **where)
         if tokens is not None and rows is not None:
             out = tokens.place_rows(rows, out)
         out = call.restore(out)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_linear_attn.ops.base.compaction import CompactedCall, compact, init_kv_state, kv_state_after
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.exact.chunked import chunked_softmax_attention
 from hf_linear_attn.ops.exact.segments import gated_memory, segment_attention, segment_layout
-from hf_linear_attn.ops.features.maps import accumulation_dtype
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig

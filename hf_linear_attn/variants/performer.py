@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
@@ -156,7 +157,7 @@ class PerformerAttention(AttentionVariant):
         return torch.cat([weight, -weight], -1), None if bias is None else torch.cat([bias, -bias], -1)
 
     def _query_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
-        x = x.to(maps.accumulation_dtype(x.dtype))
+        x = x.to(accumulation_dtype(x.dtype))
         directions = self.omega.to(x.dtype).mT * scaling**0.5  # [D, m]
         if self.config.variance_reducer and self.config.kernel != "relu":
             x = x - self.query_mean.to(x.dtype)[:, None]
@@ -177,7 +178,7 @@ class PerformerAttention(AttentionVariant):
 
     def _balanced(self, x: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Centred and balanced keys, and what the reducer takes out of all logits of a key."""
-        x = x.to(maps.accumulation_dtype(x.dtype))
+        x = x.to(accumulation_dtype(x.dtype))
         if not self.config.variance_reducer:
             return x, None
         shared = maps.mean_logit(x, self.query_mean, scaling)  # [B, H, T]

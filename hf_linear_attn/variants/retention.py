@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, accumulation_dtype, weighted_by_mean_logit
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
+from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, weighted_by_mean_logit
 from hf_linear_attn.ops.linear.decay import feature_map_decay_attention, init_decay_state
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.registry import register_variant

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.linear.decay import feature_map_decay_attention
@@ -173,7 +174,7 @@ class RFAAttention(AttentionVariant):
         return features
 
     def _features(self, x: torch.Tensor, sigma: torch.Tensor, *, is_key: bool) -> maps.Features:
-        x = x.to(maps.accumulation_dtype(x.dtype))
+        x = x.to(accumulation_dtype(x.dtype))
         if self.config.variance_reducer:
             x = x - (self.key_center if is_key else self.query_center).to(x.dtype)[:, None]
         x = F.normalize(x, dim=-1) * (sigma / self.tau[:, None]).to(x.dtype)[:, None]
@@ -191,5 +192,5 @@ class RFAAttention(AttentionVariant):
             raise ValueError(f"The gate of rfa needs the hidden states of all {length} keys of the call.")
         if inputs.key_padding is not None:
             hidden = hidden.masked_fill(~inputs.key_padding[..., None], 0)
-        dtype = maps.accumulation_dtype(inputs.value.dtype)
+        dtype = accumulation_dtype(inputs.value.dtype)
         return (F.linear(hidden, self.gate_weight.to(hidden.dtype)).to(dtype) + self.gate_bias.to(dtype)).mT

@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_linear_attn.ops.base.compaction import compact, init_kv_state, kv_state_after
+from hf_linear_attn.ops.base.numerics import accumulation_dtype, full_precision
 from hf_linear_attn.ops.exact.dense import attend_in_chunks, masked_softmax, row_logits
-from hf_linear_attn.ops.features.maps import accumulation_dtype
-from hf_linear_attn.ops.linear.sums import full_precision
 from hf_linear_attn.ops.starts.calibration import Row, choose_start, collect_rows
 from hf_linear_attn.ops.starts.position_weights import low_rank_factors, position_log_weights
 from hf_linear_attn.registry import register_variant

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
@@ -140,5 +141,5 @@ class T2RAttention(AttentionVariant):
 
 
 def _features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> maps.Features:
-    x = x.to(maps.accumulation_dtype(x.dtype))
+    x = x.to(accumulation_dtype(x.dtype))
     return maps.relu_features(x @ weight.to(x.dtype).mT + bias.to(x.dtype)[:, None])  # [B, H, T, f]

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
@@ -151,7 +152,7 @@ class TaylorAttention(AttentionVariant):
         return output.to(inputs.query.dtype), state
 
     def _features(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scaling: float) -> maps.Features:
-        x = x.to(maps.accumulation_dtype(x.dtype))
+        x = x.to(accumulation_dtype(x.dtype))
         x = x @ weight.to(x.dtype).mT + bias.to(x.dtype)[:, None]  # [B, H, T, r]
         x = F.normalize(x, dim=-1) if self.config.order == 1 else x * scaling**0.5
         return maps.taylor_features(x, self.config.order)

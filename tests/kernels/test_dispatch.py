@@ -90,7 +90,7 @@ def test_decoding_is_the_twins(subject: Subject) -> None:
     [
         ("linear.op.linear_attention", "linear"),
         ("gated.op.gated_linear_attention", "gated"),
-        ("exp_features.exp_features", "performer"),
+        ("linear.exp_features.exp_features", "performer"),
         ("sparse.op.block_sparse_attention", "longformer"),
     ],
 )

@@ -9,12 +9,12 @@ import torch
 
 pytest.importorskip("triton", reason="the extra [triton] is not installed")
 
-from hf_linear_attn.kernels.exp_features import exp_features
 from hf_linear_attn.kernels.gated.op import gated_linear_attention
+from hf_linear_attn.kernels.linear.exp_features import exp_features
 from hf_linear_attn.kernels.linear.op import linear_attention
 from hf_linear_attn.kernels.sparse.launch import tiles_for
 from hf_linear_attn.kernels.sparse.op import block_sparse_attention
-from hf_linear_attn.ops.sparse.csr import window_csr
+from hf_linear_attn.ops.window.csr import window_csr
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from hf_linear_attn.kernels import exp_features as exp
 from hf_linear_attn.kernels.launch import Launch
 from hf_linear_attn.kernels.linear import bwd, fwd
+from hf_linear_attn.kernels.linear import exp_features as exp
 from hf_linear_attn.kernels.linear import tiles as config
 
 __all__ = ["shipped_launches"]

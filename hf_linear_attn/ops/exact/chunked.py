@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.base.masking import safe_masked_fill
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.base.tracing import is_exported
-from hf_linear_attn.ops.features.maps import accumulation_dtype
-from hf_linear_attn.ops.linear.sums import LOG_ZERO
 
 __all__ = ["chunked_softmax_attention"]
 

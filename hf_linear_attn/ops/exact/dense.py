@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from hf_linear_attn.ops.base.compaction import CompactedCall
+from hf_linear_attn.ops.base.numerics import full_precision
 from hf_linear_attn.ops.base.tracing import segments
-from hf_linear_attn.ops.linear.sums import full_precision
 
 __all__ = ["attend_in_chunks", "masked_softmax", "row_logits"]
 

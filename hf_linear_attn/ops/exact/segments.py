@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.compaction import CompactedCall, take_tokens
+from hf_linear_attn.ops.base.numerics import TINY, accumulation_dtype
 from hf_linear_attn.ops.exact.scan import scan
-from hf_linear_attn.ops.features.maps import accumulation_dtype, elu_features, mean_logit
-from hf_linear_attn.ops.linear.sums import TINY
+from hf_linear_attn.ops.features.maps import elu_features, mean_logit
 
 __all__ = [
     "SegmentLayout",

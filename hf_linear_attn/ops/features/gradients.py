@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from hf_linear_attn.ops.base.numerics import TINY
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap
-from hf_linear_attn.ops.linear.sums import TINY
 
 __all__ = ["MapGradients", "divide_into", "leaf", "map_parts", "quotient_backward", "trains_unnamed"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops.base.numerics import exp_
+from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_
 
 __all__ = [
     "FEATURE_MAPS",
@@ -26,7 +26,6 @@ __all__ = [
     "ParametricMap",
     "ScaledMap",
     "TaylorMap",
-    "accumulation_dtype",
     "elu_features",
     "exp_features",
     "fourier_features",
@@ -62,11 +61,6 @@ class ParametricMap:
 
     def __call__(self, x: torch.Tensor) -> Features:
         return self.function(x, *self.parameters)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision and float32, float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:

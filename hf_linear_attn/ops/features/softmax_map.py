@@ -13,19 +13,14 @@ from __future__ import annotations
 
 import torch
 
-from hf_linear_attn.ops.base.numerics import exp_
-from hf_linear_attn.ops.features.maps import Features, accumulation_dtype, gaussian_orthogonal
-from hf_linear_attn.ops.starts.calibration import kmeans
+from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_
+from hf_linear_attn.ops.features.maps import Features, gaussian_orthogonal
 
-__all__ = ["KEY_CENTROIDS", "PUBLISHED", "QUERY_CENTROIDS", "centroid_starts", "published_map", "softmax_map"]
+__all__ = ["KEY_CENTROIDS", "PUBLISHED", "QUERY_CENTROIDS", "Affine", "published_map", "softmax_map"]
 
 PUBLISHED, KEY_CENTROIDS, QUERY_CENTROIDS = range(3)
 
 Affine = tuple[torch.Tensor, torch.Tensor]  # weight [H, F, D], bias [H, F]
-Start = dict[str, torch.Tensor]
-
-_SMALLEST_SPREAD = 1e-3  # of the mean square of the tokens
-_SHARPNESS = 8.0  # beta times twice the mean squared distance to the nearest centroid; 4 to 64 are within 4 %
 
 
 def softmax_map(
@@ -73,32 +68,3 @@ def published_map(num_heads: int, num_features: int, dim: int, seed: int) -> Aff
         half = torch.cat([half, directions / directions.norm(dim=-1, keepdim=True)])
     weight = torch.cat([half, -half]).expand(num_heads, -1, -1)
     return weight, torch.zeros(num_heads, num_features, device="cpu")
-
-
-def centroid_starts(q: torch.Tensor, k: torch.Tensor, num_features: int, scaling: float) -> list[Start]:
-    """The two centroid forms as values of `query_weight`, `query_bias`, `key_weight`, `key_bias` and `form`.
-
-    Args:
-        q, k: the queries and keys of each head, `[H, tokens, D]`.
-        num_features: F, the number of centroids.
-        scaling: s, factor of the softmax logits.
-    """
-    share_of_key, logit_of_query = _centroid_maps(k, num_features, scaling)
-    share_of_query, logit_of_key = _centroid_maps(q, num_features, scaling)
-    form = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
-    names = ("query_weight", "query_bias", "key_weight", "key_bias", "form")
-    return [
-        dict(zip(names, (*logit_of_query, *share_of_key, form + KEY_CENTROIDS), strict=True)),
-        dict(zip(names, (*share_of_query, *logit_of_key, form + QUERY_CENTROIDS), strict=True)),
-    ]
-
-
-def _centroid_maps(x: torch.Tensor, num_features: int, scaling: float) -> tuple[Affine, Affine]:
-    """With centroids C of `x` `[H, tokens, D]`: p(c | x), and the logits of C with what `x` is multiplied by."""
-    centroids = kmeans(x, num_features, seed=0)
-    spread = torch.cdist(x, centroids).amin(-1).square().mean(-1)
-    # Tokens that are centroids would make logits that float32 cannot tell apart.
-    spread = spread.maximum(_SMALLEST_SPREAD * x.square().sum(-1).mean(-1)).clamp(min=1e-6)
-    beta = (0.5 * _SHARPNESS / spread)[:, None]
-    share = 2 * beta[..., None] * centroids, -beta * centroids.square().sum(-1)
-    return share, (scaling * centroids, torch.zeros_like(share[1]))

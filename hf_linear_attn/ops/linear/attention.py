@@ -17,21 +17,19 @@ import torch
 
 from hf_linear_attn.ops.base.backend import use_triton
 from hf_linear_attn.ops.base.masking import causal_mask, query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, accumulation_dtype, full_precision
 from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.features.gradients import trains_unnamed
-from hf_linear_attn.ops.features.maps import FeatureMap, Features, ScaledMap, accumulation_dtype
+from hf_linear_attn.ops.features.maps import FeatureMap, Features, ScaledMap
 from hf_linear_attn.ops.linear import fused as fused_linear_attention
 from hf_linear_attn.ops.linear.blocks import block_linear_attention
 from hf_linear_attn.ops.linear.sums import (
     CHUNK,
-    LOG_ZERO,
-    TINY,
     State,
     accumulate,
     block_size,
     chunk_block,
     divide,
-    full_precision,
     pack_state,
     prepare_keys,
     unpack_state,

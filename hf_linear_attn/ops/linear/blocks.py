@@ -22,8 +22,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.base.masking import safe_masked_fill
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, accumulation_dtype, full_precision
 from hf_linear_attn.ops.features.gradients import MapGradients, divide_into, leaf, map_parts, quotient_backward
-from hf_linear_attn.ops.features.maps import FeatureMap, Features, accumulation_dtype
+from hf_linear_attn.ops.features.maps import FeatureMap, Features
 from hf_linear_attn.ops.linear import chunks, sums
 
 __all__ = ["block_linear_attention"]
@@ -124,7 +125,7 @@ class _Call:
         factor = (octaves - power).exp2_()
         if real is None:
             return power, factor
-        return power.masked_fill_(~real, sums.LOG_ZERO), factor.masked_fill_(~real, 0)
+        return power.masked_fill_(~real, LOG_ZERO), factor.masked_fill_(~real, 0)
 
     def set_base(self, weight: torch.Tensor, now: slice, start: torch.Tensor | None) -> None:
         """Make log weights relative to the scale of a state, or to the first key."""
@@ -132,7 +133,7 @@ class _Call:
         if real is not None:
             index = real.to(torch.uint8).argmax(-1, keepdim=True).expand(*weight.shape[:2], 1)
             first = torch.where(real.any(-1), weight.detach().gather(-1, index)[..., 0], 0.0)
-        self.base = first if start is None else torch.where(start > sums.LOG_ZERO / 2, start, first)
+        self.base = first if start is None else torch.where(start > LOG_ZERO / 2, start, first)
 
 
 def block_linear_attention(
@@ -213,7 +214,7 @@ def _forward(call: _Call, start: _Sums | None) -> Any:
     """
     (batch, heads, q_len, _), dtype = call.q.shape, call.dtype
     peak: torch.Tensor
-    with torch.no_grad(), sums.full_precision(call.v):
+    with torch.no_grad(), full_precision(call.v):
         output = call.v.new_empty(batch, q_len, heads, call.v.shape[-1]).transpose(1, 2)
         denominator = call.v.new_empty(batch, heads, q_len, dtype=dtype)
         normalizer = torch.empty_like(denominator)
@@ -255,15 +256,13 @@ def _forward(call: _Call, start: _Sums | None) -> Any:
                     carry = _rescaled(carry, weight[0])
                     k = _weighted(call, k, weight, carry[2])
                     numerator, den, *after = chunks.causal(q, k, call.values(now), *carry[:2], sums.CHUNK)
-                    peak = (
-                        carry[2][..., None] if seen is None else torch.where(seen, carry[2][..., None], sums.LOG_ZERO)
-                    )
+                    peak = carry[2][..., None] if seen is None else torch.where(seen, carry[2][..., None], LOG_ZERO)
                     carry = after[0], after[1], carry[2]
             else:
                 assert carry is not None
                 numerator, den, peak = q @ carry[0], (carry[1][:, :, None] @ q.mT)[:, :, 0], carry[2][..., None]
             denominator[:, :, rows] = den
-            log = den.clamp(min=sums.TINY).log_().add_(peak * _LOG2 + call.base[..., None])  # type: ignore[index]
+            log = den.clamp(min=TINY).log_().add_(peak * _LOG2 + call.base[..., None])  # type: ignore[index]
             normalizer[:, :, rows] = log if log_scale is None else log + log_scale
             divide_into(output[:, :, rows], numerator, den)
         assert carry is not None
@@ -274,10 +273,10 @@ def _forward(call: _Call, start: _Sums | None) -> Any:
 def _first_sums(call: _Call, features: torch.Tensor, start: _Sums | None, weighted: bool) -> _Sums:
     """The sums before the call; relative to the base, a state has the scale 1."""
     if start is not None:
-        valid = start[2] > sums.LOG_ZERO / 2
-        return start[0].to(call.dtype), start[1].to(call.dtype), torch.where(valid, 0.0, sums.LOG_ZERO).to(call.dtype)
+        valid = start[2] > LOG_ZERO / 2
+        return start[0].to(call.dtype), start[1].to(call.dtype), torch.where(valid, 0.0, LOG_ZERO).to(call.dtype)
     kv = features.new_zeros(*features.shape[:2], features.shape[-1], call.v.shape[-1])
-    return kv, torch.zeros_like(kv[..., 0]), kv.new_full(kv.shape[:2], sums.LOG_ZERO if weighted else 0.0)
+    return kv, torch.zeros_like(kv[..., 0]), kv.new_full(kv.shape[:2], LOG_ZERO if weighted else 0.0)
 
 
 def _rescaled(carry: _Sums, power: torch.Tensor | None) -> _Sums:
@@ -310,14 +309,14 @@ def _is_steep(power: torch.Tensor | None, start: torch.Tensor) -> bool:
         return False
     highest = torch.maximum(power.amax(-1), start)[..., None]
     row = torch.maximum(power.cummax(-1).values, start[..., None])
-    return bool(((highest - row > _MOST_RISE) & (row > sums.LOG_ZERO / 2)).any())
+    return bool(((highest - row > _MOST_RISE) & (row > LOG_ZERO / 2)).any())
 
 
 def _seen(call: _Call, power: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor | None:
     """Which rows of a block see a key, `[B, H, block]`, where powers tell; None for all."""
     if power is None or call.key_real is None:
         return None
-    return (torch.maximum(power, start[..., None]) > sums.LOG_ZERO / 2).cumsum(-1) > 0
+    return (torch.maximum(power, start[..., None]) > LOG_ZERO / 2).cumsum(-1) > 0
 
 
 class _Gradients(MapGradients):
@@ -337,7 +336,7 @@ def _backward(
     found, dtype = _Gradients(call), call.dtype
     leaves = tuple(leaf(x, x.requires_grad) for x in call.parameters)
     first, last = before[0][0], before[-1][0]  # first: the sums of the keys that are only summed
-    with torch.no_grad(), sums.full_precision(call.v):
+    with torch.no_grad(), full_precision(call.v):
         # Gradients of the sums after the block in work.
         carry = (
             torch.zeros_like(last[0]) if d_kv is None else d_kv.to(dtype),
@@ -368,7 +367,7 @@ def _backward(
             _keys_backward(found, leaves, now, inputs, outputs, scale, k, d_k)
         d_start: tuple[Any, ...] = (None, None, None)
         if start is not None:
-            valid = torch.where(start[2] > sums.LOG_ZERO / 2, 0.0, sums.LOG_ZERO).to(dtype)
+            valid = torch.where(start[2] > LOG_ZERO / 2, 0.0, LOG_ZERO).to(dtype)
             kept = (valid - first[2]).exp2()[..., None]
             d_start = carry[0] * kept[..., None], carry[1] * kept, None
     return [found.q, found.k, found.v, found.log_weight, None, None, *d_start, *found.parameters]

@@ -15,23 +15,14 @@ import torch
 
 from hf_linear_attn.ops.base.backend import use_triton
 from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
 from hf_linear_attn.ops.features.gradients import trains_unnamed
-from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, accumulation_dtype
+from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap
 from hf_linear_attn.ops.linear import fused as fused_linear_attention
 from hf_linear_attn.ops.linear.attention import init_linear_state
 from hf_linear_attn.ops.linear.decay_blocks import LEAST_GIVEN, LogDecay, block_decay_attention, require_no_weight
 from hf_linear_attn.ops.linear.decay_chunks import LEAST, accumulate, chunk_block, relative_to_peaks
-from hf_linear_attn.ops.linear.sums import (
-    CHUNK,
-    LOG_ZERO,
-    State,
-    block_size,
-    divide,
-    full_precision,
-    pack_state,
-    prepare_keys,
-    unpack_state,
-)
+from hf_linear_attn.ops.linear.sums import CHUNK, State, block_size, divide, pack_state, prepare_keys, unpack_state
 
 __all__ = [
     "LogDecay",

@@ -16,8 +16,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.base.masking import safe_masked_fill
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
 from hf_linear_attn.ops.features.gradients import MapGradients, divide_into, leaf, map_parts, quotient_backward
-from hf_linear_attn.ops.features.maps import FeatureMap, accumulation_dtype
+from hf_linear_attn.ops.features.maps import FeatureMap
 from hf_linear_attn.ops.linear import decay_chunks as chunks
 from hf_linear_attn.ops.linear import sums
 
@@ -110,7 +111,7 @@ class _Call:
             return None if pads is None else (~pads).to(decay.dtype).expand(decay.shape[:3]), decay, None
         assert peak is not None
         if pads is not None:
-            log_weight = log_weight.masked_fill(pads, sums.LOG_ZERO)
+            log_weight = log_weight.masked_fill(pads, LOG_ZERO)
         weight, shift, peak = chunks.relative_to_peaks(log_weight, decay, peak)
         return weight if pads is None else weight.masked_fill_(pads, 0), decay + shift[..., None], peak
 
@@ -200,7 +201,7 @@ class _BlockDecayAttention(torch.autograd.Function):
 def _forward(call: _Call, start: _Start) -> tuple[torch.Tensor, torch.Tensor | None, list[_Sums]]:
     """Output, denominators, and the sums before each block and after the last one."""
     batch, heads, length, dim = call.v.shape
-    with torch.no_grad(), sums.full_precision(call.v):
+    with torch.no_grad(), full_precision(call.v):
         output = call.v.new_empty(batch, length, heads, dim).transpose(1, 2)
         denominator = None
         if call.normalised:
@@ -227,7 +228,7 @@ def _first_sums(call: _Call, k: torch.Tensor, start: _Start, weighted: bool) -> 
     if kv is None:
         kv = k.new_zeros(*k.shape[:2], k.shape[-1], call.v.shape[-1])
         z = torch.zeros_like(kv[..., 0]) if call.normalised else None
-        return kv, z, kv.new_full(kv.shape[:2], sums.LOG_ZERO) if weighted else None
+        return kv, z, kv.new_full(kv.shape[:2], LOG_ZERO) if weighted else None
     if z is None:
         return kv, None, None
     valid = _valid(log_scale)
@@ -236,7 +237,7 @@ def _first_sums(call: _Call, k: torch.Tensor, start: _Start, weighted: bool) -> 
 
 def _valid(log_scale: Any) -> torch.Tensor:
     """1 where a state has seen a key, else 0: `[B, H, 1]`."""
-    return (log_scale > sums.LOG_ZERO / 2).to(log_scale.dtype)[..., None]
+    return (log_scale > LOG_ZERO / 2).to(log_scale.dtype)[..., None]
 
 
 def _backward(
@@ -247,7 +248,7 @@ def _backward(
     gradients = MapGradients(call.parameters)
     found, d_v = [torch.empty_like(x) for x in call.inputs], torch.empty_like(call.v)
     leaves = tuple(leaf(x, x.requires_grad) for x in call.parameters)
-    with torch.no_grad(), sums.full_precision(call.v):
+    with torch.no_grad(), full_precision(call.v):
         d_kv = torch.zeros_like(before[-1][0]) if d_kv is None else d_kv
         d_z = torch.zeros_like(before[-1][1]) if d_z is None and denominator is not None else d_z
         blocks = call.blocks()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.base.numerics import LOG_ZERO
 from hf_linear_attn.ops.linear import chunks as linear_chunks
 from hf_linear_attn.ops.linear import sums
 
@@ -49,7 +50,7 @@ def relative_to_peaks(
     latest = torch.maximum((log_weight.detach() - elapsed).cummax(-1).values, start[..., None])
     peaks = elapsed + latest
     before = torch.cat([start[..., None], peaks[..., :-1]], -1)
-    shift = torch.where(before > sums.LOG_ZERO / 2, before - peaks, 0.0)  # nothing decays before the first key
+    shift = torch.where(before > LOG_ZERO / 2, before - peaks, 0.0)  # nothing decays before the first key
     return (log_weight - peaks).exp(), shift, peaks[..., -1].clone()  # a view would keep all of them in a state
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from hf_linear_attn.ops.base.masking import safe_masked_fill
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY
 from hf_linear_attn.ops.features.maps import ExponentialMap, FeatureMap, Features
-from hf_linear_attn.ops.linear.sums import LOG_ZERO, TINY, State
+from hf_linear_attn.ops.linear.sums import State
 
 __all__ = ["MAPS", "attend", "map_features", "refusal"]
 
@@ -48,7 +49,7 @@ def map_features(feature_map: FeatureMap, x: torch.Tensor) -> Features:
     weight, bias = feature_map.exponent()
     if weight.shape[2] > _MOST_FEATURES or x.shape[-1] > _MOST_DIM:
         return feature_map(x)
-    from hf_linear_attn.kernels.exp_features import exp_features
+    from hf_linear_attn.kernels.linear.exp_features import exp_features
 
     features, peak = exp_features(x, weight, bias)
     return features, peak if feature_map.rest is None else peak + feature_map.rest(x)

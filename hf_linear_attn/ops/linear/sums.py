@@ -6,24 +6,20 @@ and traceable by torch.compile; `ops.linear.blocks` has the same sums with a bac
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.masking import causal_mask
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY
 
 __all__ = [
     "CHUNK",
-    "LOG_ZERO",
-    "TINY",
     "Carry",
     "State",
     "accumulate",
     "block_size",
     "chunk_block",
     "divide",
-    "full_precision",
     "pack_state",
     "prepare_keys",
     "unpack_state",
@@ -32,21 +28,14 @@ __all__ = [
 # {"kv": [B, H, F, D], "z": [B, H, F], "log_scale": [B, H]}: sums over past keys / exp(log_scale).
 State = dict[str, torch.Tensor]
 
-LOG_ZERO = -1e30  # log weight of nothing: finite, so that differences of two of them are numbers
 CHUNK = 64  # tokens per causal chunk
 # Tokens x heads x batch whose features are held at once: small enough for a CPU cache, which at long lengths
 # is nearly twice as fast as whole sequences, and keeps memory small.
 _CPU_BLOCK_ROWS = 6144
 _BLOCK_ROWS = 1 << 19
 _MIN_BLOCK = 256
-TINY = 1e-30  # smallest magnitude of a denominator
 
 Carry = tuple[torch.Tensor, torch.Tensor]  # sums [B, H, F, D+1] with z as last column, their log scale [B, H]
-
-
-def full_precision(x: torch.Tensor) -> AbstractContextManager[None]:
-    """Autocast off: sums over thousands of tokens and exponentials do not survive half precision."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def block_size(v: torch.Tensor) -> int:

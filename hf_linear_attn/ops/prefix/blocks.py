@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_linear_attn.ops.base.numerics import LOG2_E
+from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO, full_precision
 from hf_linear_attn.ops.linear import chunks, sums
 from hf_linear_attn.ops.prefix.shares import ShareGradients, ShareInputs
 
@@ -50,21 +50,21 @@ class _PrefixAttention(torch.autograd.Function):
         given = ShareInputs(*tensors)
         v, real, dtype, rows_count = given.v, given.key_real, given.dtype, given.q.shape[2]
         past, block = v.shape[2] - rows_count, sums.block_size(v)
-        with sums.full_precision(v):
+        with full_precision(v):
             base = _first(given)
         if kv is None:
             kv = v.new_zeros(*v.shape[:2], given.num_features, v.shape[-1], dtype=dtype)
-            z, peak = torch.zeros_like(kv[..., 0]), torch.full_like(kv[..., 0], sums.LOG_ZERO)
+            z, peak = torch.zeros_like(kv[..., 0]), torch.full_like(kv[..., 0], LOG_ZERO)
         else:
-            valid = log_scale > sums.LOG_ZERO / 2
+            valid = log_scale > LOG_ZERO / 2
             base = torch.where(valid, log_scale, base)
-            peak = torch.where(valid, 0.0, sums.LOG_ZERO).to(dtype)
+            peak = torch.where(valid, 0.0, LOG_ZERO).to(dtype)
         carry: _Sums = (kv, z, peak)
         saved: list[torch.Tensor] = []
         ctx.layout = [slice(i, min(i + block, past)) for i in range(0, past, block)]
         ctx.layout += [slice(i, min(i + block, v.shape[2])) for i in range(past, v.shape[2], block)]
         output = v.new_empty(v.shape[0], rows_count, v.shape[1], v.shape[3]).transpose(1, 2)
-        with sums.full_precision(v):
+        with full_precision(v):
             for now in ctx.layout:
                 power, factor, values = _keys(given, given.keys(now), base, now)
                 saved += carry
@@ -94,7 +94,7 @@ class _PrefixAttention(torch.autograd.Function):
         given = ShareInputs(*tensors)
         found, dtype, past = ShareGradients(given), given.dtype, given.v.shape[2] - given.q.shape[2]
         d_output, d_kv, d_z, _ = gradients
-        with sums.full_precision(given.v):
+        with full_precision(given.v):
             d_kv = torch.zeros_like(saved[0]) if d_kv is None else d_kv.to(dtype)
             d_z = torch.zeros_like(saved[1]) if d_z is None else d_z.to(dtype)
             for i in reversed(range(len(ctx.layout))):
@@ -191,7 +191,7 @@ def _passes(power: torch.Tensor, start: torch.Tensor, padded: bool) -> list[slic
             return [slice(0, length)]
     row = torch.maximum(power.cummax(2).values, start[:, :, None])
     # Rows that see no key do not count: give them what the first key will bring.
-    seen = row > sums.LOG_ZERO / 2
+    seen = row > LOG_ZERO / 2
     row = torch.maximum(row, torch.where(seen, row, torch.inf).amin(2, keepdim=True).nan_to_num(posinf=0.0))
     parts, first = [], 0
     while first < length:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_linear_attn.ops.base.numerics import exp_
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, exp_, full_precision
 from hf_linear_attn.ops.linear import sums
 from hf_linear_attn.ops.prefix.shares import ShareGradients, ShareInputs
 
@@ -37,7 +37,7 @@ class _ContextAttention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         given = ShareInputs(*arguments)
         v, block = given.v, sums.block_size(given.v)
-        with sums.full_precision(v):
+        with full_precision(v):
             context, log_norm = _context(given, block)
             output = v.new_empty(v.shape[0], given.q.shape[2], v.shape[1], v.shape[3]).transpose(1, 2)
             for rows in _blocks(given.q, block):
@@ -51,7 +51,7 @@ class _ContextAttention(torch.autograd.Function):
         *arguments, context, log_norm = ctx.saved_tensors
         given = ShareInputs(*arguments)
         found, block, d_context = ShareGradients(given), sums.block_size(given.v), torch.zeros_like(context)
-        with sums.full_precision(given.v):
+        with full_precision(given.v):
             for rows in _blocks(given.q, block):
                 d_context += _query_gradients(given, found, rows, d_output, context)
             common = (context * d_context).sum(-1)[:, :, None]  # [B, H, 1, F]
@@ -80,7 +80,7 @@ def _context(given: ShareInputs, block: int) -> tuple[torch.Tensor, torch.Tensor
         kv_new, z_new, highest = _key_sums(given, now, peak)
         kept = (peak - highest).exp_().mT
         kv, z, peak = kv_new.add_(kv.mul_(kept)), z_new.add_(z.mul_(kept)), highest
-    z = z.clamp_(min=sums.TINY)
+    z = z.clamp_(min=TINY)
     return kv.div_(z), z.log().mT + peak
 
 
@@ -91,7 +91,7 @@ def _key_sums(
     logits = given.logits(given.keys(now), now)
     highest = logits.amax(2, keepdim=True)
     # Padded keys, should there be no others, stay far below it.
-    highest = highest.clamp_(min=sums.LOG_ZERO / 2) if peak is None else torch.maximum(peak, highest)
+    highest = highest.clamp_(min=LOG_ZERO / 2) if peak is None else torch.maximum(peak, highest)
     weights = _weights(logits, highest)
     return weights.mT @ given.values(now), weights.sum(2)[..., None], highest
 

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from hf_linear_attn.ops.base.masking import safe_masked_fill
-from hf_linear_attn.ops.base.numerics import exp_
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, exp_
 from hf_linear_attn.ops.base.tracing import is_exported
-from hf_linear_attn.ops.features.maps import accumulation_dtype
-from hf_linear_attn.ops.linear.sums import LOG_ZERO
 
 __all__ = ["ShareGradients", "ShareInputs"]
 

@@ -51,8 +51,9 @@ def strided_attention(
     """
     if use_triton(backend, q):
         from hf_linear_attn.ops.sparse import fused
+        from hf_linear_attn.ops.window.fused import refusal
 
-        if use_triton(backend, q, fused.refusal(q)):
+        if use_triton(backend, q, refusal(q)):
             given: dict[str, Any] = {"scaling": scaling, "is_causal": is_causal, "key_allowed": key_allowed}
             return fused.strided_attention(q, k, v, stride=stride, **given)
     (B, H, q_len, _), k_len, device = q.shape, k.shape[2], q.device
@@ -122,8 +123,9 @@ def column_attention(
     """The second part alone: position i sees j with (i - j) mod l = 0; arguments as in `strided_attention`."""
     if use_triton(backend, q):
         from hf_linear_attn.ops.sparse import fused
+        from hf_linear_attn.ops.window.fused import refusal
 
-        if use_triton(backend, q, fused.refusal(q)):
+        if use_triton(backend, q, refusal(q)):
             given: dict[str, Any] = {"scaling": scaling, "is_causal": is_causal, "key_allowed": key_allowed}
             return fused.column_attention(q, k, v, stride=stride, **given)
     if is_exported():

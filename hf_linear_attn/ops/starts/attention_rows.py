@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
-from hf_linear_attn.ops.features.maps import FeatureMap, accumulation_dtype
-from hf_linear_attn.ops.linear.attention import LOG_ZERO
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
+from hf_linear_attn.ops.features.maps import FeatureMap
 from hf_linear_attn.ops.starts.calibration import Row
 
 __all__ = ["attended_share", "attention_cross_entropy"]

@@ -8,11 +8,14 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.features.softmax_map import KEY_CENTROIDS, QUERY_CENTROIDS, Affine
+
 __all__ = [
     "Row",
     "SelfAttentionCall",
     "balancing_maps",
     "centered_maps",
+    "centroid_starts",
     "choose_per_head",
     "choose_start",
     "collect_rows",
@@ -35,6 +38,8 @@ _MAX_TOKENS = 1024  # softmax attention over a row is quadratic; this much of it
 _REDUCER_SHARES = (0.5, 0.7, 1.0)
 _KMEANS_TOKENS = 4096  # centroids of so many tokens are as good as those of more
 _KMEANS_ROUNDS = 10
+_SMALLEST_SPREAD = 1e-3  # of the mean square of the tokens
+_SHARPNESS = 8.0  # beta times twice the mean squared distance to the nearest centroid; 4 to 64 are within 4 %
 
 
 class SelfAttentionCall(Protocol):
@@ -279,6 +284,37 @@ def kmeans(x: torch.Tensor, k: int, seed: int) -> torch.Tensor:
         total = torch.zeros_like(c).scatter_add_(1, label[..., None].expand_as(x), x)
         c = torch.where(size[..., None] > 0, total / size[..., None].clamp(min=1), c)
     return c
+
+
+def centroid_starts(
+    q: torch.Tensor, k: torch.Tensor, num_features: int, scaling: float
+) -> list[dict[str, torch.Tensor]]:
+    """The two centroid forms as values of `query_weight`, `query_bias`, `key_weight`, `key_bias` and `form`.
+
+    Args:
+        q, k: the queries and keys of each head, `[H, tokens, D]`.
+        num_features: F, the number of centroids.
+        scaling: s, factor of the softmax logits.
+    """
+    share_of_key, logit_of_query = _centroid_maps(k, num_features, scaling)
+    share_of_query, logit_of_key = _centroid_maps(q, num_features, scaling)
+    form = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+    names = ("query_weight", "query_bias", "key_weight", "key_bias", "form")
+    return [
+        dict(zip(names, (*logit_of_query, *share_of_key, form + KEY_CENTROIDS), strict=True)),
+        dict(zip(names, (*share_of_query, *logit_of_key, form + QUERY_CENTROIDS), strict=True)),
+    ]
+
+
+def _centroid_maps(x: torch.Tensor, num_features: int, scaling: float) -> tuple[Affine, Affine]:
+    """With centroids C of `x` `[H, tokens, D]`: p(c | x), and the logits of C with what `x` is multiplied by."""
+    centroids = kmeans(x, num_features, seed=0)
+    spread = torch.cdist(x, centroids).amin(-1).square().mean(-1)
+    # Tokens that are centroids would make logits that float32 cannot tell apart.
+    spread = spread.maximum(_SMALLEST_SPREAD * x.square().sum(-1).mean(-1)).clamp(min=1e-6)
+    beta = (0.5 * _SHARPNESS / spread)[:, None]
+    share = 2 * beta[..., None] * centroids, -beta * centroids.square().sum(-1)
+    return share, (scaling * centroids, torch.zeros_like(share[1]))
 
 
 def _moment(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ never held in memory, and on CPU it measured faster than explicit matmuls at eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,20 +15,14 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.base.backend import use_triton
 from hf_linear_attn.ops.base.flash_cpu import attend_band, serves
 from hf_linear_attn.ops.base.tracing import is_exported
+from hf_linear_attn.ops.window.layout import Extra, by_dilation
 
 __all__ = [
-    "Extra",
     "at_least_two",
     "attend_projected",
-    "by_dilation",
     "naive_sliding_window_attention",
     "sliding_window_attention",
 ]
-
-# Extra columns: keys `[B, H, G, D]`, values `[B, H, G, D]`, and which row sees which, bool broadcastable to
-# `[B, Tq, G]`. A key that the windows hold as well must be left out of `key_allowed`, else it counts twice.
-# Both may have one channel more: `scaling` times that of a key is added to all of its logits, that of values is 0.
-Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Upper bound on the elements of the key blocks gathered at once (16 MiB in fp32). Longer inputs go through in
 # segments, which keeps memory near that of q, k and v.
@@ -112,7 +105,7 @@ def sliding_window_attention(
     if len(steps) != H:
         raise ValueError(f"dilation names {len(steps)} heads, the queries have {H}.")
     if use_triton(backend, q):
-        from hf_linear_attn.ops.sparse import fused  # which takes lists from here
+        from hf_linear_attn.ops.window import fused
 
         if use_triton(backend, q, fused.refusal(q)):
             width = v.shape[3]
@@ -123,10 +116,13 @@ def sliding_window_attention(
     if is_exported():
         seen: dict[str, Any] = {"dilation": dilation, "key_allowed": key_allowed, "extra": extra}
         return naive_sliding_window_attention(q, k, v, left=left, right=right, scaling=scaling, **seen)
-    return by_dilation(
-        lambda q, k, v, d, part: _dilated(q, k, v, left, right, scaling, d, key_allowed, part, block_size),
-        *(q, k, v, dilation, extra),
-    )
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, part: Extra | None
+    ) -> torch.Tensor:
+        return _band_attention(q, k, v, left, right, scaling, allowed, part, block_size)
+
+    return by_dilation(attend, q, k, v, dilation, key_allowed, extra)
 
 
 def _widened(
@@ -136,66 +132,6 @@ def _widened(
     if extra is None or extra[0].shape[-1] == k.shape[-1]:
         return q, k, v
     return F.pad(q, (0, 1), value=1.0), F.pad(k, (0, 1)), F.pad(v, (0, 1))
-
-
-def by_dilation(
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, Extra | None], torch.Tensor],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dilation: int | tuple[int, ...],
-    extra: Extra | None,
-) -> torch.Tensor:
-    """`attend(q, k, v, dilation, extra)` for the heads of each dilation, put together again."""
-    steps = dilation if isinstance(dilation, tuple) else (dilation,) * q.shape[1]
-    groups = {d: [h for h, step in enumerate(steps) if step == d] for d in dict.fromkeys(steps)}
-    if len(groups) == 1:
-        return attend(q, k, v, steps[0], extra)
-    outputs = []
-    for d, heads in groups.items():
-        part = None if extra is None else (extra[0][:, heads], extra[1][:, heads], extra[2])
-        outputs.append(attend(q[:, heads], k[:, heads], v[:, heads], d, part))
-    order = [h for heads in groups.values() for h in heads]
-    return torch.cat(outputs, dim=1)[:, [order.index(h) for h in range(len(steps))]]
-
-
-def _dilated(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    left: int,
-    right: int,
-    scaling: float,
-    dilation: int,
-    key_allowed: torch.Tensor | None,
-    extra: Extra | None,
-    block_size: int | None,
-) -> torch.Tensor:
-    B, _, q_len, _ = q.shape
-    k_len = k.shape[2]
-    if dilation == 1 or k_len == 1:
-        return _band_attention(q, k, v, left, right, scaling, key_allowed, extra, block_size)
-    # Tokens of one residue class see each other only: classes become batch rows and the pattern a plain band.
-    if key_allowed is None:
-        key_allowed = torch.ones(1, k_len, dtype=torch.bool, device=q.device)
-    key_allowed = _split_classes(key_allowed.expand(B, -1)[:, None, :, None], dilation)[:, 0, :, 0]
-    if extra is not None:
-        rows = extra[2].expand(B, -1, -1)  # [B, Tq or 1, G]
-        if rows.shape[1] == q_len:
-            rows = _split_classes(rows[:, None], dilation)[:, 0]
-        else:
-            rows = rows.repeat_interleave(dilation, dim=0)
-        extra = (extra[0].repeat_interleave(dilation, 0), extra[1].repeat_interleave(dilation, 0), rows)
-    q, k, v = (_split_classes(x, dilation) for x in (q, k, v))
-    out = _band_attention(q, k, v, left, right, scaling, key_allowed, extra, block_size)
-    out = out.unflatten(0, (B, dilation)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H, padded Tq, D]
-    return out[:, :, out.shape[2] - q_len :]
-
-
-def _split_classes(x: torch.Tensor, dilation: int) -> torch.Tensor:
-    """`[B, C, T, D]` to `[B * dilation, C, ceil(T / dilation), D]`, padded in front: ends stay aligned."""
-    x = F.pad(x, (0, 0, -x.shape[2] % dilation, 0))
-    return x.unflatten(2, (-1, dilation)).permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
 def _band_attention(

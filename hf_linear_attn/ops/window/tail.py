@@ -18,16 +18,10 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.backend import use_triton
 from hf_linear_attn.ops.base.masking import causal_mask
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.base.tracing import is_exported
-from hf_linear_attn.ops.features.maps import (
-    FeatureMap,
-    Features,
-    ParametricMap,
-    TaylorMap,
-    accumulation_dtype,
-    mean_logit,
-)
-from hf_linear_attn.ops.linear.attention import LOG_ZERO, State, feature_map_attention_with_normalizer
+from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, TaylorMap, mean_logit
+from hf_linear_attn.ops.linear.attention import State, feature_map_attention_with_normalizer
 from hf_linear_attn.ops.window.tail_blocks import window_block_softmax
 from hf_linear_attn.ops.window.taylor import taylor_window_attention
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from hf_linear_attn.ops.base.numerics import LOG2_E
-from hf_linear_attn.ops.linear.sums import LOG_ZERO, TINY, block_size, full_precision
+from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO, TINY, full_precision
+from hf_linear_attn.ops.linear.sums import block_size
 
 __all__ = ["window_block_softmax"]
 

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hf_linear_attn.ops.base.numerics import LOG2_E
+from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO
 from hf_linear_attn.ops.features.maps import Features
-from hf_linear_attn.ops.linear.sums import LOG_ZERO
 
 __all__ = ["taylor_window_attention"]
 

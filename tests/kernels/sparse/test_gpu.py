@@ -10,10 +10,11 @@ from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.sparse import attention as block_sparse
 from hf_linear_attn.ops.sparse import fused, strided
-from hf_linear_attn.ops.sparse.attention import block_grid
-from hf_linear_attn.ops.sparse.csr import window_csr
+from hf_linear_attn.ops.sparse.layout import block_grid
 from hf_linear_attn.ops.sparse.patterns import bigbird_lists, hashed, random_blocks
 from hf_linear_attn.ops.window import attention as sliding_window
+from hf_linear_attn.ops.window.csr import window_csr
+from hf_linear_attn.ops.window.fused import sliding_window_attention
 from tests.kernels.sparse.reference import error_ratio
 
 pytestmark = pytest.mark.gpu
@@ -54,7 +55,7 @@ def test_windows_with_padding_and_columns(length, dim, dtype):
     shown[:, :, 0] = True
     where = {"left": 100, "right": 40, "scaling": dim**-0.5, "key_allowed": allowed}
     compare(
-        lambda q, k, v, xk, xv: fused.sliding_window_attention(q, k, v, **where, extra=(xk, xv, shown)),
+        lambda q, k, v, xk, xv: sliding_window_attention(q, k, v, **where, extra=(xk, xv, shown)),
         lambda q, k, v, xk, xv: sliding_window.naive_sliding_window_attention(q, k, v, **where, extra=(xk, xv, shown)),
         draw(*shapes, dtype=dtype),
     )
@@ -103,7 +104,7 @@ def test_runs_are_equal_on_two_streams(dtype):
     tensors = [x.requires_grad_() for x in draw(*[(2, 4, 1000, 64)] * 3, dtype=dtype)]
 
     def run():
-        out = fused.sliding_window_attention(*tensors, left=200, right=0, scaling=0.125)
+        out = sliding_window_attention(*tensors, left=200, right=0, scaling=0.125)
         return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
 
     expected = run()
@@ -135,7 +136,7 @@ def test_compiled_training_step_is_one_graph():
     tensors = [x.requires_grad_() for x in draw(*[(2, 4, 512, 64)] * 3, dtype=torch.bfloat16)]
 
     def attend(q, k, v):
-        return fused.sliding_window_attention(q, k, v, left=100, right=0, scaling=0.125)
+        return sliding_window_attention(q, k, v, left=100, right=0, scaling=0.125)
 
     results = []
     for function in (attend, torch.compile(attend, fullgraph=True)):

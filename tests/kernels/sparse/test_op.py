@@ -12,10 +12,11 @@ from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.sparse import attention as block_sparse
 from hf_linear_attn.ops.sparse import fused, strided
-from hf_linear_attn.ops.sparse.attention import ANYONE, NOBODY, Extra, block_grid
-from hf_linear_attn.ops.sparse.csr import window_csr
+from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, Extra, block_grid
 from hf_linear_attn.ops.sparse.patterns import bigbird_lists, hashed, own_block_lists, random_blocks
 from hf_linear_attn.ops.window import attention as sliding_window
+from hf_linear_attn.ops.window.csr import window_csr
+from hf_linear_attn.ops.window.fused import refusal, sliding_window_attention
 from tests.kernels.sparse.reference import dense_attention, error_ratio
 
 CPU = torch.device("cpu")
@@ -181,7 +182,7 @@ def test_the_window_op_equals_its_twin(dilation):
         return call
 
     compare(
-        attend(fused.sliding_window_attention, tiles=TILES),
+        attend(sliding_window_attention, tiles=TILES),
         attend(sliding_window.naive_sliding_window_attention),
         tensors,
     )
@@ -262,7 +263,7 @@ def test_compiles_into_one_graph():
     tensors = [x.requires_grad_() for x in draw((1, 1, 20, 16), (1, 1, 20, 16), (1, 1, 20, 16))]
 
     def attend(q, k, v):
-        return fused.sliding_window_attention(q, k, v, left=6, right=0, scaling=0.3, tiles=TILES)
+        return sliding_window_attention(q, k, v, left=6, right=0, scaling=0.3, tiles=TILES)
 
     out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors)
     expected = attend(*tensors)
@@ -312,6 +313,6 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 def test_refusals_name_the_reason():
-    assert fused.refusal(torch.zeros(1, 1, 2, 16)) is None
-    assert "float64" in fused.refusal(torch.zeros(1, 1, 2, 16, dtype=torch.float64))
-    assert "200" in fused.refusal(torch.zeros(1, 1, 2, 200))
+    assert refusal(torch.zeros(1, 1, 2, 16)) is None
+    assert "float64" in refusal(torch.zeros(1, 1, 2, 16, dtype=torch.float64))
+    assert "200" in refusal(torch.zeros(1, 1, 2, 200))

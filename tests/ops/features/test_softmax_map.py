@@ -5,6 +5,7 @@ import torch
 
 from hf_linear_attn.ops.features import softmax_map as maps
 from hf_linear_attn.ops.starts.attention_rows import attended_share
+from hf_linear_attn.ops.starts.calibration import centroid_starts
 
 HEADS, DIM = 3, 4
 
@@ -42,7 +43,7 @@ def test_centroids_estimate_the_kernel():
     few = kinds[:, torch.arange(60) % 5]
     other = torch.randn(HEADS, 60, DIM, generator=torch.Generator().manual_seed(3))
     for place, (q, k) in enumerate(((other, few), (few, other))):
-        start = maps.centroid_starts(q, k, 6, 0.2)[place]
+        start = centroid_starts(q, k, 6, 0.2)[place]
         phi_q, scale_q = maps.softmax_map(
             q[None], start["query_weight"], start["query_bias"], start["form"], maps.KEY_CENTROIDS
         )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_linear_attn.ops.base.numerics import LOG_ZERO
 from hf_linear_attn.ops.features.maps import ParametricMap, exp_features, taylor_features
 from hf_linear_attn.ops.linear import blocks as linear_blocks
 from hf_linear_attn.ops.linear import sums as linear_sums
@@ -95,11 +96,11 @@ def test_weights_that_rise_inside_a_block(rise, padded, small_blocks):
 
 def test_a_steep_block_is_found():
     power = torch.zeros(1, 1, 8)
-    start = torch.full((1, 1), linear_sums.LOG_ZERO)
+    start = torch.full((1, 1), LOG_ZERO)
     assert not linear_blocks._is_steep(power, start)
     power[..., 5] = 100.0
     assert linear_blocks._is_steep(power, start)
-    power[..., :5] = linear_sums.LOG_ZERO  # padding: no row sees less
+    power[..., :5] = LOG_ZERO  # padding: no row sees less
     assert not linear_blocks._is_steep(power[..., :6], start)
 
 
@@ -111,7 +112,7 @@ def test_gradients_reach_and_leave_a_state_across_blocks(small_blocks):
     empty = {
         "kv": torch.zeros(2, 2, 4, 4, dtype=F64),
         "z": torch.zeros(2, 2, 4, dtype=F64),
-        "log_scale": torch.full((2, 2), linear_sums.LOG_ZERO, dtype=F64),
+        "log_scale": torch.full((2, 2), LOG_ZERO, dtype=F64),
     }
     first, state = linear_attention(*(x[:, :, :23] for x in inputs), is_causal=True, state=empty)
     second, _ = linear_attention(*(x[:, :, 23:] for x in inputs), is_causal=True, state=state)
@@ -152,7 +153,7 @@ def test_prefix_softmax_whose_maxima_rise(rise, padded, small_blocks):
 
 def test_passes_cover_the_rows_once_and_split_at_rises():
     power = torch.zeros(1, 2, 12, 3)
-    start = torch.full((1, 2, 3), linear_sums.LOG_ZERO)
+    start = torch.full((1, 2, 3), LOG_ZERO)
     assert prefix_blocks._passes(power, start, False) == [slice(0, 12)]
     power[0, 1, 7, 2], power[0, 0, 9, 0] = 50.0, 90.0
     assert prefix_blocks._passes(power, start, False) == [slice(0, 7), slice(7, 9), slice(9, 12)]

@@ -5,14 +5,8 @@ import torch
 
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.sparse import attention as block_sparse
-from hf_linear_attn.ops.sparse.attention import (
-    ANYONE,
-    NOBODY,
-    Extra,
-    block_grid,
-    block_sparse_attention,
-    naive_block_sparse_attention,
-)
+from hf_linear_attn.ops.sparse.attention import block_sparse_attention, naive_block_sparse_attention
+from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, Extra, block_grid
 from hf_linear_attn.ops.sparse.patterns import (
     CAUSAL,
     EMPTY,

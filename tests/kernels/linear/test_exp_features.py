@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="the extra [triton] is not installed")
 
-from hf_linear_attn.kernels.exp_features import exp_features
+from hf_linear_attn.kernels.linear.exp_features import exp_features
 
 
 def _compare(dtype: torch.dtype, device: str, limit: float, length: int, dim: int, features: int, shared: bool) -> None:
