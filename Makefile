@@ -58,7 +58,7 @@ doctor: $(STAMP)-dev ## whether the installed Transformers is one that converted
 	$(PY) -m hf_linear_attn doctor
 
 test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/evaluation/test_peers.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/bench/test_peers.py $(ARGS)
 
 test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make test-gpu PYTHON=python3
 	$(PYTHON) .ci/gpu.py test $(ARGS)

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_linear_attn.bench.speed.recipe import BenchRecipe
+from hf_linear_attn.bench.speed.tables import render_performance
+from hf_linear_attn.bench.starts.tables import render_overview
 from hf_linear_attn.cli.listing import KEEPS, exact_limit, spell_defaults
-from hf_linear_attn.evaluation.bench_recipe import BenchRecipe
-from hf_linear_attn.evaluation.bench_tables import render_performance
-from hf_linear_attn.evaluation.methods_tables import markdown_table as table
-from hf_linear_attn.evaluation.methods_tables import render_overview
+from hf_linear_attn.measure.markdown import markdown_table as table
 from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def interval(value: dict[str, float] | None, sign: str = "") -> str:
 
 
 def result(path: Path) -> str:
-    """One committed results file (format: hf_linear_attn/evaluation/report.py) as text and a table."""
+    """One committed results file (format: hf_linear_attn/compare/report.py) as text and a table."""
     data = json.loads(path.read_text(encoding="utf-8"))
     meta, task, metric = data["meta"], data["task"], data["primary_metric"]
     header = [

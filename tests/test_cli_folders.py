@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from hf_linear_attn.cli import app
 from hf_linear_attn.data.models import load_checkpoint
-from hf_linear_attn.evaluation.rows import RowFile
+from hf_linear_attn.measure.rows import RowFile
 from tests.hub_server import run_hub_server
 from tests.small_runs import save_checkpoint, save_documents, small_recipe
 from tests.tiny import tiny_config

@@ -17,7 +17,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
 from hf_linear_attn import convert_model
-from hf_linear_attn.evaluation.schema import check_results
+from hf_linear_attn.compare.schema import check_results
 from hf_linear_attn.model_card import GENERATED_MARKER, main, model_card, write_model_card
 from tests.tiny import base_model, build, causal_lm, tiny_config, token_batch
 

@@ -63,7 +63,7 @@ def test_generated_sections_of_the_readme_are_up_to_date() -> None:
 
 
 def test_every_committed_result_has_the_format_of_the_report() -> None:
-    from hf_linear_attn.evaluation.report import check_results
+    from hf_linear_attn.compare.report import check_results
 
     readme = import_file(ROOT / ".ci" / "readme.py")
     for path in sorted(readme.RESULTS.glob("*.json")):

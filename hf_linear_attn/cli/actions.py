@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_linear_attn.evaluation.compare import Comparison
+    from hf_linear_attn.compare.run import Comparison
     from hf_linear_attn.report import ConversionReport
     from hf_linear_attn.training.recipe import Recipe
     from hf_linear_attn.training.trainer import TrainResult
@@ -82,7 +82,7 @@ def run_comparison(recipe: Recipe, variants: list[str] | None, title: str, comma
     """Compare; the comparison on the main process, None on the others."""
     from accelerate import PartialState
 
-    from hf_linear_attn.evaluation.compare import compare
+    from hf_linear_attn.compare.run import compare
     from hf_linear_attn.training.setup import reuse_freed_memory
 
     reuse_freed_memory()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_linear_attn.saving import to_json
 
 if TYPE_CHECKING:
-    from hf_linear_attn.evaluation.bench_recipe import BenchRecipe
+    from hf_linear_attn.bench.speed.recipe import BenchRecipe
 
 __all__ = ["load_bench_recipe", "run_bench", "shipped_recipe"]
 
@@ -35,7 +35,7 @@ def load_bench_recipe(path: Path | None, device: str | None, threads: int | None
     """
     import torch
 
-    from hf_linear_attn.evaluation.bench_recipe import BenchRecipe
+    from hf_linear_attn.bench.speed.recipe import BenchRecipe
 
     if path is None:
         path = shipped_recipe(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -48,9 +48,9 @@ def run_bench(
     recipe: BenchRecipe, output: Path, only: list[str] | None, fresh: bool, command: str, say: Any
 ) -> tuple[dict[str, Any], Path]:
     """Measure what is missing and write <device>.json, .md and .png beside the rows; the results, and the table."""
-    from hf_linear_attn.evaluation.bench import measure_bench
-    from hf_linear_attn.evaluation.bench_pictures import draw_bench
-    from hf_linear_attn.evaluation.bench_tables import render_bench
+    from hf_linear_attn.bench.speed.pictures import draw_bench
+    from hf_linear_attn.bench.speed.run import measure_bench
+    from hf_linear_attn.bench.speed.tables import render_bench
 
     results = measure_bench(recipe, output, only=only, fresh=fresh, command=command, say=say)
     slug = results["meta"]["device"]

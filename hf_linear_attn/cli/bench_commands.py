@@ -96,7 +96,7 @@ def advise_command(
         hf-linear-attn advise minilm --length 2048
     """
     with plain_errors():
-        from hf_linear_attn.evaluation.advise import advise, format_advice
+        from hf_linear_attn.advise.run import advise, format_advice
 
         if output is not None:
             check_output_file(output, overwrite)

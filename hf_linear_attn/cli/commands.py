@@ -188,7 +188,7 @@ def _run_comparison(recipe: Recipe, variants: list[str] | None, title: str) -> N
     comparison = run_comparison(recipe, variants, title, command=" ".join(["hf-linear-attn", *sys.argv[1:]]))
     if comparison is None:  # not the main process
         return
-    from hf_linear_attn.evaluation.report import render_table
+    from hf_linear_attn.compare.report import render_table
 
     Console().print(render_table(comparison.results))
     for note in (comparison.results["task"]["note"], *comparison.results["notes"]):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hf_linear_attn.saving import write_json
 
 if TYPE_CHECKING:
+    from hf_linear_attn.bench.starts.recipe import MethodsRecipe
     from hf_linear_attn.data import DocumentTask
-    from hf_linear_attn.evaluation.methods_recipe import MethodsRecipe
     from hf_linear_attn.report import ConversionReport, OutputErrors
 
 __all__ = ["Documents", "analyze_model", "report_model", "run_methods"]
@@ -45,7 +45,7 @@ class Documents:
 
     def batches(self, tokenizer: Any, length: int | None = None) -> tuple[list[Any], list[Any]]:
         """Batches for calibration and for measuring, one document each."""
-        from hf_linear_attn.evaluation.recordings import document_batches
+        from hf_linear_attn.analysis.recordings import document_batches
 
         parts = ((self.task.train, self.calibration), (self.task.test, self.test))
         calibration, test = (
@@ -78,18 +78,18 @@ def report_model(
     Raises:
         ValueError: for a variant named for a converted model, or none for a checkpoint.
     """
-    from hf_linear_attn.auto import LinearAttnPreTrainedModel
-    from hf_linear_attn.calibration import output_errors
-    from hf_linear_attn.cli.actions import check_options
-    from hf_linear_attn.convert import convert_model
-    from hf_linear_attn.data import load_tokenizer
-    from hf_linear_attn.evaluation.pictures import draw_heads
-    from hf_linear_attn.evaluation.recordings import (
+    from hf_linear_attn.analysis.pictures import draw_heads
+    from hf_linear_attn.analysis.recordings import (
         choose_start,
         installed_layers,
         load_model,
         record_layers,
     )
+    from hf_linear_attn.auto import LinearAttnPreTrainedModel
+    from hf_linear_attn.calibration import output_errors
+    from hf_linear_attn.cli.actions import check_options
+    from hf_linear_attn.convert import convert_model
+    from hf_linear_attn.data import load_tokenizer
     from hf_linear_attn.report import describe
 
     if variant is not None:
@@ -151,11 +151,12 @@ def analyze_model(
     A converted model is analysed as the checkpoint that it was. Sizes and patterns are measured on `layers`; by default
     on the first, the middle and the last.
     """
+    from hf_linear_attn.analysis import pictures
+    from hf_linear_attn.analysis import spectrum as analysis
+    from hf_linear_attn.analysis.recordings import load_model, record_layers
     from hf_linear_attn.auto import LinearAttnPreTrainedModel
     from hf_linear_attn.convert import revert_model
     from hf_linear_attn.data import load_tokenizer
-    from hf_linear_attn.evaluation import analysis, pictures
-    from hf_linear_attn.evaluation.recordings import load_model, record_layers
     from hf_linear_attn.registry import get_patcher, get_variant, list_variants
 
     pattern_tokens = min(pattern_tokens, documents.length)
@@ -250,8 +251,8 @@ def _patterns(
     model: Any, keys: Iterable[str], calibration: Any, test: Any, *, tokens: int
 ) -> dict[tuple[int, int], dict[str, Any]]:
     """(layer, head) -> method -> matrix, for the head of each layer whose softmax rows have the least entropy."""
-    from hf_linear_attn.evaluation import analysis
-    from hf_linear_attn.evaluation.recordings import build_layers, choose_start
+    from hf_linear_attn.analysis import spectrum as analysis
+    from hf_linear_attn.analysis.recordings import build_layers, choose_start
 
     patterns: dict[tuple[int, int], dict[str, Any]] = {}
     for layer, recording in test.items():
@@ -270,9 +271,9 @@ def _patterns(
 
 def run_methods(recipe: MethodsRecipe, output: Path, only: list[str] | None, command: str, say: Any) -> dict[str, Any]:
     """Measure what is missing and write methods.json, methods.md and methods.png beside the rows."""
-    from hf_linear_attn.evaluation.methods import measure_methods
-    from hf_linear_attn.evaluation.methods_tables import render_methods
-    from hf_linear_attn.evaluation.pictures import draw_starts
+    from hf_linear_attn.bench.starts.pictures import draw_starts
+    from hf_linear_attn.bench.starts.run import measure_methods
+    from hf_linear_attn.bench.starts.tables import render_methods
 
     results = measure_methods(recipe, output, only=only, command=command, say=say)
     write_json(output / "methods.json", results)

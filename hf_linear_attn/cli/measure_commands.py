@@ -166,9 +166,9 @@ def methods_command(
     with plain_errors():
         need_train_extra("methods")
         check_output(output, overwrite, resumes="rows.jsonl")
+        from hf_linear_attn.bench.starts.recipe import MethodsRecipe
+        from hf_linear_attn.bench.starts.tables import failed, worse_starts
         from hf_linear_attn.cli.measure_actions import run_methods
-        from hf_linear_attn.evaluation.methods_recipe import MethodsRecipe
-        from hf_linear_attn.evaluation.methods_tables import failed, worse_starts
 
         only = names(methods, "--methods")
         command = " ".join(["hf-linear-attn", *sys.argv[1:]])

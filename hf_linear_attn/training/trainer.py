@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from hf_linear_attn.data import LongDocumentCollator
-from hf_linear_attn.evaluation.metrics import load_metrics
-from hf_linear_attn.evaluation.profile import parameter_counts, track_peak_memory
+from hf_linear_attn.measure.metrics import load_metrics
+from hf_linear_attn.measure.profile import parameter_counts, track_peak_memory
 from hf_linear_attn.saving import whole_folder, write_json
 from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from hf_linear_attn.training.batching import LengthGroupedBatches

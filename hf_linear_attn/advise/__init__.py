@@ -1,0 +1,1 @@
+"""Which variant pays on this machine, at which length."""

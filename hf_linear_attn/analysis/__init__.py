@@ -1,0 +1,1 @@
+"""What a conversion loses: spectra, errors per layer and head, attention patterns."""

@@ -1,0 +1,1 @@
+"""Measurements for result files: speed, other people's implementations, starts."""

@@ -1,0 +1,1 @@
+"""Speed and memory of models, layers and generation, as a recipe says."""

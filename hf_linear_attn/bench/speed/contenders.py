@@ -1,0 +1,373 @@
+"""Who takes turns in `hf-linear-attn bench`: softmax attention, variants and peers, as models, layers and attentions.
+
+A contender is built where its group is measured, and freed after it. Nothing has dropout: neither SDPA nor the peers
+are to pay for it where the variants do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from hf_linear_attn.bench.peers.layers import LayerShape, ProjectedAttention, our_layer, softmax_layer
+from hf_linear_attn.bench.peers.registry import SOFTMAX as SOFTMAX_METHOD
+from hf_linear_attn.bench.peers.registry import Peer, available_peers, get_peer, list_peers, unavailable_peers
+from hf_linear_attn.bench.speed.recipe import (
+    SDPA,
+    BenchMethod,
+    BenchRecipe,
+    DecodeBench,
+    LayerBench,
+    ModelBench,
+    PeerBench,
+    bench_methods,
+)
+from hf_linear_attn.convert import convert_model
+from hf_linear_attn.data import load_config
+from hf_linear_attn.registry import get_patcher, get_variant
+
+__all__ = [
+    "Contender",
+    "RefusedError",
+    "Trial",
+    "converted",
+    "layer_groups",
+    "model_groups",
+    "peer_groups",
+    "shaped_model",
+    "softmax_limit",
+    "variant_reason",
+]
+
+TOGETHER = 5  # contenders that take turns with SDPA; so many are in memory at once, and lost by an interruption
+PAIRS_TOGETHER = 3  # peers that take turns, each with ours
+OURS = "ours for "
+
+
+class RefusedError(ValueError):
+    """A contender that does not serve what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table.
+
+    Attributes:
+        name: in the table.
+        build: what is measured, in evaluation mode; None where `reason` says why it is not.
+        facts: of its row: `key` and `options` of a variant, `peer` and `note` of a peer and of ours beside it.
+        reason: why it is not measured: `{"refused" | "left_out" | "missing": text}`.
+    """
+
+    name: str
+    build: Callable[[], nn.Module] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    reason: dict[str, str] = field(default_factory=dict)
+
+
+class Trial:
+    """A contender that was built: its forward, and its forward and backward.
+
+    Args:
+        module: what is called.
+        inputs: keyword or positional arguments; tensors that require a gradient get one in training.
+    """
+
+    def __init__(self, module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> None:
+        self._module, self._args, self._kwargs = module, args, kwargs
+        self._gradient: torch.Tensor | None = None
+
+    def _call(self) -> torch.Tensor:
+        output = self._module(*self._args, **self._kwargs)
+        return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+
+    def forward(self) -> None:
+        """Forward, without gradients."""
+        with torch.no_grad():
+            self._call()
+
+    def training(self) -> None:
+        """Forward and backward of everything that requires a gradient."""
+        output = self._call()
+        if self._gradient is None:  # of the first call, which is not timed
+            self._gradient = torch.ones_like(output)
+        output.backward(self._gradient)
+
+    def clear(self) -> None:
+        """Free the gradients of the last call."""
+        for tensor in [*self._module.parameters(), *self._args]:
+            tensor.grad = None
+
+
+def variant_reason(recipe: BenchRecipe, method: BenchMethod, length: int, is_causal: bool) -> dict[str, str]:
+    """Why a variant is not measured at this length; empty if it is."""
+    spec = get_variant(method.key)
+    if not (spec.decoder if is_causal else spec.encoder):
+        return {"refused": f"serves {'encoders' if is_causal else 'decoders'} only. {spec.refusal}"}
+    if method.quadratic() and length > recipe.quadratic_up_to:
+        return {"left_out": f"not of linear cost, run up to {recipe.quadratic_up_to:,} tokens"}
+    return {}
+
+
+def softmax_limit(recipe: BenchRecipe, name: str, length: int) -> dict[str, str]:
+    """Why a form of softmax attention is not measured at this length; empty if it is."""
+    limit = recipe.quadratic_up_to if name == "eager" else recipe.softmax_up_to  # eager holds n x n weights
+    return {"left_out": f"run up to {limit:,} tokens"} if length > limit else {}
+
+
+def _facts(method: BenchMethod) -> dict[str, Any]:
+    return {"key": method.key, "options": method.options}
+
+
+def _in_turns(softmax: list[Contender], others: list[Contender]) -> list[list[Contender]]:
+    """Groups that are timed together, each led by SDPA."""
+    sdpa = next(contender for contender in softmax if contender.name == SDPA)
+    rest = [contender for contender in softmax if contender.name != SDPA] + others
+    able = [contender for contender in rest if contender.build is not None]
+    groups = [[sdpa, *able[i : i + TOGETHER]] for i in range(0, len(able), TOGETHER)] or [[sdpa]]
+    groups[0] += [contender for contender in rest if contender.build is None]
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def shaped_model(part: ModelBench | DecodeBench, max_length: int) -> PreTrainedModel:
+    """A model without a head of the part's shape that reads `max_length` tokens: random weights, SDPA, eval mode.
+
+    Raises:
+        ValueError: for an unknown model type or a key that its config does not have.
+    """
+    if part.checkpoint is not None:
+        config = load_config(part.checkpoint)
+        changes = dict(part.config)
+    else:
+        changes = {key: value for key, value in part.config.items() if key != "model_type"}
+        config = get_patcher(part.config["model_type"]).config_class()
+    changes["num_hidden_layers"] = part.layers
+    changes |= {key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "dropout_prob", "pdrop"))}
+    for key, value in changes.items():
+        if not hasattr(config, key):
+            raise ValueError(f"{part.name!r}: {type(config).__name__} has no {key!r}.")
+        setattr(config, key, value)
+    get_patcher(config.model_type).set_max_length(config, max_length)
+    config.use_cache = False
+    torch.manual_seed(0)
+    return AutoModel.from_config(config, attn_implementation=SDPA).eval()
+
+
+def converted(model: PreTrainedModel, method: BenchMethod) -> PreTrainedModel:
+    """A converted model that shares the weights of `model`; `RefusedError` if the conversion is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return convert_model(_sharing_copy(model), method.key, **method.options)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+
+
+def _sharing_copy(model: PreTrainedModel) -> Any:
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)
+
+
+def _with_softmax(model: PreTrainedModel, implementation: str) -> nn.Module:
+    other = _sharing_copy(model)
+    other.set_attn_implementation(implementation)
+    return other
+
+
+def model_groups(
+    recipe: BenchRecipe, part: ModelBench, length: int, only: list[str] | None
+) -> tuple[list[list[Contender]], Callable[[nn.Module], Trial]]:
+    """The groups of a part at one length, and what makes a trial of each model."""
+    device, dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
+    model: Any = shaped_model(part, length)
+    model.to(device, dtype)
+    causal = get_patcher(model.config.model_type).is_causal(model.config)
+    softmax = []
+    for name in part.softmax:
+        reason = softmax_limit(recipe, name, length)
+        softmax.append(Contender(name, None if reason else partial(_with_softmax, model, name), reason=reason))
+    others = []
+    for method in bench_methods(recipe, part, only):
+        reason = variant_reason(recipe, method, length, causal)
+        build = None if reason else partial(converted, model, method)
+        others.append(Contender(method.name, build, _facts(method), reason))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (part.batch_size, length), generator=generator).to(device)
+    return _in_turns(softmax, others), lambda module: Trial(module.to(device, dtype), input_ids=ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _FlexCore(nn.Module):
+    """flex_attention without a block mask but for causality; compiled in the first call."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self._length, self._is_causal = shape.length, shape.is_causal
+        self._mask: Any = None
+        # A code object of its own: dynamo counts recompilations by it, and stops compiling past a few.
+        own = FunctionType(_call_flex.__code__.replace(), _call_flex.__globals__)
+        self._compiled: Any = torch.compile(own, dynamic=False, fullgraph=True)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if q.requires_grad and q.device.type == "cpu":  # what PyTorch says of it gets lost in the compiler
+            raise RefusedError("flex_attention has no backward pass on a CPU")
+        if self._is_causal and self._mask is None:
+            self._mask = create_block_mask(_causal, None, None, self._length, self._length, device=q.device)
+        return self._compiled(q, k, v, self._mask)
+
+
+def _causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return q >= k
+
+
+def _call_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, block_mask=mask)
+
+
+def _softmax(name: str, shape: LayerShape) -> nn.Module:
+    if name == SDPA:
+        return softmax_layer(shape)
+    if name == "eager":
+        return get_peer("eager causal" if shape.is_causal else "eager").build(shape)
+    return ProjectedAttention(shape, _FlexCore(shape)).eval()
+
+
+def _attention_of(layer: nn.Module) -> nn.Module:
+    """The attention between the projections of a layer."""
+    if not isinstance(layer, ProjectedAttention) or not isinstance(layer.attend, nn.Module):
+        raise RefusedError("its attention cannot be taken out of its layer")
+    return layer.attend
+
+
+class _LayerTrials:
+    """Makes trials of layers of one shape, or of the attentions inside them; all get the same inputs."""
+
+    def __init__(self, recipe: BenchRecipe, shape: LayerShape, projections: bool) -> None:
+        self._shape, self._projections = shape, projections
+        self._device, self._dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
+        self._inputs: list[torch.Tensor] = []
+
+    def _draw(self) -> list[torch.Tensor]:
+        """Hidden states `[B, T, C]`; without projections, behind query, key and value `[B, H, T, D]`."""
+        shape, generator = self._shape, torch.Generator(self._device).manual_seed(0)
+
+        def draw(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator, device=self._device).to(self._dtype)
+
+        hidden = draw(shape.batch, shape.length, shape.hidden_size)
+        if self._projections:
+            return [hidden.requires_grad_()]
+        heads = (shape.batch, shape.length, shape.num_heads, shape.head_dim)
+        # laid out as the projections of a model leave them
+        return [*(draw(*heads).transpose(1, 2).detach().requires_grad_() for _ in range(3)), hidden]
+
+    def __call__(self, layer: nn.Module) -> Trial:
+        self._inputs = self._inputs or self._draw()
+        module = layer if self._projections else _attention_of(layer)
+        return Trial(module.to(self._device, self._dtype), *self._inputs)
+
+
+def layer_groups(
+    recipe: BenchRecipe, part: LayerBench, length: int, only: list[str] | None
+) -> tuple[list[list[Contender]], Callable[[nn.Module], Trial]]:
+    """As `model_groups`, for single layers."""
+    shape = LayerShape(part.batch_size, length, part.hidden_size, part.num_heads, part.is_causal)
+    softmax = []
+    for name in part.softmax:
+        reason = softmax_limit(recipe, name, length)
+        softmax.append(Contender(name, None if reason else partial(_softmax, name, shape), reason=reason))
+    others = []
+    for method in bench_methods(recipe, part, only):
+        reason = variant_reason(recipe, method, length, part.is_causal)
+        build = None if reason else partial(_our_layer, shape, method)
+        others.append(Contender(method.name, build, _facts(method), reason))
+    return _in_turns(softmax, others), _LayerTrials(recipe, shape, part.projections)
+
+
+def _our_layer(shape: LayerShape, method: BenchMethod) -> nn.Module:
+    try:
+        return our_layer(shape, method.key, method.options)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+
+
+def peer_groups(
+    recipe: BenchRecipe,
+    part: PeerBench,
+    length: int,
+    mode: str,
+    only: list[str] | None,
+    measured: Callable[[str], bool],
+) -> list[tuple[list[Contender], Callable[[nn.Module], Trial]]]:
+    """Groups of SDPA, then a few peers, each followed by ours of the same shape and options.
+
+    Softmax attention is no peer unless `part.only` names it: it is measured beside the variants.
+
+    Args:
+        recipe: of the run.
+        part: of the recipe.
+        length: tokens.
+        mode: of `MODES`.
+        only: keys of our variants; None for all.
+        measured: whether a peer of this name is to be left out.
+    """
+    able = {peer.name for peer in available_peers(recipe.device)}
+    missing = unavailable_peers(recipe.device)
+    limit = softmax_limit(recipe, SDPA, length)
+    pairs: dict[LayerShape, list[list[Contender]]] = {}
+    for peer in _peers(part):
+        if measured(peer.name) or (only is not None and peer.method not in only):
+            continue
+        shape = LayerShape(part.batch_size, length, part.hidden_size, part.num_heads, peer.causal)
+        reason = {} if peer.name in able else {"missing": missing[peer.name]}
+        if not reason and mode == "training" and torch.device(recipe.device).type not in peer.trains_on:
+            reason = {"missing": f"has no backward pass on {recipe.device}"}
+        facts = {"key": peer.method, "options": peer.options, "is_causal": peer.causal, "note": peer.note}
+        theirs = Contender(peer.name, None if reason else partial(_checked, peer.build, shape), facts, reason)
+        ours = Contender(OURS + peer.name, None if reason else partial(_checked, peer.ours, shape))
+        pairs.setdefault(shape, []).append([theirs, ours])
+    groups: list[tuple[list[Contender], Callable[[nn.Module], Trial]]] = []
+    for shape, found in pairs.items():
+        make_trial = _LayerTrials(recipe, shape, part.projections)
+        sdpa = Contender(SDPA, None if limit else partial(_softmax, SDPA, shape), reason=limit)
+        for start in range(0, len(found), PAIRS_TOGETHER):
+            contenders = [contender for pair in found[start : start + PAIRS_TOGETHER] for contender in pair]
+            anyone = any(contender.build is not None for contender in contenders)
+            reference = sdpa if anyone else Contender(SDPA)
+            groups.append(([reference, *contenders], make_trial))
+    return groups
+
+
+def _peers(part: PeerBench) -> list[Peer]:
+    if part.only is not None:
+        return [get_peer(name) for name in part.only]
+    return [peer for peer in map(get_peer, list_peers()) if peer.method != SOFTMAX_METHOD]
+
+
+def _checked(build: Callable[[LayerShape], nn.Module], shape: LayerShape) -> nn.Module:
+    try:
+        return build(shape)
+    except ValueError as error:  # a length, say, that the peer does not take
+        raise RefusedError(str(error)) from error

@@ -1,0 +1,314 @@
+"""What a `hf-linear-attn bench` run measures: its recipe. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_linear_attn.registry import get_variant, list_variants
+
+__all__ = [
+    "DTYPES",
+    "MODES",
+    "SDPA",
+    "SOFTMAX",
+    "BenchMethod",
+    "BenchRecipe",
+    "DecodeBench",
+    "LayerBench",
+    "ModelBench",
+    "PeerBench",
+    "bench_methods",
+]
+
+MODES = ("forward", "training")
+SDPA = "sdpa"
+SOFTMAX = (SDPA, "eager", "flex_attention")
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
+
+
+def _check_list(where: str, name: str, values: list[Any], allowed: Iterable[Any] | None = None) -> None:
+    """Raise `ValueError` for an empty list, or an entry that is not allowed (by default: a positive integer)."""
+    if not values:
+        raise ValueError(f"{where}: {name} is empty.")
+    for value in values:
+        good = isinstance(value, int) and not isinstance(value, bool) and value > 0 if allowed is None else None
+        if good is None:
+            good = value in list(allowed or ())
+        if not good:
+            wanted = "positive integers" if allowed is None else ", ".join(map(str, allowed))
+            raise ValueError(f"{where}: {name} has {value!r}; allowed: {wanted}.")
+
+
+def _check_softmax(where: str, softmax: list[str]) -> None:
+    _check_list(where, "softmax", softmax, SOFTMAX)
+    if SDPA not in softmax:
+        raise ValueError(f"{where}: softmax={softmax} lacks {SDPA!r}, which every ratio refers to.")
+
+
+@dataclass(frozen=True)
+class ModelBench:
+    """Whole models of one shape with random weights, softmax and variants taking turns.
+
+    Attributes:
+        name: of this part of the results.
+        lengths: tokens of a sequence.
+        checkpoint: bundled name, folder or Hub id whose config decides the shape (no weights are read).
+        config: keys that are changed in it; with `model_type` and without `checkpoint`, the whole config.
+        layers: layers kept.
+        batch_size: sequences of a batch.
+        modes: of `forward` and `training` (forward and backward, without an optimizer).
+        softmax: implementations of softmax attention to measure beside the variants.
+        variants: as in `BenchRecipe`; null for the recipe's.
+    """
+
+    name: str
+    lengths: list[int]
+    checkpoint: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: int = 2
+    batch_size: int = 1
+    modes: list[str] = field(default_factory=lambda: list(MODES))
+    softmax: list[str] = field(default_factory=lambda: list(SOFTMAX))
+    variants: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        where = f"models {self.name!r}"
+        _check_list(where, "lengths", self.lengths)
+        _check_list(where, "layers, batch_size", [self.layers, self.batch_size])
+        _check_list(where, "modes", self.modes, MODES)
+        _check_softmax(where, self.softmax)
+        _check_shape(where, self.checkpoint, self.config)
+
+
+def _check_shape(where: str, checkpoint: str | None, config: dict[str, Any]) -> None:
+    if checkpoint is None and "model_type" not in config:
+        raise ValueError(f"{where} needs `checkpoint`, or a `config` with a model_type; got {config}.")
+
+
+@dataclass(frozen=True)
+class LayerBench:
+    """Single attention layers: projections of queries, keys, values and output, and the attention between them.
+
+    Attributes:
+        name: of this part of the results.
+        lengths: tokens of a sequence.
+        hidden_size: width of the hidden states.
+        num_heads: heads.
+        is_causal: decoder or encoder.
+        batch_size: sequences of a batch.
+        modes: as in `ModelBench`.
+        softmax: as in `ModelBench`.
+        variants: as in `BenchRecipe`; null for the recipe's.
+        projections: false leaves the projections out, so that the attention alone is timed.
+    """
+
+    name: str
+    lengths: list[int]
+    hidden_size: int
+    num_heads: int
+    is_causal: bool = False
+    batch_size: int = 1
+    modes: list[str] = field(default_factory=lambda: list(MODES))
+    softmax: list[str] = field(default_factory=lambda: list(SOFTMAX))
+    variants: list[Any] | None = None
+    projections: bool = True
+
+    def __post_init__(self) -> None:
+        where = f"layers {self.name!r}"
+        _check_list(where, "lengths", self.lengths)
+        _check_list(where, "hidden_size, num_heads, batch_size", [self.hidden_size, self.num_heads, self.batch_size])
+        _check_list(where, "modes", self.modes, MODES)
+        _check_softmax(where, self.softmax)
+
+
+@dataclass(frozen=True)
+class PeerBench:
+    """Other people's layers of the same methods, each beside ours of the same shape and options.
+
+    Attributes:
+        name: of this part of the results.
+        lengths: tokens of a sequence.
+        hidden_size: width of the hidden states.
+        num_heads: heads.
+        batch_size: sequences of a batch.
+        modes: as in `ModelBench`.
+        only: names of peers (see `hf_linear_attn.bench.peers.registry`); null for all.
+        projections: as in `LayerBench`; a peer whose attention cannot be taken out of its layer is then refused.
+    """
+
+    name: str
+    lengths: list[int]
+    hidden_size: int
+    num_heads: int
+    batch_size: int = 1
+    modes: list[str] = field(default_factory=lambda: list(MODES))
+    only: list[str] | None = None
+    projections: bool = True
+
+    def __post_init__(self) -> None:
+        where = f"peers {self.name!r}"
+        _check_list(where, "lengths", self.lengths)
+        _check_list(where, "hidden_size, num_heads, batch_size", [self.hidden_size, self.num_heads, self.batch_size])
+        _check_list(where, "modes", self.modes, MODES)
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """Generation token by token after contexts of several lengths, all of them taking turns.
+
+    Attributes:
+        name: of this part of the results.
+        contexts: tokens that were read before.
+        checkpoint: as in `ModelBench`; a decoder.
+        config: as in `ModelBench`.
+        layers: layers kept.
+        tokens: tokens that are timed, one at a time, each after one that is not.
+        batch_size: sequences that are generated at a time.
+        variants: as in `BenchRecipe`; null for the recipe's.
+    """
+
+    name: str
+    contexts: list[int]
+    checkpoint: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: int = 2
+    tokens: int = 32
+    batch_size: int = 1
+    variants: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        where = f"decode {self.name!r}"
+        _check_list(where, "contexts", self.contexts)
+        _check_list(where, "layers, batch_size, tokens", [self.layers, self.batch_size, self.tokens])
+        _check_shape(where, self.checkpoint, self.config)
+
+
+@dataclass(frozen=True)
+class BenchRecipe:
+    """A whole run.
+
+    Attributes:
+        title: of tables and picture.
+        device: `cpu` or `cuda`.
+        dtype: `float32`, `bfloat16` or `float16`.
+        threads: of PyTorch on the CPU; null for its own choice.
+        repeats: timed rounds of each group of contenders; medians count.
+        seconds: start no further round of a group after so many seconds (3 rounds are always run).
+        minutes: start no further group after so many minutes; what is then missing is measured by the next run. Null
+            for no limit.
+        softmax_up_to: longest sequence (tokens) for softmax attention.
+        quadratic_up_to: longest sequence for variants whose options do not claim linear cost.
+        variants: keys, or one-key mappings to options; a registered variant that is not named runs with its defaults.
+        models: see `ModelBench`.
+        layers: see `LayerBench`.
+        peers: see `PeerBench`.
+        decode: see `DecodeBench`.
+    """
+
+    title: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int | None = None
+    repeats: int = 5
+    seconds: float = 20.0
+    minutes: float | None = None
+    softmax_up_to: int = 8192
+    quadratic_up_to: int = 4096
+    variants: list[Any] = field(default_factory=list)
+    models: list[ModelBench] = field(default_factory=list)
+    layers: list[LayerBench] = field(default_factory=list)
+    peers: list[PeerBench] = field(default_factory=list)
+    decode: list[DecodeBench] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _check_list("recipe", "device", [self.device], DEVICES)
+        _check_list("recipe", "dtype", [self.dtype], DTYPES)
+        _check_list("recipe", "repeats", [self.repeats])
+        if self.threads is not None:
+            _check_list("recipe", "threads", [self.threads])
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"recipe: minutes must be positive or null, got {self.minutes!r}.")
+        names = [part.name for part in self.parts()]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"recipe: parts with the same name: {', '.join(repeated)}.")
+        if not names:
+            raise ValueError("recipe: nothing to measure; name models, layers, peers or decode.")
+        for part in self.parts():
+            bench_methods(self, part)
+
+    def parts(self) -> list[Any]:
+        """Everything to measure, in order."""
+        return [*self.models, *self.layers, *self.peers, *self.decode]
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> BenchRecipe:
+        """Read a recipe file.
+
+        Raises:
+            ValueError: for an unknown key, a missing one or a bad value.
+        """
+        from hf_linear_attn.training.recipe import build_strictly, read_yaml
+
+        return build_strictly(cls, read_yaml(path), "recipe")
+
+    def setting(self) -> dict[str, Any]:
+        """What must not change between the rows of one file; lengths and variants may grow."""
+        free = ("lengths", "contexts", "variants", "only", "modes", "softmax")
+        parts = {part.name: {k: v for k, v in asdict(part).items() if k not in free} for part in self.parts()}
+        return {"dtype": self.dtype, "repeats": self.repeats, "parts": parts}
+
+
+@dataclass(frozen=True)
+class BenchMethod:
+    """A variant with options.
+
+    Attributes:
+        key: of the variant.
+        options: that differ from its defaults.
+    """
+
+    key: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Key and options in one line."""
+        return " ".join([self.key, ",".join(f"{name}={value}" for name, value in self.options.items())]).strip()
+
+    def quadratic(self) -> bool:
+        """Whether these options do not claim a cost that grows in proportion to the length."""
+        spec = get_variant(self.key)
+        return not spec.claims_linear_cost(self.options)
+
+
+def bench_methods(recipe: BenchRecipe, part: Any, only: list[str] | None = None) -> list[BenchMethod]:
+    """The variants of a part: its own list as it stands, or the recipe's and every other one with its defaults.
+
+    Raises:
+        ValueError: for an unknown variant or option, one that is named twice, or a list in another form.
+    """
+    own = getattr(part, "variants", None)
+    methods = [_method(entry) for entry in (recipe.variants if own is None else own)]
+    if own is None:
+        named = {method.key for method in methods}
+        methods += [BenchMethod(key) for key in list_variants() if key not in named]
+    names = [method.name for method in methods]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Variants that are named twice: {', '.join(repeated)}.")
+    for key in only or ():
+        get_variant(key)
+    return [method for method in methods if only is None or method.key in only]
+
+
+def _method(entry: Any) -> BenchMethod:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise ValueError(f"A variant is 'key' or {{key: options}}; got {entry!r}.")
+    key, options = next(iter(entry.items()))
+    get_variant(key).config_class.from_dict(dict(options or {}))  # type: ignore[attr-defined]
+    return BenchMethod(key, dict(options or {}))

@@ -1,0 +1,1 @@
+"""Systems trained and tested under one budget, and the report of it."""

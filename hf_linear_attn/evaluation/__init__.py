@@ -1,1 +1,0 @@
-"""Metrics, intervals, timings, memory and reports of comparisons between models."""
