@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hf_linear_attn.ops.base.backend import use_triton
-from hf_linear_attn.ops.base.masking import causal_mask, query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, accumulation_dtype, full_precision
 from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.features.gradients import trains_unnamed
@@ -44,7 +44,6 @@ __all__ = [
     "feature_map_attention_with_normalizer",
     "init_linear_state",
     "linear_attention",
-    "naive_linear_attention",
     "recurrent_linear_attention",
 ]
 
@@ -238,31 +237,6 @@ def _attend_fused(
         weight = log_weight if weight is None else weight + log_weight
     output, normalizer, state = fused_linear_attention.attend(q_features, k_features, v, log_weight=weight, **call)
     return output, normalizer if log_scale is None else normalizer + log_scale, state
-
-
-def naive_linear_attention(
-    q_features: torch.Tensor,
-    k_features: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
-    is_causal: bool = False,
-) -> torch.Tensor:
-    """The dense O(n^2) formula, reference of the other forms. Arguments as `linear_attention`."""
-    dtype = accumulation_dtype(v.dtype)
-    q_features, k_features, values = q_features.to(dtype), k_features.to(dtype), v.to(dtype)
-    visible = torch.ones(v.shape[0], 1, q_features.shape[2], v.shape[2], dtype=torch.bool, device=v.device)
-    if is_causal:
-        visible = visible & causal_mask(q_features.shape[2], v.shape[2], v.device)
-    if key_padding is not None:
-        visible = visible & key_padding[:, None, None, :]
-        values = values.masked_fill(~key_padding[:, None, :, None], 0)
-    log_weight = torch.zeros_like(values[..., 0]) if key_log_weight is None else key_log_weight.to(dtype)
-    log_weight = log_weight[:, :, None, :].masked_fill(~visible, LOG_ZERO)  # [B, H, Tq, Tk]
-    weight = (log_weight - log_weight.amax(-1, keepdim=True)).exp().masked_fill(~visible, 0)
-    scores = (q_features @ k_features.mT) * weight
-    return divide(torch.cat([scores @ values, scores.sum(-1, keepdim=True)], -1), v.dtype)
 
 
 def bidirectional_linear_attention(

@@ -30,7 +30,6 @@ __all__ = [
     "decay_linear_attention",
     "feature_map_decay_attention",
     "init_decay_state",
-    "naive_decay_linear_attention",
     "recurrent_decay_linear_attention",
 ]
 
@@ -233,28 +232,6 @@ def _traced(
         # [B, T, H, D] in memory: what the output projection reads next
         output = torch.cat([o.transpose(1, 2) for o in outputs], 1).transpose(1, 2)
     return output, None if state is None else _end(carry, peak, normalised)
-
-
-def naive_decay_linear_attention(
-    q_features: torch.Tensor,
-    k_features: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    *,
-    key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
-    normalised: bool = True,
-) -> torch.Tensor:
-    """The formula with n x n (x F) weights, reference of the other forms. Arguments as `decay_linear_attention`."""
-    q_len, k_len = q_features.shape[2], k_features.shape[2]
-    with full_precision(v):
-        carry, peak = _start(q_features, v, normalised, None)
-        k, v1, decay, _ = _prepare(k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak)
-        later = torch.ones(k_len, k_len, dtype=torch.bool, device=v.device).tril(-1)[:, :, None]
-        between = torch.where(later, decay[..., :, None, :], 0).cumsum(-3)  # [B, H, i, j, F or 1]
-        weight = between.exp() * torch.ones(k_len, k_len, dtype=torch.bool, device=v.device).tril()[:, :, None]
-        scores = (q_features.to(k.dtype)[..., :, None, :] * k[..., None, :, :] * weight[:, :, k_len - q_len :]).sum(-1)
-        return _finish(scores @ v1, v.dtype, normalised)
 
 
 def chunk_decay_linear_attention(

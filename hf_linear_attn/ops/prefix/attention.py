@@ -27,7 +27,6 @@ from hf_linear_attn.ops.prefix.shares import ShareInputs
 __all__ = [
     "State",
     "init_prefix_softmax_state",
-    "naive_prefix_softmax",
     "prefix_softmax_attention",
 ]
 
@@ -63,7 +62,7 @@ def prefix_softmax_attention(
     is_causal: bool,
     state: State | None = None,
 ) -> tuple[torch.Tensor, State | None]:
-    """`naive_prefix_softmax` in time and memory linear in the length.
+    """Softmax over positions, feature by feature, in time and memory linear in the length.
 
     Args:
         q: `[B, H, Tq, D]`.
@@ -103,33 +102,6 @@ def prefix_softmax_attention(
     with full_precision(v):
         found = _attend(given, is_causal, state)
     return found[0].to(v.dtype), found[1]
-
-
-def naive_prefix_softmax(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    query_weight: torch.Tensor | None = None,
-    query_bias: torch.Tensor | None = None,
-    key_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
-    is_causal: bool,
-) -> torch.Tensor:
-    """The dense formula, O(n^2 F): reference of `prefix_softmax_attention`, whose arguments it takes."""
-    q_len, k_len = q.shape[2], v.shape[2]
-    q = safe_masked_fill(q, query_padding(key_padding, q_len, is_causal))
-    k, v = (safe_masked_fill(x, key_padding) for x in (k, v))
-    a = q if query_weight is None else q @ query_weight.mT
-    a = (a if query_bias is None else a + query_bias[:, None]).softmax(-1)
-    logits = k if key_weight is None else k @ key_weight.mT
-    visible = torch.ones(q_len, k_len, dtype=torch.bool, device=v.device)
-    visible = (visible.tril(k_len - q_len) if is_causal else visible)[None]
-    if key_padding is not None:
-        visible = visible & key_padding[:, None, :]  # [B, Tq, Tk]
-    logits = logits[:, :, None].masked_fill(~visible[:, None, :, :, None], -torch.inf)  # [B, H, Tq, Tk, F]
-    weights = logits.softmax(3).nan_to_num(0.0)  # no visible key: 0
-    return torch.einsum("bhif,bhijf,bhjd->bhid", a, weights, v)
 
 
 def _attend(given: ShareInputs, is_causal: bool, state: State | None) -> tuple[torch.Tensor, State | None]:

@@ -30,7 +30,6 @@ __all__ = [
     "block_grid",
     "block_sparse_attention",
     "global_columns",
-    "naive_block_sparse_attention",
     "segment_rows",
 ]
 
@@ -327,33 +326,3 @@ def _place_full_rows(
         hit = torch.arange(R, device=q.device) == tile[:, f : f + 1]
         out = torch.where(hit[:, :, None, None, None], rows[:, :, f][:, None], out)
     return out
-
-
-def naive_block_sparse_attention(
-    call: CompactedCall, grid: BlockGrid, lists: BlockLists, *, scaling: float, extra: Extra | None = None
-) -> torch.Tensor:
-    """Dense O(n^2) evaluation of `block_sparse_attention`, for tests and inspection; same arguments."""
-    q, rank, b = call.q, call.rank, grid.block_size
-    B, H, q_len, _ = q.shape
-    k_len = call.k.shape[2]
-    R, L = lists.columns.shape[2:]
-    columns, kind = lists.columns.expand(B, H, R, L), lists.kind[:, None].expand(B, H, R, L)
-    rows = rank[:, k_len - q_len :].expand(B, q_len)
-    tile = (rows // b - grid.row[:, :1]).clamp(0, R - 1)[:, None, :, None].expand(B, H, q_len, L)
-    columns, kind = columns.gather(2, tile)[..., None], kind.gather(2, tile)[..., None]  # [B, H, Tq, L, 1]
-    key = rank[:, None, None, None, :]
-    past = (kind == CAUSAL) & (key <= rows[:, None, :, None, None])
-    seen = ((key // b == columns) & ((kind == FULL) | (kind == TAIL) | past)).any(3)
-    full = seen.new_zeros(1, 1, 1, 1)
-    if lists.full_rows is not None:
-        full = (rows[..., None] // b == lists.full_rows[:, None, :]).any(-1)[:, None, :, None]
-    seen = (seen | full) & (rank >= 0)[:, None, None, :]
-    logits = (q @ call.k.transpose(-1, -2) * scaling).masked_fill(~seen, float("-inf"))
-    v = call.v
-    if extra is not None:
-        shown = extra.seen(rows // b, lists.is_causal)[:, None] & ~full
-        more = q @ extra.key.transpose(-1, -2) * scaling
-        more = more if extra.shift is None else more + extra.shift[:, None, None]
-        more = more.masked_fill(~shown, float("-inf"))
-        logits, v = torch.cat([more, logits], dim=-1), torch.cat([extra.value, v], dim=2)
-    return logits.softmax(-1).nan_to_num(0.0) @ v

@@ -8,7 +8,6 @@ pytest.importorskip("triton")
 from hf_linear_attn.kernels.sparse.launch import tiles_for
 from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 from hf_linear_attn.ops.base.compaction import compact
-from hf_linear_attn.ops.sparse import attention as block_sparse
 from hf_linear_attn.ops.sparse import fused, strided
 from hf_linear_attn.ops.sparse.layout import block_grid
 from hf_linear_attn.ops.sparse.patterns import bigbird_lists, hashed, random_blocks
@@ -16,6 +15,7 @@ from hf_linear_attn.ops.window import attention as sliding_window
 from hf_linear_attn.ops.window.csr import window_csr
 from hf_linear_attn.ops.window.fused import sliding_window_attention
 from tests.kernels.sparse.reference import error_ratio
+from tests.ops.references import naive_block_sparse_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -83,7 +83,7 @@ def test_bigbird(length, dim, block, padded, is_causal, dtype):
         return call
 
     tensors = draw(*[(2, 2, length, dim)] * 3, dtype=dtype)
-    compare(attend(fused.block_sparse_attention), attend(block_sparse.naive_block_sparse_attention), tensors)
+    compare(attend(fused.block_sparse_attention), attend(naive_block_sparse_attention), tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

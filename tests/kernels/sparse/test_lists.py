@@ -5,13 +5,13 @@ import torch
 
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.base.memo import kept_lists
-from hf_linear_attn.ops.sparse.attention import naive_block_sparse_attention
 from hf_linear_attn.ops.sparse.csr import blocks_csr
 from hf_linear_attn.ops.sparse.layout import block_grid
 from hf_linear_attn.ops.sparse.patterns import FULL, BlockLists, bigbird_lists, hashed, own_block_lists, random_blocks
 from hf_linear_attn.ops.window.attention import naive_sliding_window_attention
 from hf_linear_attn.ops.window.csr import window_csr
 from tests.kernels.sparse.reference import seen_by_lists
+from tests.ops.references import naive_block_sparse_attention
 
 CPU = torch.device("cpu")
 TILES = ((16, 8), (8, 16)), ((8, 8), (8, 8))

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from hf_linear_attn.kernels.sparse.lists import ANYWHERE
 from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 from hf_linear_attn.ops.base.compaction import compact
-from hf_linear_attn.ops.sparse import attention as block_sparse
 from hf_linear_attn.ops.sparse import fused, strided
 from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, Extra, block_grid
 from hf_linear_attn.ops.sparse.patterns import bigbird_lists, hashed, own_block_lists, random_blocks
@@ -18,6 +17,7 @@ from hf_linear_attn.ops.window import attention as sliding_window
 from hf_linear_attn.ops.window.csr import window_csr
 from hf_linear_attn.ops.window.fused import refusal, sliding_window_attention
 from tests.kernels.sparse.reference import dense_attention, error_ratio
+from tests.ops.references import naive_block_sparse_attention
 
 CPU = torch.device("cpu")
 TILES = ((16, 16), (32, 16))
@@ -210,7 +210,7 @@ def test_the_block_op_equals_its_twin(is_causal, padding, block):
 
         return call
 
-    compare(attend(fused.block_sparse_attention, tile=16), attend(block_sparse.naive_block_sparse_attention), tensors)
+    compare(attend(fused.block_sparse_attention, tile=16), attend(naive_block_sparse_attention), tensors)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])

@@ -12,9 +12,9 @@ from hf_linear_attn.ops.linear.attention import (
     feature_map_attention,
     init_linear_state,
     linear_attention,
-    naive_linear_attention,
     recurrent_linear_attention,
 )
+from tests.ops.references import naive_linear_attention
 
 LENGTHS = (1, 7, 36, 65, 130, 300)
 F64 = torch.float64

@@ -11,12 +11,12 @@ from hf_linear_attn.ops.linear.attention import (
     feature_map_attention,
     feature_map_attention_with_normalizer,
     linear_attention,
-    naive_linear_attention,
 )
 from hf_linear_attn.ops.prefix import blocks as prefix_blocks
-from hf_linear_attn.ops.prefix.attention import naive_prefix_softmax, prefix_softmax_attention
+from hf_linear_attn.ops.prefix.attention import prefix_softmax_attention
 from hf_linear_attn.ops.window import tail_blocks as window_blocks
 from hf_linear_attn.ops.window.tail_blocks import window_block_softmax
+from tests.ops.references import naive_linear_attention, naive_prefix_softmax
 
 F64 = torch.float64
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])

@@ -9,9 +9,9 @@ from hf_linear_attn.ops.linear.decay import (
     chunk_decay_linear_attention,
     decay_linear_attention,
     init_decay_state,
-    naive_decay_linear_attention,
     recurrent_decay_linear_attention,
 )
+from tests.ops.references import naive_decay_linear_attention
 
 LENGTHS = (1, 7, 36, 65, 130)
 KINDS = ("scalar", "per_feature")

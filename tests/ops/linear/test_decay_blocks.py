@@ -11,8 +11,8 @@ from hf_linear_attn.ops.linear.decay import (
     decay_linear_attention,
     feature_map_decay_attention,
     init_decay_state,
-    naive_decay_linear_attention,
 )
+from tests.ops.references import naive_decay_linear_attention
 
 F64 = torch.float64
 OPTIONS = pytest.mark.parametrize("options", ["plain", "weighted", "raw"])

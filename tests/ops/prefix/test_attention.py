@@ -6,11 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_linear_attn.ops.linear import sums as linear_sums
 from hf_linear_attn.ops.prefix import attention as prefix_softmax
-from hf_linear_attn.ops.prefix.attention import (
-    init_prefix_softmax_state,
-    naive_prefix_softmax,
-    prefix_softmax_attention,
-)
+from hf_linear_attn.ops.prefix.attention import init_prefix_softmax_state, prefix_softmax_attention
+from tests.ops.references import naive_prefix_softmax
 
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 

@@ -5,7 +5,7 @@ import torch
 
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.sparse import attention as block_sparse
-from hf_linear_attn.ops.sparse.attention import block_sparse_attention, naive_block_sparse_attention
+from hf_linear_attn.ops.sparse.attention import block_sparse_attention
 from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, Extra, block_grid
 from hf_linear_attn.ops.sparse.patterns import (
     CAUSAL,
@@ -20,6 +20,7 @@ from hf_linear_attn.ops.sparse.patterns import (
     sample_distinct,
 )
 from hf_linear_attn.ops.sparse.strided import column_attention, naive_strided_attention, strided_attention
+from tests.ops.references import naive_block_sparse_attention
 
 HEADS, DIM = 3, 4
 
