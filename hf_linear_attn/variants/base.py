@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.features.maps import FeatureMap
+from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import Row, error_meter
 from hf_linear_attn.registry import VariantSpec
 
@@ -19,6 +21,7 @@ __all__ = [
     "MAX_INTEGER",
     "AttentionInputs",
     "AttentionVariant",
+    "FeatureMapVariant",
     "LayerContext",
     "State",
     "VariantConfig",
@@ -272,6 +275,37 @@ class AttentionVariant(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
+
+
+class FeatureMapVariant(AttentionVariant):
+    """Linear attention, phi(q) . phi(k) in place of exp(scaling q . k), with the feature maps of a subclass.
+
+    Attributes:
+        num_features: F of the maps; a subclass sets it.
+    """
+
+    num_features: int
+
+    def feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
+        """phi of queries and phi of keys, for the factor of the softmax logits."""
+        raise TypeError(f"{type(self).__name__} does not implement feature_maps")
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+        heads, dim = self.context.num_heads, self.context.head_dim
+        return init_linear_state(batch_size, heads, self.num_features, dim, dtype, device)
+
+    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        output, state = feature_map_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *self.feature_maps(inputs.scaling),
+            key_padding=inputs.key_padding,
+            is_causal=inputs.is_causal,
+            state=state,
+            backend=self.backend,
+        )
+        return output.to(inputs.query.dtype), state
 
 
 def _unless_on_meta(reset: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -20,11 +20,10 @@ from torch import nn
 
 from hf_linear_attn.ops.features import softmax_map as maps
 from hf_linear_attn.ops.features.maps import ParametricMap
-from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.ops.starts.attention_rows import attended_share, attention_cross_entropy
 from hf_linear_attn.registry import register_variant
-from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+from hf_linear_attn.variants.base import AttentionInputs, FeatureMapVariant, LayerContext, VariantConfig
 
 __all__ = ["HedgehogAttention", "HedgehogConfig"]
 
@@ -55,7 +54,7 @@ class HedgehogConfig(VariantConfig):
     kernel="linear_attention",
     test_options=({"num_features": 48},),
 )
-class HedgehogAttention(AttentionVariant):
+class HedgehogAttention(FeatureMapVariant):
     """Attention through learned softmax features.
 
     Parameters: `query_weight`, `key_weight [H, F, D]`, `query_bias`, `key_bias [H, F]`. Buffer (persistent): `form
@@ -110,31 +109,13 @@ class HedgehogAttention(AttentionVariant):
         return attention_cross_entropy(
             inputs.query,
             inputs.key,
-            *self._feature_maps(),
+            *self.feature_maps(inputs.scaling),
             key_padding=inputs.key_padding,
             is_causal=inputs.is_causal,
             scaling=inputs.scaling,
         )
 
-    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
-        heads, dim = self.context.num_heads, self.context.head_dim
-        return init_linear_state(batch_size, heads, self.num_features, dim, dtype, device)
-
-    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        output, state = feature_map_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            *self._feature_maps(),
-            key_padding=inputs.key_padding,
-            is_causal=inputs.is_causal,
-            state=state,
-            backend=self.backend,
-        )
-        return output.to(inputs.query.dtype), state
-
-    def _feature_maps(self) -> tuple[ParametricMap, ParametricMap]:
-        """Of queries and of keys."""
+    def feature_maps(self, scaling: float) -> tuple[ParametricMap, ParametricMap]:
         q_map = partial(maps.softmax_map, form=self.form, exp_form=maps.KEY_CENTROIDS)
         k_map = partial(maps.softmax_map, form=self.form, exp_form=maps.QUERY_CENTROIDS)
         return (

@@ -23,10 +23,9 @@ from hf_linear_attn.ops.features.maps import (
     laplace_features,
     weighted_by_mean_logit,
 )
-from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.registry import register_variant
-from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+from hf_linear_attn.variants.base import AttentionInputs, FeatureMapVariant, LayerContext, VariantConfig
 
 __all__ = ["LinearAttention", "LinearConfig"]
 
@@ -68,7 +67,7 @@ class LinearConfig(VariantConfig):
         {"feature_map": "softmax", "variance_reducer": False},
     ),
 )
-class LinearAttention(AttentionVariant):
+class LinearAttention(FeatureMapVariant):
     """Attention through a feature map phi, `(phi(q) . phi(k))` in place of `exp(q . k)`.
 
     Buffers (persistent): `query_mean [H, D]` with the variance reducer, `omega [m, D]` with Laplace features.
@@ -81,6 +80,7 @@ class LinearAttention(AttentionVariant):
         super().__init__(config, context)
         if config.variance_reducer:
             self.register_buffer("query_mean", torch.empty(context.num_heads, context.head_dim))
+        self.num_features = 2 * config.num_features if config.feature_map == "laplace" else context.head_dim
         if config.feature_map == "laplace":
             self.register_buffer("omega", torch.empty(config.num_features, context.head_dim))
         self.reset_parameters()
@@ -104,27 +104,7 @@ class LinearAttention(AttentionVariant):
         starts = [{"query_mean": a} for a, _, _ in reducer_starts(*head_tokens(rows), centered=False)]
         choose_start({"query_mean": self.query_mean}, starts, self.error_meter(rows, scaling))
 
-    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
-        laplace = self.config.feature_map == "laplace"
-        num_features = 2 * self.config.num_features if laplace else self.context.head_dim
-        heads, dim = self.context.num_heads, self.context.head_dim
-        return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
-
-    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        output, state = feature_map_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            *self._feature_maps(inputs.scaling),
-            key_padding=inputs.key_padding,
-            is_causal=inputs.is_causal,
-            state=state,
-            backend=self.backend,
-        )
-        return output.to(inputs.query.dtype), state
-
-    def _feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
-        """Of queries and of keys."""
+    def feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
         scale, name = scaling**0.5, self.config.feature_map
         query_mean = self.query_mean if self.config.variance_reducer else None
         if name != "laplace":

@@ -16,16 +16,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
-from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.registry import register_variant
-from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+from hf_linear_attn.variants.base import AttentionInputs, FeatureMapVariant, LayerContext, VariantConfig
 
 __all__ = ["PerformerAttention", "PerformerConfig"]
 
@@ -69,7 +67,7 @@ class PerformerConfig(VariantConfig):
         {"kernel": "relu", "variance_reducer": False, "orthogonal": False},
     ),
 )
-class PerformerAttention(AttentionVariant):
+class PerformerAttention(FeatureMapVariant):
     """Attention through random features.
 
     Buffers (persistent): `omega [m, D]`; with the variance reducer `query_mean`, `key_mean [H, D]` and
@@ -83,6 +81,7 @@ class PerformerAttention(AttentionVariant):
     def __init__(self, config: PerformerConfig, context: LayerContext) -> None:
         super().__init__(config, context)
         heads, dim = context.num_heads, context.head_dim
+        self.num_features = config.num_features * (2 if config.kernel in ("hyperbolic", "trig") else 1)
         self.register_buffer("omega", torch.empty(config.num_features, dim))
         if config.variance_reducer:
             for side in ("query", "key"):
@@ -125,26 +124,13 @@ class PerformerAttention(AttentionVariant):
             a, c, query_map, key_map = (x.to(q) for x in present.values())
             self._warn_if_hopeless((q - a[:, None]) @ query_map, (k - c[:, None]) @ key_map, scaling)
 
-    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
-        num_features = self.config.num_features * (2 if self.config.kernel in ("hyperbolic", "trig") else 1)
-        sizes = self.context.num_heads, num_features, self.context.head_dim
-        return init_linear_state(batch_size, *sizes, dtype, device)
-
-    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        feature_maps = self._feature_maps(inputs.scaling)
-        given: dict[str, Any] = {"key_padding": inputs.key_padding, "is_causal": inputs.is_causal, "state": state}
-        output, state = feature_map_attention(
-            inputs.query, inputs.key, inputs.value, *feature_maps, **given, backend=self.backend
-        )
-        return output.to(inputs.query.dtype), state
-
-    def _feature_maps(self, s: float) -> tuple[maps.FeatureMap, maps.FeatureMap]:
-        """Of queries and of keys."""
-        query, key = partial(self._query_features, scaling=s), partial(self._key_features, scaling=s)
+    def feature_maps(self, scaling: float) -> tuple[maps.FeatureMap, maps.FeatureMap]:
+        query, key = partial(self._query_features, scaling=scaling), partial(self._key_features, scaling=scaling)
         if self.config.kernel in ("relu", "trig"):
             return query, key
-        q_map = maps.ExponentialMap(query, partial(self._exponent, "query", s))
-        return q_map, maps.ExponentialMap(key, partial(self._exponent, "key", s), partial(self._key_rest, scaling=s))
+        rest = partial(self._key_rest, scaling=scaling)
+        q_map = maps.ExponentialMap(query, partial(self._exponent, "query", scaling))
+        return q_map, maps.ExponentialMap(key, partial(self._exponent, "key", scaling), rest)
 
     def _exponent(self, side: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W `[H or 1, D, F]` and b `[H, F]` of exp(x W + b)."""

@@ -18,10 +18,9 @@ from torch import nn
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
-from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.registry import register_variant
-from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+from hf_linear_attn.variants.base import AttentionInputs, FeatureMapVariant, LayerContext, VariantConfig
 
 __all__ = ["T2RAttention", "T2RConfig"]
 
@@ -57,7 +56,7 @@ class T2RConfig(VariantConfig):
     kernel="linear_attention",
     test_options=({"num_features": 9}, {"num_features": 40, "variance_reducer": False}),
 )
-class T2RAttention(AttentionVariant):
+class T2RAttention(FeatureMapVariant):
     """Attention through a learned ReLU feature map.
 
     Parameters: `query_weight`, `key_weight [H, f, D]`, `query_bias`, `key_bias [H, f]`. Buffer (persistent):
@@ -105,29 +104,14 @@ class T2RAttention(AttentionVariant):
                 starts.append({**start, "query_mean": a} if self.config.variance_reducer else start)
         measure.choose_start(present, starts, self.error_meter(rows, scaling))
 
-    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
-        heads, dim = self.context.num_heads, self.context.head_dim
-        return init_linear_state(batch_size, heads, self.num_features, dim, dtype, device)
-
-    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+    def feature_maps(self, scaling: float) -> tuple[maps.FeatureMap, maps.FeatureMap]:
         def key_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> maps.Features:
             features = _features(x, weight, bias)
-            if self.config.variance_reducer:
-                features = maps.weighted_by_mean_logit(features, x, self.query_mean, inputs.scaling)
-            return features
+            return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling) if reduces else features
 
-        output, state = feature_map_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            maps.ParametricMap(_features, (self.query_weight, self.query_bias)),
-            maps.ParametricMap(key_features, (self.key_weight, self.key_bias)),
-            key_padding=inputs.key_padding,
-            is_causal=inputs.is_causal,
-            state=state,
-            backend=self.backend,
-        )
-        return output.to(inputs.query.dtype), state
+        reduces = self.config.variance_reducer
+        q_map = maps.ParametricMap(_features, (self.query_weight, self.query_bias))
+        return q_map, maps.ParametricMap(key_features, (self.key_weight, self.key_bias))
 
     def _signed(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows; -rows] `[..., D, D]` cut or filled up to f rows."""

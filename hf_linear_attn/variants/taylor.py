@@ -21,10 +21,9 @@ from torch import nn
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
-from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.registry import register_variant
-from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
+from hf_linear_attn.variants.base import AttentionInputs, FeatureMapVariant, LayerContext, VariantConfig
 
 __all__ = ["TaylorAttention", "TaylorConfig"]
 
@@ -66,7 +65,7 @@ class TaylorConfig(VariantConfig):
     kernel="linear_attention",
     test_options=({"num_features": 6}, {"order": 1, "variance_reducer": False}),
 )
-class TaylorAttention(AttentionVariant):
+class TaylorAttention(FeatureMapVariant):
     """Attention with the Taylor series of exp.
 
     Parameters: `query_weight`, `key_weight [H, r, D]`, `query_bias`, `key_bias [H, r]`. Buffer (persistent):
@@ -83,6 +82,7 @@ class TaylorAttention(AttentionVariant):
         super().__init__(config, context)
         heads, dim = context.num_heads, context.head_dim
         self.rank = dim if config.order == 1 or config.num_features is None else min(config.num_features, dim)
+        self.num_features = 1 + self.rank + (self.rank * (self.rank + 1) // 2 if config.order == 2 else 0)
         for name in ("query", "key"):
             self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(heads, self.rank, dim)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(heads, self.rank)))
@@ -123,33 +123,17 @@ class TaylorAttention(AttentionVariant):
         stretched = [{name: x * stretch**0.5 for name, x in chosen.items()} for stretch in _STRETCHES]
         measure.choose_start(present, [chosen, *stretched], errors)
 
-    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
-        heads, dim, rank = self.context.num_heads, self.context.head_dim, self.rank
-        num_features = 1 + rank + (rank * (rank + 1) // 2 if self.config.order == 2 else 0)
-        return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
-
-    def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+    def feature_maps(self, scaling: float) -> tuple[maps.FeatureMap, maps.FeatureMap]:
         def query_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> maps.Features:
-            return self._features(x, weight, bias, inputs.scaling)
+            return self._features(x, weight, bias, scaling)
 
         def key_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> maps.Features:
             features = query_features(x, weight, bias)
-            if self.config.variance_reducer:
-                features = maps.weighted_by_mean_logit(features, x, self.query_mean, inputs.scaling)
-            return features
+            return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling) if reduces else features
 
-        output, state = feature_map_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            maps.ParametricMap(query_features, (self.query_weight, self.query_bias)),
-            maps.ParametricMap(key_features, (self.key_weight, self.key_bias)),
-            key_padding=inputs.key_padding,
-            is_causal=inputs.is_causal,
-            state=state,
-            backend=self.backend,
-        )
-        return output.to(inputs.query.dtype), state
+        reduces = self.config.variance_reducer
+        q_map = maps.ParametricMap(query_features, (self.query_weight, self.query_bias))
+        return q_map, maps.ParametricMap(key_features, (self.key_weight, self.key_bias))
 
     def _features(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scaling: float) -> maps.Features:
         x = x.to(accumulation_dtype(x.dtype))
