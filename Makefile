@@ -83,7 +83,7 @@ style: $(STAMP)-dev ## fix what ruff can fix, and format
 notebook: $(STAMP)-dev $(STAMP)-weights ## run the notebooks only
 	OMP_NUM_THREADS=$(WORKERS) $(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks $(ARGS)
 
-readme: $(STAMP)-dev ## write the generated sections of README.md
+readme: $(STAMP)-dev ## write the generated sections of README.md and docs/
 	$(PY) .ci/readme.py
 
 clean: ## remove .venv, caches and build output; outputs/ stays

@@ -1,6 +1,6 @@
-"""Write the generated sections of README.md from the registry, the results under recipes/ and .ci/times.json.
+"""Write the generated sections of README.md and docs/ from the registry, the results under recipes/ and .ci/times.json.
 
-`python .ci/readme.py` rewrites the file; `--check` only says whether it is up to date (exit status 1 if not).
+`python .ci/readme.py` rewrites the files; `--check` only says whether they are up to date (exit status 1 if not).
 A section lies between `<!-- name:begin ... -->` and `<!-- name:end -->`.
 """
 
@@ -22,8 +22,9 @@ from hf_linear_attn.measure.markdown import markdown_table as table
 from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = ("README.md", "docs/variants.md", "docs/methods.md", "docs/results.md", "docs/performance.md")
 RESULTS = ROOT / "recipes" / "results"
+HEADLINE = RESULTS / "minilm_sotu_long.json"
 BENCH = ROOT / "recipes" / "bench"
 METHODS = ROOT / "recipes" / "methods" / "results"
 TIMES = ROOT / ".ci" / "times.json"
@@ -61,6 +62,17 @@ def variants() -> str:
         f"equals softmax (n = {LIMIT_LENGTH})", "quadratic in n",
     ]  # fmt: skip
     return table(header, rows)
+
+
+def short() -> str:
+    """What of each variant fits into four columns."""
+    rows = []
+    for spec in map(VARIANTS.get, VARIANTS.names()):
+        paper = re.search(r"arXiv:(\d{4}\.\d{4,5})", spec.paper)
+        title = f"[{spec.title}](https://arxiv.org/abs/{paper[1]})" if paper else spec.title
+        sides = "both" if spec.encoder and spec.decoder else "encoders" if spec.encoder else "decoders"
+        rows.append([f"`{spec.key}`", title, sides, spec.cost])
+    return table(["variant", "method", "serves", "cost of attention"], rows)
 
 
 def options() -> str:
@@ -132,6 +144,21 @@ def result(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def headline() -> str:
+    """The picture that makes the case, and its numbers."""
+    data = json.loads(HEADLINE.read_text(encoding="utf-8"))
+    title, task, metric = data["meta"]["title"], data["task"], data["primary_metric"]
+    rows = [[f"`{row['name']}`", f"{row['max_length']:,}", interval(row["quality"][metric])] for row in data["rows"]]
+    rows += [[*line["name"].split(", ", 1), number(line["value"], 3)] for line in data["baselines"]]
+    picture = HEADLINE.with_suffix(".png").relative_to(ROOT).as_posix()
+    parts = [
+        f"**{title}.** {task['description'].rstrip('.')}. {task['test_documents']} test documents.",
+        table(["model", "tokens read", f"{metric} [95% interval]"], rows),
+        f"![{title}]({picture})",
+    ]
+    return "\n\n".join(parts)
+
+
 def results() -> str:
     """Every committed results file, or how to make one."""
     paths = sorted(RESULTS.glob("*.json"))
@@ -200,6 +227,8 @@ def times() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "short": short,
     "variants": variants,
     "options": options,
     "families": families,
@@ -210,36 +239,41 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-def render(text: str) -> str:
-    """`text` with every generated section written anew.
+def render(page: str, text: str) -> str:
+    """The `text` of a page with every generated section written anew.
 
     Raises:
-        ValueError: for a section that is missing, repeated, or has no generator.
+        ValueError: for a section that has no generator or no end.
     """
-    begun = re.findall(r"<!-- (\w+):begin", text)
-    if sorted(begun) != sorted(SECTIONS):
-        raise ValueError(f"README.md has the generated sections {sorted(begun)}, expected {sorted(SECTIONS)}")
-    for name, generate in SECTIONS.items():
+    for name in re.findall(r"<!-- (\w+):begin", text):
+        if name not in SECTIONS:
+            raise ValueError(f"{page}: section {name!r} is not generated. Allowed: {', '.join(SECTIONS)}.")
+        content = SECTIONS[name]()
+        if page.startswith("docs/"):
+            content = content.replace("](recipes/", "](../recipes/")
+        body = f"\n{content}\n\n" if content else ""
         pattern = rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end -->)"
-        body = f"\n{content}\n\n" if (content := generate()) else ""
         text, count = re.subn(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"Section {name!r} of README.md has no end")
+            raise ValueError(f"{page}: section {name!r} has no end, or stands there {count} times.")
     return text
 
 
 def main() -> int:
-    """Write the file, or check it."""
+    """Write the files, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if out of date")
     check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
-    new = render(old)
-    if check and new != old:
-        print("README.md is out of date: make readme")
+    old = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    begun = [name for text in old.values() for name in re.findall(r"<!-- (\w+):begin", text)]
+    if sorted(begun) != sorted(SECTIONS):
+        raise ValueError(f"The pages have the generated sections {sorted(begun)}, expected {sorted(SECTIONS)}.")
+    changed = {page: new for page, text in old.items() if (new := render(page, text)) != text}
+    if check and changed:
+        print(f"{', '.join(changed)}: out of date. make readme")
         return 1
-    if not check:
-        README.write_text(new, encoding="utf-8")
+    for page, text in changed.items():
+        (ROOT / page).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -23,6 +23,8 @@ from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")  # its examples go on where the README's end
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -51,10 +53,11 @@ def hub_ids_as_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("hub_ids_as_folders")
 def test_readme_python_runs_from_top_to_bottom() -> None:
     namespace: dict[str, object] = {}
-    code = blocks(README, "python")
-    assert len(code) >= 4
-    for number, block in enumerate(code):
-        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+    examples = [("README.md", block) for block in blocks(README, "python")]
+    examples += [("docs/usage.md", block) for block in blocks(USAGE, "python")]
+    assert len(examples) >= 6
+    for number, (document, block) in enumerate(examples):
+        exec(compile(block, f"{document}, example {number}", "exec"), namespace)
 
 
 def test_generated_sections_of_the_readme_are_up_to_date() -> None:
@@ -71,7 +74,7 @@ def test_every_committed_result_has_the_format_of_the_report() -> None:
         assert readme.result(path)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_in_documents_exist(document: str) -> None:
     lines = "\n".join(blocks((ROOT / document).read_text(encoding="utf-8"), "bash")).splitlines()
     makefile = (ROOT / "Makefile").read_text()
@@ -85,11 +88,11 @@ def test_commands_in_documents_exist(document: str) -> None:
     assert {name for name in files if not (ROOT / name).exists()} == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_files_named_in_documents_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     links = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
-    assert [target for target in links if not (ROOT / target).exists()] == []
+    assert [target for target in links if not (ROOT / document).parent.joinpath(target).exists()] == []
 
 
 def import_file(path: Path) -> types.ModuleType:
