@@ -180,7 +180,7 @@ def linear_attention_forward(
         query=query,
         key=key,
         value=value,
-        key_padding=real,
+        token_mask=real,
         is_causal=_is_causal(module, is_causal),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         hidden_states=None if linear_attn_call is None else linear_attn_call.hidden_states,
@@ -243,7 +243,7 @@ def _padding(
 
 
 def _softmax(inputs: AttentionInputs, dropout: float, sliding_window: int | None = None) -> torch.Tensor:
-    q, k, v, real = inputs.query, inputs.key, inputs.value, inputs.key_padding
+    q, k, v, real = inputs.query, inputs.key, inputs.value, inputs.token_mask
     return softmax_attention(q, k, v, real, inputs.is_causal, inputs.scaling, dropout, sliding_window)
 
 
@@ -264,7 +264,7 @@ def _by_bucket(
     def attend_rows(q: Any, k: Any, v: Any, real: Any, hidden: Any, marked: Any) -> torch.Tensor:
         # Padding of buckets is on the right: causality hides it, and attention is faster without a mask.
         real = None if inputs.is_causal and marked is None else real
-        given = {"query": q, "key": k, "value": v, "key_padding": real, "hidden_states": hidden, "global_mask": marked}
+        given = {"query": q, "key": k, "value": v, "token_mask": real, "hidden_states": hidden, "global_mask": marked}
         return attend(replace(inputs, **given))
 
     tokens = inputs.query, inputs.key, inputs.value, inputs.hidden_states, inputs.global_mask
@@ -286,9 +286,9 @@ def _settle_padding(
     output: torch.Tensor, inputs: AttentionInputs, *, reads_last: bool, window: int | None
 ) -> torch.Tensor:
     """`output` `[B, H, Tq, D]` with what stands at masked positions (see `linear_attention_forward`)."""
-    assert inputs.key_padding is not None
+    assert inputs.token_mask is not None
     q_len = output.shape[2]
-    real = inputs.key_padding[:, None, -q_len:, None]
+    real = inputs.token_mask[:, None, -q_len:, None]
     settled = output.masked_fill(~real, 0)
     if not (reads_last and inputs.is_causal and q_len > 1):
         return settled
@@ -314,7 +314,7 @@ def softmax_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_padding: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     is_causal: bool,
     scaling: float,
     dropout: float,
@@ -327,13 +327,13 @@ def softmax_attention(
     """
     q_len, k_len = query.shape[-2], key.shape[-2]
     windowed = is_causal and sliding_window is not None and k_len > sliding_window
-    if key_padding is None and not windowed and (not is_causal or q_len == k_len):
+    if token_mask is None and not windowed and (not is_causal or q_len == k_len):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=is_causal and q_len > 1, scale=scaling
         )
     allowed = torch.ones((1, 1, 1, k_len), dtype=torch.bool, device=query.device)
-    if key_padding is not None:
-        allowed = key_padding[:, None, None, :]
+    if token_mask is not None:
+        allowed = token_mask[:, None, None, :]
     if is_causal:
         past = causal_mask(q_len, k_len, query.device)
         allowed = allowed & (past.triu(k_len - q_len - sliding_window + 1) if windowed else past)  # type: ignore[operator]

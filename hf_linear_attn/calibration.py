@@ -103,8 +103,8 @@ def output_errors(attend: Attend, recording: Recording) -> OutputErrors:
     for inputs, expected in zip(recording.inputs, recording.outputs, strict=True):
         output = attend(inputs)[0]
         real = torch.ones(output.shape[0], output.shape[2], dtype=torch.bool, device=output.device)
-        if inputs.key_padding is not None:
-            real = inputs.key_padding
+        if inputs.token_mask is not None:
+            real = inputs.token_mask
         got, want = (x.transpose(1, 2)[real].float() for x in (output, expected))  # [tokens, H, D]
         squared_error = squared_error.to(got.device) + (got - want).square().sum((0, 2))
         squared_norm = squared_norm.to(got.device) + want.square().sum((0, 2))

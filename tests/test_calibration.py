@@ -52,7 +52,7 @@ def test_the_report_has_the_error_of_every_head() -> None:
     for inputs, want in zip(recording.inputs, recording.outputs, strict=True):
         with torch.no_grad():
             got = variant(inputs)[0]
-        real = torch.ones(2, 37, dtype=torch.bool) if inputs.key_padding is None else inputs.key_padding
+        real = torch.ones(2, 37, dtype=torch.bool) if inputs.token_mask is None else inputs.token_mask
         for b, t in real.nonzero().tolist():
             squared += (got - want)[b, :, t].square().sum(-1)
             norm += want[b, :, t].square().sum(-1)

@@ -133,7 +133,7 @@ def test_the_variant_of_contributing_computes_its_formula(contributed: dict, is_
     query, key, value = torch.randn(3, 2, 2, 7, 4, dtype=torch.float64)
     real = torch.tensor([[True] * 7, [False, True, True, False, True, True, False]])
     poisoned = [x.masked_fill(~real[:, None, :, None], float("inf")) for x in (key, value)]
-    inputs = AttentionInputs(query, *poisoned, key_padding=real, is_causal=is_causal)
+    inputs = AttentionInputs(query, *poisoned, token_mask=real, is_causal=is_causal)
     output, state = layer(inputs)
 
     gate = torch.sigmoid((key @ layer.direction)[..., 0] + layer.bias[..., 0])  # [B, H, T]

@@ -59,8 +59,8 @@ def softmax_weights(inputs: AttentionInputs) -> torch.Tensor:
     """Softmax attention's matrix `[B, H, Tq, Tk]` in float32; columns of padding are 0, as are rows without a key."""
     logits = inputs.query.float() @ inputs.key.float().mT * inputs.scaling
     allowed = torch.ones(1, 1, 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
-    if inputs.key_padding is not None:
-        allowed = inputs.key_padding[:, None, None, :]
+    if inputs.token_mask is not None:
+        allowed = inputs.token_mask[:, None, None, :]
     if inputs.is_causal:
         allowed = allowed & causal_mask(logits.shape[-2], logits.shape[-1], logits.device)
     weights = logits.masked_fill(~allowed, -math.inf).softmax(-1)

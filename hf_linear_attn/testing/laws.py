@@ -194,7 +194,7 @@ def padding(subject: Subject) -> None:
                     alone = tokens(select(inputs, slice(row, row + 1)), mask[row].nonzero()[:, 0])
                     for name, bare in {
                         "an all-true": alone,
-                        "no": dataclasses.replace(alone, key_padding=None),
+                        "no": dataclasses.replace(alone, token_mask=None),
                     }.items():
                         assert_close(
                             output[row : row + 1][:, :, mask[row]],

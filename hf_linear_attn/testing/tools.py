@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 
-TOKEN_DIMS = {"query": 2, "key": 2, "value": 2, "hidden_states": 1, "key_padding": 1, "global_mask": 1}
+TOKEN_DIMS = {"query": 2, "key": 2, "value": 2, "hidden_states": 1, "token_mask": 1, "global_mask": 1}
 Projection = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -54,7 +54,7 @@ def draw(
         query=q[:, :, kept].to(dtype),
         key=k.to(dtype),
         value=v.to(dtype),
-        key_padding=padding,
+        token_mask=padding,
         is_causal=context.is_causal,
         scaling=context.head_dim**-0.5,
         hidden_states=hidden[:, kept].to(dtype),
@@ -113,16 +113,16 @@ def merged(inputs: AttentionInputs, other: AttentionInputs, where: torch.Tensor)
     taken: dict[str, Any] = {
         name: torch.where(shapes[dim](getattr(inputs, name)), getattr(other, name), getattr(inputs, name))
         for name, dim in TOKEN_DIMS.items()
-        if getattr(inputs, name) is not None and name != "key_padding"
+        if getattr(inputs, name) is not None and name != "token_mask"
     }
     return dataclasses.replace(inputs, **taken)
 
 
 def poisoned(inputs: AttentionInputs) -> AttentionInputs:
     """1e9 in every padded token, which also claims to be a global one."""
-    assert inputs.key_padding is not None
+    assert inputs.token_mask is not None
     poison = each(inputs, lambda x, dim: torch.full_like(x, True if x.dtype == torch.bool else 1e9))
-    return merged(inputs, poison, ~inputs.key_padding)
+    return merged(inputs, poison, ~inputs.token_mask)
 
 
 def dense_softmax(inputs: AttentionInputs) -> torch.Tensor:
@@ -132,8 +132,8 @@ def dense_softmax(inputs: AttentionInputs) -> torch.Tensor:
     allowed = torch.ones(logits.shape[-2:], dtype=torch.bool)
     if inputs.is_causal:
         allowed = allowed.tril(k.shape[2] - q.shape[2])
-    if inputs.key_padding is not None:
-        allowed = allowed & inputs.key_padding[:, None, None, :]
+    if inputs.token_mask is not None:
+        allowed = allowed & inputs.token_mask[:, None, None, :]
     weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0)
     return (weights @ v).to(inputs.query.dtype)
 

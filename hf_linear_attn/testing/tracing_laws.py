@@ -46,14 +46,14 @@ class _Program(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         hidden_states: torch.Tensor,
-        key_padding: torch.Tensor,
+        token_mask: torch.Tensor,
     ) -> torch.Tensor:
         given = dataclasses.replace(self.call, query=query, key=key, value=value)
-        return self.layer(dataclasses.replace(given, hidden_states=hidden_states, key_padding=key_padding))[0]
+        return self.layer(dataclasses.replace(given, hidden_states=hidden_states, token_mask=token_mask))[0]
 
 
 def _tensors(call: AttentionInputs) -> tuple[Any, ...]:
-    return call.query, call.key, call.value, call.hidden_states, call.key_padding
+    return call.query, call.key, call.value, call.hidden_states, call.token_mask
 
 
 @torch.no_grad()

@@ -163,7 +163,7 @@ class AttentionInputs:
         query: `[B, H, Tq, D]`.
         key: `[B, H, Tk, D]`, the keys of this call. With a decode state these are the *new* keys only (Tk == Tq).
         value: `[B, H, Tk, D]`.
-        key_padding: bool `[B, Tk]`, True for a real token, or None when all are real. A variant need not care what it
+        token_mask: bool `[B, Tk]`, True for a real token, or None when all are real. A variant need not care what it
             gives at masked queries, as long as it is finite: in a model 0 stands there.
         is_causal: query row r sees keys up to position `Tk - Tq + r` (right-aligned) and everything in the state.
         scaling: factor of the softmax logits, usually `D ** -0.5`.
@@ -174,7 +174,7 @@ class AttentionInputs:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    key_padding: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
     is_causal: bool = False
     scaling: float = 1.0
     hidden_states: torch.Tensor | None = None
@@ -247,8 +247,8 @@ class AttentionVariant(nn.Module):
             a scalar.
         """
         output = self(inputs)[0].to(target.dtype)
-        if inputs.key_padding is not None:
-            real = inputs.key_padding[:, None, :, None]
+        if inputs.token_mask is not None:
+            real = inputs.token_mask[:, None, :, None]
             output, target = output.masked_fill(~real, 0), target.masked_fill(~real, 0)
         return (output - target).square().sum() / target.square().sum().clamp(min=1e-12)
 
@@ -300,7 +300,7 @@ class FeatureMapVariant(AttentionVariant):
             inputs.key,
             inputs.value,
             *self.feature_maps(inputs.scaling),
-            key_padding=inputs.key_padding,
+            token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
             state=state,
             backend=self.backend,

@@ -180,9 +180,9 @@ class BigBirdAttention(AttentionVariant):
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         past = None if state is None else (state["key"], state["value"], state["count"])
-        call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
+        call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         k_len, scaling, limit = call.k.shape[2], inputs.scaling, self.full_blocks() * self.config.block_size
-        aligned = inputs.key_padding is None and state is None and inputs.query.shape[2] == k_len
+        aligned = inputs.token_mask is None and state is None and inputs.query.shape[2] == k_len
         if not (is_exported() or self.num_global_tokens) and k_len <= limit:  # nothing is remembered
             if not torch.compiler.is_compiling():
                 _note_full(limit)

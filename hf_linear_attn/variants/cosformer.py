@@ -97,7 +97,7 @@ class CosformerAttention(AttentionVariant):
                 f"cosformer takes at most max_length={self.context.max_length} tokens and as many queries as keys, "
                 f"the last ones; got {q_len} queries and {k_len} keys."
             )
-        real = inputs.key_padding
+        real = inputs.token_mask
         rank = torch.arange(k_len, device=inputs.key.device)[None] if real is None else real_token_rank(real)
         sums = None
         if state is not None:
@@ -109,7 +109,7 @@ class CosformerAttention(AttentionVariant):
             inputs.value,
             self._query_features,
             lambda x: self._key_features(x, inputs.scaling),
-            key_padding=real,
+            token_mask=real,
             is_causal=inputs.is_causal,
             state=sums,
             backend=self.backend,

@@ -131,7 +131,7 @@ class EfficientAttention(AttentionVariant):
             query_weight=self.query_weight,
             query_bias=self.query_bias,
             key_weight=self.key_weight,
-            key_padding=inputs.key_padding,
+            token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
             state=state,
         )

@@ -92,7 +92,7 @@ class EntmaxAttention(AttentionVariant):
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         past = None if state is None else (state["key"], state["value"], state["count"])
-        call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
+        call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         keys = call.k.to(accumulation_dtype(call.k.dtype)) * inputs.scaling
         alpha: float | torch.Tensor = (
             1 + self.alpha_logit.sigmoid()[:, None, None]

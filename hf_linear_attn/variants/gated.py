@@ -158,7 +158,7 @@ class GatedLinearAttention(AttentionVariant):
             self._log_decay(inputs),
             lambda x: self._features(x, inputs.scaling),
             lambda x: self._key_features(x, inputs.scaling),
-            key_padding=inputs.key_padding,
+            token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
             normalised=self.normalised,
             state=state,

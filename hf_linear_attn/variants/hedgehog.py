@@ -110,7 +110,7 @@ class HedgehogAttention(FeatureMapVariant):
             inputs.query,
             inputs.key,
             *self.feature_maps(inputs.scaling),
-            key_padding=inputs.key_padding,
+            token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
             scaling=inputs.scaling,
         )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features.maps import FEATURE_MAPS
 from hf_linear_attn.ops.linear.attention import bidirectional_linear_attention
@@ -153,9 +153,9 @@ class KernelLinformerAttention(AttentionVariant):
         if inputs.is_causal or state is not None:
             raise ValueError(REFUSAL)
         weights = self.key_projection, self.value_projection
-        key, value, in_use = self.projection(inputs.key, inputs.value, inputs.key_padding, *weights)
+        key, value, in_use = self.projection(inputs.key, inputs.value, inputs.token_mask, *weights)
         full = accumulation_dtype(inputs.query.dtype)
-        query = safe_masked_fill(inputs.query, query_padding(inputs.key_padding, inputs.query.shape[2], False)).to(full)
+        query = safe_masked_fill(inputs.query, query_mask_of(inputs.token_mask, inputs.query.shape[2], False)).to(full)
         key, value = key.to(full).contiguous(), value.contiguous()  # small; heads lay side by side
         feature_map, scale = FEATURE_MAPS[self.config.feature_map], inputs.scaling**0.5
         shared = None
@@ -172,7 +172,7 @@ class KernelLinformerAttention(AttentionVariant):
         output = bidirectional_linear_attention(
             *(feature_map(query * scale)[0], key_features, value),
             key_log_weight=log_weight,
-            key_padding=in_use,
+            token_mask=in_use,
             backend=self.backend,
         )
         return output.to(inputs.query.dtype), None

@@ -126,5 +126,5 @@ class LinformerAttention(AttentionVariant):
         full = accumulation_dtype(inputs.key.dtype)
         with full_precision(inputs.key):
             key, value = inputs.key.to(full), inputs.value.to(full)
-            key, value, in_use = self.projection(key, value, inputs.key_padding, *weights)
+            key, value, in_use = self.projection(key, value, inputs.token_mask, *weights)
         return attend_segments(inputs.query, key, value, in_use, inputs.scaling), None

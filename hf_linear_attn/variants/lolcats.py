@@ -162,7 +162,7 @@ class LolcatsAttention(AttentionVariant):
             raise ValueError(f"Layer built for is_causal={self.context.is_causal}, called with {inputs.is_causal}.")
         w, s = self.window_size, inputs.scaling
         past = None if state is None else (state["key"], state["value"], state["count"])
-        call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
+        call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         held = call.rank >= (call.past - w).clamp(min=0)[:, None]  # older keys have left for the sums
         output, sums = window_tail_attention(
             *(call.q, call.k, call.v),
@@ -174,7 +174,7 @@ class LolcatsAttention(AttentionVariant):
             scaling=s,
             window_log_factor=self.window_log_factor,
             relative=None if self.taylor else self.form == maps.PUBLISHED,
-            key_real=None if inputs.key_padding is None and state is None else held,
+            token_mask=None if inputs.token_mask is None and state is None else held,
             state=None if state is None else {name: state[name] for name in ("kv", "z", "log_scale")},
             backend=self.backend,
         )

@@ -160,9 +160,9 @@ class LongShortAttention(AttentionVariant):
             shapes = f"is_causal={inputs.is_causal}, Tq={inputs.query.shape[2]}, Tk={inputs.key.shape[2]}"
             raise ValueError(f"A decode state needs causal attention and Tq == Tk (new tokens), got {shapes}.")
         past = None if state is None else (state["key"], state["value"], state["count"])
-        call, w = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past), self.config.window_size
+        call, w = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past), self.config.window_size
         left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
-        allowed = None if inputs.key_padding is None and state is None else call.rank >= 0
+        allowed = None if inputs.token_mask is None and state is None else call.rank >= 0
         window: dict[str, Any] = {"left": left, "right": right, "key_allowed": allowed, "scaling": inputs.scaling}
         window["backend"] = self.backend
         q, k = call.q, self.window_norm(call.k)

@@ -141,10 +141,10 @@ class LongformerAttention(AttentionVariant):
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         self._check(inputs, state)
         past = None if state is None else (state["key"], state["value"], state["count"])
-        call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
+        call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         q_len, k_len = call.q.shape[2], call.k.shape[2]
         tokens = self._global_tokens(inputs, call)
-        in_window = None if inputs.key_padding is None and state is None else call.rank >= 0
+        in_window = None if inputs.token_mask is None and state is None else call.rank >= 0
         extra, rows = None, None
         kept: State = {}
         if tokens is not None:
@@ -192,7 +192,7 @@ class LongformerAttention(AttentionVariant):
         if self.projects and inputs.hidden_states is None:
             raise ValueError("The global tokens of longformer need hidden_states, got None.")
         if self.projects:
-            check_hidden(q_len, inputs.key_padding, k_len, self.num_global_tokens, mask is not None)
+            check_hidden(q_len, inputs.token_mask, k_len, self.num_global_tokens, mask is not None)
 
     def _global_tokens(self, inputs: AttentionInputs, call: CompactedCall) -> GlobalTokens | None:
         if inputs.global_mask is not None:

@@ -153,11 +153,11 @@ class MemoryAttention(AttentionVariant):
         if self.config.form != "chunked" and missing:  # the layout of segments is one of queries with their keys
             query = F.pad(query, (0, 0, missing, 0))
         past = None if state is None else (state["key"], state["value"], state["count"])
-        call = compact(query, inputs.key, inputs.value, inputs.key_padding, past)
+        call = compact(query, inputs.key, inputs.value, inputs.token_mask, past)
         if self.config.form == "chunked":
-            real = None if inputs.key_padding is None and state is None else call.rank >= 0
+            real = None if inputs.token_mask is None and state is None else call.rank >= 0
             given: dict[str, Any] = {"is_causal": inputs.is_causal, "chunk_size": self.config.chunk_size}
-            out = chunked_softmax_attention(call.q, call.k, call.v, scaling=inputs.scaling, key_padding=real, **given)
+            out = chunked_softmax_attention(call.q, call.k, call.v, scaling=inputs.scaling, token_mask=real, **given)
             after = kv_state_after(call)
         else:
             out, after = self._memory(inputs, call, state)

@@ -133,12 +133,12 @@ class NystromformerAttention(AttentionVariant):
             num_landmarks=self.config.num_landmarks,
             num_iterations=self.config.num_iterations,
             scaling=inputs.scaling,
-            key_padding=inputs.key_padding,
+            token_mask=inputs.token_mask,
             form=self._form(),
             centroids=self.centroids,
         )
         if self.conv_weight is not None:
-            mixed = rank_convolution(inputs.value, self.conv_weight, inputs.key_padding)
+            mixed = rank_convolution(inputs.value, self.conv_weight, inputs.token_mask)
             output = output + mixed[:, :, mixed.shape[2] - output.shape[2] :].to(output.dtype)
         return output, None
 

@@ -151,7 +151,7 @@ class ReformerAttention(AttentionVariant):
         return init_lsh_state(batch_size, heads, dim, *hashing, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        query, key, share, real = inputs.query, inputs.key, self.config.share_qk, inputs.key_padding
+        query, key, share, real = inputs.query, inputs.key, self.config.share_qk, inputs.token_mask
         if share:
             query = key if key.shape[2] == query.shape[2] else key[:, :, key.shape[2] - query.shape[2] :]
             k_bucket = hash_buckets(key, self.rotations)

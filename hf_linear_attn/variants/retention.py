@@ -137,7 +137,7 @@ class RetentionAttention(AttentionVariant):
             log_decay,
             lambda x: self._query_features(x, inputs.scaling),
             lambda x: self._key_features(x, inputs.scaling),
-            key_padding=inputs.key_padding,
+            token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
             normalised=self.normalised,
             state=state,

@@ -159,7 +159,7 @@ class RFAAttention(AttentionVariant):
         self, inputs: AttentionInputs, state: State | None, gate: torch.Tensor | None
     ) -> tuple[torch.Tensor, State | None]:
         q, k, v = inputs.query, inputs.key, inputs.value
-        given: dict[str, Any] = {"key_padding": inputs.key_padding, "state": state, "backend": self.backend}
+        given: dict[str, Any] = {"token_mask": inputs.token_mask, "state": state, "backend": self.backend}
         q_map = maps.ParametricMap(partial(self._features, is_key=False), (self.sigma,))
         k_map = maps.ParametricMap(partial(self._key_features, scaling=inputs.scaling), (self.sigma,))
         if gate is None:
@@ -190,7 +190,7 @@ class RFAAttention(AttentionVariant):
         hidden, length = inputs.hidden_states, inputs.key.shape[2]
         if hidden is None or hidden.shape[1] != length:
             raise ValueError(f"The gate of rfa needs the hidden states of all {length} keys of the call.")
-        if inputs.key_padding is not None:
-            hidden = hidden.masked_fill(~inputs.key_padding[..., None], 0)
+        if inputs.token_mask is not None:
+            hidden = hidden.masked_fill(~inputs.token_mask[..., None], 0)
         dtype = accumulation_dtype(inputs.value.dtype)
         return (F.linear(hidden, self.gate_weight.to(hidden.dtype)).to(dtype) + self.gate_bias.to(dtype)).mT

@@ -107,7 +107,7 @@ class SparseAttention(AttentionVariant):
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         past = None if state is None else (state["key"], state["value"], state["count"])
-        call = compact(inputs.query, inputs.key, inputs.value, inputs.key_padding, past)
+        call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         attend = self._strided if self.config.pattern == "strided" else self._fixed
         outputs = []
         for part, heads in self.groups.items():
@@ -133,7 +133,7 @@ class SparseAttention(AttentionVariant):
 
     def _fixed(self, call: CompactedCall, inputs: AttentionInputs, part: str, is_first: bool) -> torch.Tensor:
         k_len = call.k.shape[2]
-        aligned = is_first and inputs.key_padding is None and inputs.query.shape[2] == k_len
+        aligned = is_first and inputs.token_mask is None and inputs.query.shape[2] == k_len
         whole = not is_exported() and self.stride >= k_len
         grid = block_grid(call, k_len if whole else self.stride, aligned=aligned)  # one block: of the tokens there are
         alone = part == "near" or self.config.pattern == "block_local" or whole

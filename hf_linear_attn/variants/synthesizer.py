@@ -154,7 +154,7 @@ class SynthesizerAttention(AttentionVariant):
             query = torch.cat([query, self._hidden_features(inputs)], -1)
         if state is not None:
             past = state["key"], state["value"], state["count"]
-        call = compact(query, inputs.key[..., : self.width], inputs.value, inputs.key_padding, past)
+        call = compact(query, inputs.key[..., : self.width], inputs.value, inputs.token_mask, past)
         q_len, k_len, most = call.q.shape[2], call.k.shape[2], self.context.max_length
         if k_len > most:
             raise ValueError(

@@ -30,7 +30,7 @@ def inputs(length: int = 12, *, is_causal: bool = False, padding: bool = False) 
     q, k, v = torch.randn(3, 2, 4, length, 8)
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[1, -3:] = False
-    return AttentionInputs(q, k, v, key_padding=mask if padding else None, is_causal=is_causal, scaling=8**-0.5)
+    return AttentionInputs(q, k, v, token_mask=mask if padding else None, is_causal=is_causal, scaling=8**-0.5)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
@@ -39,7 +39,7 @@ def test_softmax_weights_mix_values_as_softmax_attention_does(is_causal: bool, p
     call = inputs(is_causal=is_causal, padding=padding)
     weights = analysis.softmax_weights(call)
     allowed = torch.ones(12, 12).tril().bool() if is_causal else torch.ones(12, 12).bool()
-    allowed = allowed if call.key_padding is None else allowed & call.key_padding[:, None, None, :]
+    allowed = allowed if call.token_mask is None else allowed & call.token_mask[:, None, None, :]
     expected = torch.nn.functional.scaled_dot_product_attention(call.query, call.key, call.value, allowed)
     torch.testing.assert_close(weights @ call.value, expected)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))

@@ -31,7 +31,7 @@ def run_ours(theirs, hidden, padding=None):
         ours.value_projection.copy_(theirs.proj_v.T)
     to_value = theirs.to_k if theirs.share_kv else theirs.to_v
     q, k, v = (f(hidden).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in (theirs.to_q, theirs.to_k, to_value))
-    output = ours(AttentionInputs(q, k, v, key_padding=padding, scaling=DIM**-0.5))[0]
+    output = ours(AttentionInputs(q, k, v, token_mask=padding, scaling=DIM**-0.5))[0]
     return output.transpose(1, 2).flatten(2)
 
 

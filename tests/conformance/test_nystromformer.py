@@ -21,7 +21,7 @@ def ours(q, k, v, padding=None, conv=None):
     module = NystromformerAttention(config, LayerContext(0, 1, heads * DIM, heads, DIM, LENGTH, is_causal=False))
     if conv is not None:
         module.conv_weight.copy_(conv)
-    return module(AttentionInputs(q, k, v, key_padding=padding, scaling=DIM**-0.5))[0].transpose(1, 2).flatten(2)
+    return module(AttentionInputs(q, k, v, token_mask=padding, scaling=DIM**-0.5))[0].transpose(1, 2).flatten(2)
 
 
 def transformers_layer(heads):

@@ -61,7 +61,7 @@ class DenseAttention(AttentionVariant):
         return output * self.gain[:, None, None].to(output.dtype) if self.config.gain else output
 
     def forward(self, inputs, state=None):
-        key, value, real = inputs.key, inputs.value, inputs.key_padding
+        key, value, real = inputs.key, inputs.value, inputs.token_mask
         if real is None:
             real = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         if state is not None:
@@ -99,7 +99,7 @@ class PadBlind(DenseAttention):
     """Batches are assumed to be unpadded."""
 
     def forward(self, inputs, state=None):
-        return super().forward(_replace(inputs, key_padding=None), state)
+        return super().forward(_replace(inputs, token_mask=None), state)
 
 
 class PadsInDenominator(DenseAttention):

@@ -47,8 +47,8 @@ def _attend(module: Any, inputs: Any, state: Any = None) -> tuple[list[torch.Ten
     inputs.query, inputs.key, inputs.value = leaves
     output, state = module(inputs, state)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
-    if inputs.key_padding is not None:
-        output = output.masked_fill(~inputs.key_padding[:, None, :, None], 0)
+    if inputs.token_mask is not None:
+        output = output.masked_fill(~inputs.token_mask[:, None, :, None], 0)
     parameters = [p for p in module.parameters() if p.requires_grad]
     grads = torch.autograd.grad((output * weights).sum(), [*leaves, *parameters], allow_unused=True)
     return [output.detach(), *(x for x in grads if x is not None)], state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_linear_attn.ops.base.compaction import CompactedCall
-from hf_linear_attn.ops.base.masking import causal_mask, query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.masking import causal_mask, query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
 from hf_linear_attn.ops.linear.decay import _finish, _prepare, _start
 from hf_linear_attn.ops.linear.sums import divide
@@ -19,7 +19,7 @@ def naive_linear_attention(
     v: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
     """The dense O(n^2) formula, for the arguments of `linear_attention`."""
@@ -28,9 +28,9 @@ def naive_linear_attention(
     visible = torch.ones(v.shape[0], 1, q_features.shape[2], v.shape[2], dtype=torch.bool, device=v.device)
     if is_causal:
         visible = visible & causal_mask(q_features.shape[2], v.shape[2], v.device)
-    if key_padding is not None:
-        visible = visible & key_padding[:, None, None, :]
-        values = values.masked_fill(~key_padding[:, None, :, None], 0)
+    if token_mask is not None:
+        visible = visible & token_mask[:, None, None, :]
+        values = values.masked_fill(~token_mask[:, None, :, None], 0)
     log_weight = torch.zeros_like(values[..., 0]) if key_log_weight is None else key_log_weight.to(dtype)
     log_weight = log_weight[:, :, None, :].masked_fill(~visible, LOG_ZERO)  # [B, H, Tq, Tk]
     weight = (log_weight - log_weight.amax(-1, keepdim=True)).exp().masked_fill(~visible, 0)
@@ -45,14 +45,14 @@ def naive_decay_linear_attention(
     log_decay: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     normalised: bool = True,
 ) -> torch.Tensor:
     """The formula with n x n (x F) weights, for the arguments of `decay_linear_attention`."""
     q_len, k_len = q_features.shape[2], k_features.shape[2]
     with full_precision(v):
         carry, peak = _start(q_features, v, normalised, None)
-        k, v1, decay, _ = _prepare(k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak)
+        k, v1, decay, _ = _prepare(k_features, v, log_decay, key_log_weight, token_mask, carry.dtype, normalised, peak)
         later = torch.ones(k_len, k_len, dtype=torch.bool, device=v.device).tril(-1)[:, :, None]
         between = torch.where(later, decay[..., :, None, :], 0).cumsum(-3)  # [B, H, i, j, F or 1]
         weight = between.exp() * torch.ones(k_len, k_len, dtype=torch.bool, device=v.device).tril()[:, :, None]
@@ -68,20 +68,20 @@ def naive_prefix_softmax(
     query_weight: torch.Tensor | None = None,
     query_bias: torch.Tensor | None = None,
     key_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool,
 ) -> torch.Tensor:
     """The dense formula, O(n^2 F), for the arguments of `prefix_softmax_attention`."""
     q_len, k_len = q.shape[2], v.shape[2]
-    q = safe_masked_fill(q, query_padding(key_padding, q_len, is_causal))
-    k, v = (safe_masked_fill(x, key_padding) for x in (k, v))
+    q = safe_masked_fill(q, query_mask_of(token_mask, q_len, is_causal))
+    k, v = (safe_masked_fill(x, token_mask) for x in (k, v))
     a = q if query_weight is None else q @ query_weight.mT
     a = (a if query_bias is None else a + query_bias[:, None]).softmax(-1)
     logits = k if key_weight is None else k @ key_weight.mT
     visible = torch.ones(q_len, k_len, dtype=torch.bool, device=v.device)
     visible = (visible.tril(k_len - q_len) if is_causal else visible)[None]
-    if key_padding is not None:
-        visible = visible & key_padding[:, None, :]  # [B, Tq, Tk]
+    if token_mask is not None:
+        visible = visible & token_mask[:, None, :]  # [B, Tq, Tk]
     logits = logits[:, :, None].masked_fill(~visible[:, None, :, :, None], -torch.inf)  # [B, H, Tq, Tk, F]
     weights = logits.softmax(3).nan_to_num(0.0)  # no visible key: 0
     return torch.einsum("bhif,bhijf,bhjd->bhid", a, weights, v)

@@ -184,7 +184,7 @@ def test_calibration_worsens_no_head():
         total = torch.zeros(HEADS, dtype=torch.float64)
         for x in batches:
             for b in range(2):
-                row = [t[b : b + 1][:, :, x.key_padding[b]] for t in (x.query, x.key, x.value)]
+                row = [t[b : b + 1][:, :, x.token_mask[b]] for t in (x.query, x.key, x.value)]
                 exact = F.scaled_dot_product_attention(*row)
                 total += (module(AttentionInputs(*row, scaling=DIM**-0.5))[0] - exact).square().sum((0, 2, 3))
         return total

@@ -29,7 +29,7 @@ def draw(batch, length, queries=None, seed=0):
 
 
 def attend(module, q, k, v, padding=None):
-    return module(AttentionInputs(q, k, v, key_padding=padding, scaling=DIM**-0.5))[0]
+    return module(AttentionInputs(q, k, v, token_mask=padding, scaling=DIM**-0.5))[0]
 
 
 def randomise(module):

@@ -32,7 +32,7 @@ def draw(batch, length, seed=0):
 def attend(module, q, k, v, padding=None):
     is_causal = module.context.is_causal
     with torch.no_grad():
-        return module(AttentionInputs(q, k, v, key_padding=padding, is_causal=is_causal, scaling=DIM**-0.5))[0]
+        return module(AttentionInputs(q, k, v, token_mask=padding, is_causal=is_causal, scaling=DIM**-0.5))[0]
 
 
 def norm(module, x):

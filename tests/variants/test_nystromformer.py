@@ -25,7 +25,7 @@ def draw(batch, length, seed=0):
 
 def attend(module, q, k, v, padding=None):
     with torch.no_grad():
-        return module(AttentionInputs(q, k, v, key_padding=padding, scaling=DIM**-0.5))[0]
+        return module(AttentionInputs(q, k, v, token_mask=padding, scaling=DIM**-0.5))[0]
 
 
 def segment_means(x, m):

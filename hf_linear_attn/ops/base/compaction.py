@@ -70,7 +70,7 @@ class CompactedCall:
         k: `[B, H, Tk, D]`, 0 at padding.
         v: `[B, H, Tk, D]`, 0 at padding.
         perm: long `[B, Tq]`, row i was token `perm[b, i]` of the call; None without a padding mask.
-        query_real: bool `[B, Tq]` in the call's own order, or None.
+        query_mask: bool `[B, Tq]` in the call's own order, or None.
         past: long `[B or 1]`, real tokens before the call.
         rank: long `[B or 1, Tk]`, rank of each key among all real tokens; negative where there is no token.
     """
@@ -79,7 +79,7 @@ class CompactedCall:
     k: torch.Tensor
     v: torch.Tensor
     perm: torch.Tensor | None
-    query_real: torch.Tensor | None
+    query_mask: torch.Tensor | None
     past: torch.Tensor
     rank: torch.Tensor
 
@@ -87,7 +87,7 @@ class CompactedCall:
         """Bring an output `[B, H, Tq, D]` back to the call's order, 0 at padding."""
         if self.perm is None:
             return x
-        return safe_masked_fill(take_tokens(x, invert_permutation(self.perm)), self.query_real)
+        return safe_masked_fill(take_tokens(x, invert_permutation(self.perm)), self.query_mask)
 
     def origin(self, position: torch.Tensor) -> torch.Tensor:
         """Which token of the call stands at key `position` `[B or 1, G]` (clamped): long `[B, G]`."""
@@ -100,7 +100,7 @@ def compact(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    key_padding: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     past: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> CompactedCall:
     """Move the padding of a call to the front.
@@ -109,18 +109,18 @@ def compact(
         q: `[B, H, Tq, D]`; row r is token Tk - Tq + r.
         k: `[B, H, Tk, D]`.
         v: `[B, H, Tk, D]`.
-        key_padding: bool `[B, Tk]`, True for a real token, or None.
+        token_mask: bool `[B, Tk]`, True for a real token, or None.
         past: the last W keys and values before the call `[B, H, W, D]`, right-aligned, and the number of real
             tokens so far, long `[B]` (it may be more or less than W).
     """
     q_len, device = q.shape[2], q.device
     count, new = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), k.shape[2], device=device)
-    query_real = perm = None
-    real = key_padding
+    query_mask = perm = None
+    real = token_mask
     if real is not None:
-        query_real, new = real[:, k.shape[2] - q_len :], real.sum(-1)
-        perm = pads_first_permutation(query_real)
-        q = take_tokens(safe_masked_fill(q, query_real), perm)
+        query_mask, new = real[:, k.shape[2] - q_len :], real.sum(-1)
+        perm = pads_first_permutation(query_mask)
+        q = take_tokens(safe_masked_fill(q, query_mask), perm)
         k, v = safe_masked_fill(k, real), safe_masked_fill(v, real)
     if past is not None:
         past_key, past_value, count = past
@@ -133,7 +133,7 @@ def compact(
         order = pads_first_permutation(real)
         k, v = take_tokens(k, order), take_tokens(v, order)
     rank = torch.arange(k.shape[2], device=device) - k.shape[2] + (count + new)[:, None]
-    return CompactedCall(q, k, v, perm, query_real, count, rank)
+    return CompactedCall(q, k, v, perm, query_mask, count, rank)
 
 
 def init_kv_state(
@@ -220,8 +220,8 @@ def marked_tokens(mask: torch.Tensor, call: CompactedCall) -> GlobalTokens | Non
             "global_attention_mask in an exported program: how many tokens it marks decides the size of tensors. "
             "Allowed there: the first tokens as global ones (num_global_tokens), without a mask."
         )
-    if call.perm is not None and call.query_real is not None:
-        mask = (mask & call.query_real).gather(1, call.perm)
+    if call.perm is not None and call.query_mask is not None:
+        mask = (mask & call.query_mask).gather(1, call.perm)
     number = mask.sum(-1)
     most = int(number.max().item())
     if most == 0:

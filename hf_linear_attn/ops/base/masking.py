@@ -1,6 +1,6 @@
 """Masks and positions that attention ops need: padding, ranks among real tokens, right-aligned causality.
 
-`key_padding` is a bool tensor `[B, T]`, True for a real token, or None when all tokens are real.
+`token_mask` is a bool tensor `[B, T]`, True for a real token, or None when all tokens are real.
 """
 
 from __future__ import annotations
@@ -12,50 +12,50 @@ __all__ = [
     "gather_tokens",
     "invert_permutation",
     "pads_first_permutation",
-    "query_padding",
+    "query_mask_of",
     "real_token_rank",
     "safe_masked_fill",
 ]
 
 
-def safe_masked_fill(x: torch.Tensor, key_padding: torch.Tensor | None) -> torch.Tensor:
+def safe_masked_fill(x: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Set padded tokens to 0 by selection, so that inf, nan or 1e9 in them vanishes (0 * nan is nan).
 
     Args:
         x: `[B, H, T, D]`.
-        key_padding: bool `[B, T]`, or None, which returns `x` itself.
+        token_mask: bool `[B, T]`, or None, which returns `x` itself.
 
     Returns:
         `[B, H, T, D]`.
     """
-    if key_padding is None:
+    if token_mask is None:
         return x
-    return x.masked_fill(~key_padding[:, None, :, None], 0)
+    return x.masked_fill(~token_mask[:, None, :, None], 0)
 
 
-def query_padding(key_padding: torch.Tensor | None, q_len: int, is_causal: bool) -> torch.Tensor | None:
+def query_mask_of(token_mask: torch.Tensor | None, q_len: int, is_causal: bool) -> torch.Tensor | None:
     """The padding of the queries: the last `q_len` of the key positions when causal or equally many.
 
     Args:
-        key_padding: bool `[B, Tk]`, or None.
+        token_mask: bool `[B, Tk]`, or None.
         q_len: number of queries Tq.
         is_causal: whether queries are right-aligned with the keys.
 
     Returns:
         bool `[B, Tq]`, or None when the keys' padding says nothing about the queries.
     """
-    if key_padding is None or q_len > key_padding.shape[1]:
+    if token_mask is None or q_len > token_mask.shape[1]:
         return None
-    if q_len == key_padding.shape[1]:
-        return key_padding
-    return key_padding[:, -q_len:] if is_causal else None
+    if q_len == token_mask.shape[1]:
+        return token_mask
+    return token_mask[:, -q_len:] if is_causal else None
 
 
-def real_token_rank(key_padding: torch.Tensor, length: int | None = None) -> torch.Tensor:
+def real_token_rank(token_mask: torch.Tensor, length: int | None = None) -> torch.Tensor:
     """Position of each token among the real tokens of its row, `cumsum(mask) - 1`, clamped at 0.
 
     Args:
-        key_padding: bool `[B, T]`.
+        token_mask: bool `[B, T]`.
         length: T, checked when given.
 
     Returns:
@@ -64,24 +64,24 @@ def real_token_rank(key_padding: torch.Tensor, length: int | None = None) -> tor
     Raises:
         ValueError: when `length` is not the mask's.
     """
-    if length is not None and key_padding.shape[-1] != length:
-        raise ValueError(f"key_padding covers {key_padding.shape[-1]} tokens, the sequence has {length}.")
-    return (key_padding.long().cumsum(-1) - 1).clamp_(min=0)
+    if length is not None and token_mask.shape[-1] != length:
+        raise ValueError(f"token_mask covers {token_mask.shape[-1]} tokens, the sequence has {length}.")
+    return (token_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def pads_first_permutation(key_padding: torch.Tensor) -> torch.Tensor:
+def pads_first_permutation(token_mask: torch.Tensor) -> torch.Tensor:
     """Indices that move the padded tokens of each row to the front and keep the order of the real ones.
 
     Args:
-        key_padding: bool `[B, T]`.
+        token_mask: bool `[B, T]`.
 
     Returns:
         long `[B, T]`: token `perm[b, i]` goes to place i, so real tokens end up right-aligned.
     """
     # What a stable sort gives, in half its time and in operators that ONNX has.
-    length, real = key_padding.shape[-1], key_padding.long().cumsum(-1)
-    source = torch.arange(length, device=key_padding.device).expand_as(real)
-    place = torch.where(key_padding, length - real[..., -1:] + real - 1, source - real)
+    length, real = token_mask.shape[-1], token_mask.long().cumsum(-1)
+    source = torch.arange(length, device=token_mask.device).expand_as(real)
+    place = torch.where(token_mask, length - real[..., -1:] + real - 1, source - real)
     return torch.empty_like(place).scatter_(-1, place, source)
 
 

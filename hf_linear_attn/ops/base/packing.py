@@ -99,7 +99,7 @@ def is_traced() -> bool:
 def plan_call(
     batch: int,
     length: int,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
 ) -> SequencePlan:
@@ -111,7 +111,7 @@ def plan_call(
     Args:
         batch: B.
         length: T.
-        key_padding: `[B, T]`, nonzero for a real token, or None.
+        token_mask: `[B, T]`, nonzero for a real token, or None.
         cu_seq_lens: `[sequences + 1]` or None, as for `plan_sequences`.
         seq_idx: `[B, T]` or None.
 
@@ -126,12 +126,12 @@ def plan_call(
         if seq_idx is not None:
             torch._assert_async((seq_idx.diff(dim=-1) == 0).all(), PACKED_MESSAGE)
         return SequencePlan()
-    padding = None if key_padding is None else key_padding.bool()
+    padding = None if token_mask is None else token_mask.bool()
     if padding is not None and bool(padding.all()):
         padding = None
     plan = SequencePlan()
     if cu_seq_lens is not None or seq_idx is not None:
-        plan = plan_sequences(batch, length, cu_seq_lens=cu_seq_lens, seq_idx=seq_idx, key_padding=padding)
+        plan = plan_sequences(batch, length, cu_seq_lens=cu_seq_lens, seq_idx=seq_idx, token_mask=padding)
     if padding is None:
         return plan
     return replace(plan if plan.packed else plan_padded(padding), last_real=bool(padding[:, -1].all()))
@@ -143,7 +143,7 @@ def plan_sequences(
     *,
     cu_seq_lens: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
 ) -> SequencePlan:
     """Plan of a batch whose rows may hold several sequences.
 
@@ -154,17 +154,17 @@ def plan_sequences(
         length: T.
         cu_seq_lens: `[sequences + 1]`, where sequences begin and end among the B * T tokens.
         seq_idx: `[1 or B, T]`.
-        key_padding: bool `[B, T]`, True for a real token, or None when all are.
+        token_mask: bool `[B, T]`, True for a real token, or None when all are.
 
     Raises:
         ValueError: for seq_idx of another shape, or cu_seq_lens beyond the tokens.
     """
-    device = next((x.device for x in (key_padding, cu_seq_lens, seq_idx) if x is not None), None)
-    if key_padding is not None:
-        key_padding = key_padding.bool().cpu()
-        key_padding = None if bool(key_padding.all()) else key_padding
+    device = next((x.device for x in (token_mask, cu_seq_lens, seq_idx) if x is not None), None)
+    if token_mask is not None:
+        token_mask = token_mask.bool().cpu()
+        token_mask = None if bool(token_mask.all()) else token_mask
     rows = torch.arange(batch).repeat_interleave(length)
-    order = None if key_padding is None else key_padding.flatten().nonzero()[:, 0]
+    order = None if token_mask is None else token_mask.flatten().nonzero()[:, 0]
     rows = rows if order is None else rows[order]
     starts = torch.ones_like(rows, dtype=torch.bool)
     starts[1:] = row_changes = rows[1:] != rows[:-1]
@@ -189,21 +189,21 @@ def plan_sequences(
     return _plan(batch * length, begin, lengths, order, device, packed=True)
 
 
-def plan_padded(key_padding: torch.Tensor) -> SequencePlan:
+def plan_padded(token_mask: torch.Tensor) -> SequencePlan:
     """Plan of a batch of one sequence per row; without buckets when regrouping would not pay.
 
     Args:
-        key_padding: bool `[B, T]`, True for a real token.
+        token_mask: bool `[B, T]`, True for a real token.
     """
-    batch, length = key_padding.shape
-    device, overhead = key_padding.device, _call_tokens(key_padding.device)
-    lengths = key_padding.sum(-1).cpu()
+    batch, length = token_mask.shape
+    device, overhead = token_mask.device, _call_tokens(token_mask.device)
+    lengths = token_mask.sum(-1).cpu()
     if not int(lengths.max()):
         return SequencePlan()
     groups = _groups(lengths[lengths > 0], overhead)
     if _cost(groups, overhead) > PAYING_SHARE * (batch * length + overhead):
         return SequencePlan()
-    order = key_padding.cpu().flatten().nonzero()[:, 0]
+    order = token_mask.cpu().flatten().nonzero()[:, 0]
     begin = lengths.cumsum(0) - lengths
     kept = lengths > 0
     return _plan(batch * length, begin[kept], lengths[kept], order, device, packed=False)

@@ -29,7 +29,7 @@ def chunked_softmax_attention(
     v: torch.Tensor,
     *,
     scaling: float,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
@@ -39,7 +39,7 @@ def chunked_softmax_attention(
         q: `[B, H, Tq, D]`, finite; when causal, row r stands at position Tk - Tq + r.
         k, v: `[B, H, Tk, D]`. What stands at padded keys has no effect, be it nan.
         scaling: factor of the logits.
-        key_padding: bool `[B or 1, Tk]`, True for a real key, or None.
+        token_mask: bool `[B or 1, Tk]`, True for a real key, or None.
         is_causal: whether a query sees keys up to its own position only.
         chunk_size: queries and keys per chunk, in tokens; None takes sqrt(Tk), at least 256, or leaves the choice to
             torch's own kernel, where that serves the call (on a CPU, without padding).
@@ -53,7 +53,7 @@ def chunked_softmax_attention(
     q_len, k_len = q.shape[2], k.shape[2]
     if is_causal and q_len > k_len:
         raise ValueError(f"Causal attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
-    if chunk_size is None and q.device.type == "cpu" and key_padding is None and (not is_causal or q_len == k_len):
+    if chunk_size is None and q.device.type == "cpu" and token_mask is None and (not is_causal or q_len == k_len):
         # torch's CPU kernel is this algorithm in one piece, with chunks that fit the cache.
         dtype = accumulation_dtype(v.dtype)
         with torch.autocast("cpu", enabled=False):
@@ -61,23 +61,23 @@ def chunked_softmax_attention(
                 q.to(dtype), k.to(dtype), v.to(dtype), is_causal=is_causal and q_len > 1, scale=scaling
             ).to(v.dtype)
     if is_exported() and not is_causal:
-        return _whole(q, k, v, scaling, key_padding)
+        return _whole(q, k, v, scaling, token_mask)
     if chunk_size is None:
         chunk_size = max(_MIN_CHUNK, math.isqrt(k_len - 1) + 1)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be None or an int >= 1, got {chunk_size!r}.")
-    k, v = safe_masked_fill(k, key_padding), safe_masked_fill(v, key_padding)
-    return _ChunkedSoftmax.apply(q, k, v, key_padding, is_causal, scaling, chunk_size)
+    k, v = safe_masked_fill(k, token_mask), safe_masked_fill(v, token_mask)
+    return _ChunkedSoftmax.apply(q, k, v, token_mask, is_causal, scaling, chunk_size)
 
 
 def _whole(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, key_padding: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, token_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """All of it in torch's own kernel, for exported programs: the chunks are the runtime's business."""
     dtype, mask = accumulation_dtype(v.dtype), None
-    q, k, v_full = q.to(dtype), safe_masked_fill(k, key_padding).to(dtype), safe_masked_fill(v, key_padding).to(dtype)
-    if key_padding is not None:  # a row without any key attends to values of 0
-        mask = (key_padding | ~key_padding.any(-1, keepdim=True))[:, None, None]
+    q, k, v_full = q.to(dtype), safe_masked_fill(k, token_mask).to(dtype), safe_masked_fill(v, token_mask).to(dtype)
+    if token_mask is not None:  # a row without any key attends to values of 0
+        mask = (token_mask | ~token_mask.any(-1, keepdim=True))[:, None, None]
     return F.scaled_dot_product_attention(q, k, v_full, attn_mask=mask, scale=scaling).to(v.dtype)
 
 
@@ -88,7 +88,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        key_padding: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
         is_causal: bool,
         scaling: float,
         chunk_size: int,
@@ -103,7 +103,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
                 output = queries.new_zeros(*queries.shape[:3], v.shape[-1])
                 for keys in columns:
                     logits = queries @ k[:, :, keys].to(dtype).mT
-                    hidden = _hidden(rows, keys, k.shape[2] - q.shape[2], is_causal, key_padding, logits.device)
+                    hidden = _hidden(rows, keys, k.shape[2] - q.shape[2], is_causal, token_mask, logits.device)
                     if hidden is not None:
                         logits = logits.masked_fill(hidden, LOG_ZERO)
                     higher = torch.maximum(peak, logits.amax(-1, keepdim=True))
@@ -117,13 +117,13 @@ class _ChunkedSoftmax(torch.autograd.Function):
                 outputs.append((output / total).to(v.dtype))
                 log_sums.append(peak + total.log())
         result, log_sum = torch.cat(outputs, 2), torch.cat(log_sums, 2)
-        ctx.save_for_backward(q, k, v, key_padding, result, log_sum)
+        ctx.save_for_backward(q, k, v, token_mask, result, log_sum)
         return result
 
     @staticmethod
     @once_differentiable  # log_sum is a constant to autograd: a second derivative would be wrong
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, key_padding, result, log_sum = ctx.saved_tensors
+        q, k, v, token_mask, result, log_sum = ctx.saved_tensors
         is_causal, scaling, chunk_size = ctx.options
         dtype = accumulation_dtype(v.dtype)
         dq, (dk, dv) = [], (torch.zeros_like(x, dtype=dtype) for x in (k, v))
@@ -135,7 +135,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
                 for keys in columns:
                     these, values = k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)
                     logits = queries @ these.mT
-                    hidden = _hidden(rows, keys, k.shape[2] - q.shape[2], is_causal, key_padding, logits.device)
+                    hidden = _hidden(rows, keys, k.shape[2] - q.shape[2], is_causal, token_mask, logits.device)
                     if hidden is not None:
                         logits = logits.masked_fill(hidden, -torch.inf)
                     weights = (logits - log_sum[:, :, rows]).exp()
@@ -158,10 +158,10 @@ def _pairs(q_len: int, k_len: int, is_causal: bool, size: int) -> list[tuple[sli
 
 
 def _hidden(
-    rows: slice, keys: slice, offset: int, is_causal: bool, key_padding: torch.Tensor | None, device: torch.device
+    rows: slice, keys: slice, offset: int, is_causal: bool, token_mask: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
     """Which keys of a chunk which rows may not see: bool, broadcastable to `[B, H, rows, keys]`; None for no pair."""
-    hidden = None if key_padding is None else ~key_padding[:, None, None, keys]
+    hidden = None if token_mask is None else ~token_mask[:, None, None, keys]
     if is_causal and keys.stop > rows.start + offset + 1:
         position = torch.arange(rows.start + offset, rows.stop + offset, device=device)[:, None]
         future = torch.arange(keys.start, keys.stop, device=device) > position

@@ -4,7 +4,7 @@ The weights are w_j = exp(a_j) with `key_log_weight` a. They are never formed: e
 the largest a_j that the row may see, so no key, however large, overflows or reaches an earlier row. Padded
 keys are dropped from numerator and denominator alike.
 
-Shapes: features `[B, H, T, F]`, values `[B, H, T, D]`, log weights `[B, H, T]`, key_padding bool `[B, T]`.
+Shapes: features `[B, H, T, F]`, values `[B, H, T, D]`, log weights `[B, H, T]`, token_mask bool `[B, T]`.
 Sums are float32 (float64 for float64 input); the output has the dtype of `v`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hf_linear_attn.ops.base.backend import use_triton
-from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, accumulation_dtype, full_precision
 from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.features.gradients import trains_unnamed
@@ -71,7 +71,7 @@ def linear_attention(
     v: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool,
     state: State | None = None,
     backend: str = "auto",
@@ -83,7 +83,7 @@ def linear_attention(
         k_features: `[B, H, Tk, F]`, finite also at padded keys.
         v: `[B, H, Tk, D]`.
         key_log_weight: `[B, H, Tk]`, log of each key's weight; None for weight 1.
-        key_padding: bool `[B, Tk]`, True for a real key.
+        token_mask: bool `[B, Tk]`, True for a real key.
         is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
         state: sums over earlier keys; needs is_causal and Tq == Tk.
         backend: what runs it, see `ops.base.backend`.
@@ -96,7 +96,7 @@ def linear_attention(
         RuntimeError: for `backend="triton"` where the kernels cannot run.
     """
     maps = _as_they_are, _as_they_are
-    return _attend(q_features, k_features, v, *maps, key_log_weight, key_padding, None, is_causal, state, backend)[::2]
+    return _attend(q_features, k_features, v, *maps, key_log_weight, token_mask, None, is_causal, state, backend)[::2]
 
 
 def feature_map_attention(
@@ -106,7 +106,7 @@ def feature_map_attention(
     q_map: FeatureMap,
     k_map: FeatureMap,
     *,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool,
     state: State | None = None,
     backend: str = "auto",
@@ -117,10 +117,10 @@ def feature_map_attention(
         q: `[B, H, Tq, D]`; k, v: `[B, H, Tk, D]`. What stands at padded tokens has no effect, be it nan.
         q_map: `x -> (features, log scale)`; the log scale cancels.
         k_map: `x -> (features, log weight [B, H, T] or None)`.
-        key_padding, is_causal, state, backend: as for `linear_attention`.
+        token_mask, is_causal, state, backend: as for `linear_attention`.
     """
     output, _, state = feature_map_attention_with_normalizer(
-        q, k, v, q_map, k_map, key_padding=key_padding, is_causal=is_causal, state=state, backend=backend
+        q, k, v, q_map, k_map, token_mask=token_mask, is_causal=is_causal, state=state, backend=backend
     )
     return output, state
 
@@ -132,7 +132,7 @@ def feature_map_attention_with_normalizer(
     q_map: FeatureMap,
     k_map: FeatureMap,
     *,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool,
     state: State | None = None,
     backend: str = "auto",
@@ -143,8 +143,8 @@ def feature_map_attention_with_normalizer(
         output; log denominator `[B, H, Tq]` with the query's log scale, for features whose products are positive
         (about `LOG_ZERO` in rows that see no key); and the state.
     """
-    query_real = query_padding(key_padding, q.shape[2], is_causal)
-    return _attend(q, k, v, q_map, k_map, None, key_padding, query_real, is_causal, state, backend)
+    query_mask = query_mask_of(token_mask, q.shape[2], is_causal)
+    return _attend(q, k, v, q_map, k_map, None, token_mask, query_mask, is_causal, state, backend)
 
 
 def _as_they_are(features: torch.Tensor) -> Features:
@@ -158,8 +158,8 @@ def _attend(
     q_map: FeatureMap,
     k_map: FeatureMap,
     log_weight: torch.Tensor | None,
-    key_real: torch.Tensor | None,
-    query_real: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
     is_causal: bool,
     state: State | None,
     backend: str,
@@ -174,7 +174,7 @@ def _attend(
             f"is_causal={is_causal}, {q_len} queries and {k_len} keys."
         )
     if use_triton(backend, v):
-        fused = _attend_fused(q, k, v, q_map, k_map, log_weight, key_real, query_real, is_causal, state, backend)
+        fused = _attend_fused(q, k, v, q_map, k_map, log_weight, token_mask, query_mask, is_causal, state, backend)
         if fused is not None:
             return fused
     # A traced graph has no reentrant backward, a decode step no use for one, and a map that trains tensors which it
@@ -187,26 +187,26 @@ def _attend(
             q_map,
             k_map,
             log_weight=log_weight,
-            key_real=key_real,
-            query_real=query_real,
+            token_mask=token_mask,
+            query_mask=query_mask,
             is_causal=is_causal,
             state=state,
         )
         return output, normalizer, None if state is None else after
 
     def map_queries(start: int, stop: int) -> Features:
-        real = None if query_real is None else query_real[:, start:stop]
+        real = None if query_mask is None else query_mask[:, start:stop]
         return q_map(safe_masked_fill(q[:, :, start:stop], real))
 
     def map_keys(start: int, stop: int) -> Features:
-        real = None if key_real is None else key_real[:, start:stop]
+        real = None if token_mask is None else token_mask[:, start:stop]
         features, weight = k_map(safe_masked_fill(k[:, :, start:stop], real))
         if log_weight is not None:
             weight = log_weight[:, :, start:stop] if weight is None else weight + log_weight[:, :, start:stop]
         return features, weight
 
     with full_precision(v):
-        return _traced(map_queries, map_keys, q_len, v, key_real, is_causal, state)
+        return _traced(map_queries, map_keys, q_len, v, token_mask, is_causal, state)
 
 
 def _attend_fused(
@@ -216,23 +216,23 @@ def _attend_fused(
     q_map: FeatureMap,
     k_map: FeatureMap,
     log_weight: torch.Tensor | None,
-    key_real: torch.Tensor | None,
-    query_real: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
     is_causal: bool,
     state: State | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, State | None] | None:
     """Attention by the Triton kernels; None for features that they do not take."""
-    call: dict[str, Any] = {"key_real": key_real, "query_real": query_real, "is_causal": is_causal, "state": state}
+    call: dict[str, Any] = {"token_mask": token_mask, "query_mask": query_mask, "is_causal": is_causal, "state": state}
     if isinstance(q_map, ScaledMap) and isinstance(k_map, ScaledMap) and k_map.name in fused_linear_attention.MAPS:
         if not use_triton(backend, v, fused_linear_attention.refusal(q.shape[-1], v)):
             return None
         call |= {"feature_map": k_map.name, "multipliers": (q_map.multiplier, k_map.multiplier)}
         return fused_linear_attention.attend(q, k, v, log_weight=k_map.log_weight(k), **call)
-    k_features, weight = fused_linear_attention.map_features(k_map, safe_masked_fill(k, key_real))
+    k_features, weight = fused_linear_attention.map_features(k_map, safe_masked_fill(k, token_mask))
     if not use_triton(backend, v, fused_linear_attention.refusal(k_features.shape[-1], v)):
         return None
-    q_features, log_scale = fused_linear_attention.map_features(q_map, safe_masked_fill(q, query_real))
+    q_features, log_scale = fused_linear_attention.map_features(q_map, safe_masked_fill(q, query_mask))
     if log_weight is not None:
         weight = log_weight if weight is None else weight + log_weight
     output, normalizer, state = fused_linear_attention.attend(q_features, k_features, v, log_weight=weight, **call)
@@ -245,14 +245,14 @@ def bidirectional_linear_attention(
     v: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Every query sees every real key: two matmuls. Arguments as `linear_attention`."""
     return linear_attention(
         *(q_features, k_features, v),
         key_log_weight=key_log_weight,
-        key_padding=key_padding,
+        token_mask=token_mask,
         is_causal=False,
         backend=backend,
     )[0]
@@ -264,7 +264,7 @@ def chunk_linear_attention(
     v: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     state: State | None = None,
     chunk_size: int = CHUNK,
 ) -> tuple[torch.Tensor, State]:
@@ -276,7 +276,7 @@ def chunk_linear_attention(
     if key_log_weight is None and state is not None:
         key_log_weight = torch.zeros_like(v[..., 0], dtype=dtype)
     with full_precision(v):
-        keys = prepare_keys(v, key_log_weight, key_padding, dtype)
+        keys = prepare_keys(v, key_log_weight, token_mask, dtype)
         carry = None if state is None else pack_state(state)
         sums, _, carry = chunk_block(q_features.to(dtype), k_features.to(dtype), *keys, carry, chunk_size)
     return divide(sums, v.dtype), unpack_state(carry)
@@ -288,7 +288,7 @@ def recurrent_linear_attention(
     v: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     state: State | None = None,
 ) -> tuple[torch.Tensor, State]:
     """Causal attention one token at a time, to decode a token or a few; longer input is for chunks.
@@ -301,7 +301,7 @@ def recurrent_linear_attention(
         state = init_linear_state(batch, heads, q_features.shape[-1], dim, dtype, v.device)
     if key_log_weight is None:
         key_log_weight = torch.zeros_like(v[..., 0], dtype=dtype)
-    v1, log_weight = prepare_keys(v, key_log_weight, key_padding, dtype)
+    v1, log_weight = prepare_keys(v, key_log_weight, token_mask, dtype)
     assert log_weight is not None
     q_features, k_features = q_features.to(dtype), k_features.to(dtype)
     carry, rows = pack_state(state), []
@@ -318,7 +318,7 @@ def _traced(
     k_map: Callable[[int, int], Features],
     q_len: int,
     v: torch.Tensor,
-    key_padding: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     is_causal: bool,
     state: State | None,
 ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
@@ -329,7 +329,7 @@ def _traced(
         features, weight = k_map(start, stop)
         if weight is None and state is not None:  # the state may hold weighted keys
             weight = torch.zeros_like(features[..., 0], dtype=dtype)
-        padding = None if key_padding is None else key_padding[:, start:stop]
+        padding = None if token_mask is None else token_mask[:, start:stop]
         return features.to(dtype), *prepare_keys(v[:, :, start:stop], weight, padding, dtype)
 
     carry = None if state is None else pack_state(state)

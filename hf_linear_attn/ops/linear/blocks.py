@@ -49,7 +49,7 @@ class _Call:
         q_count: how many of the parameters are those of `q_map`.
         q: `[B, H, Tq, D]`; k, v: `[B, H, Tk, D]`.
         log_weight: `[B, H, Tk]`, added to that of `k_map`, or None.
-        key_real, query_real: bool `[B, Tk]` and `[B, Tq]`, or None.
+        token_mask, query_mask: bool `[B, Tk]` and `[B, Tq]`, or None.
         is_causal: whether query row r sees keys up to position Tk - Tq + r only.
         weighted: whether keys have weights even where `k_map` gives none: a state may hold weighted ones.
         parameters: of both maps, those of the queries' first.
@@ -63,8 +63,8 @@ class _Call:
     k: torch.Tensor
     v: torch.Tensor
     log_weight: torch.Tensor | None
-    key_real: torch.Tensor | None
-    query_real: torch.Tensor | None
+    token_mask: torch.Tensor | None
+    query_mask: torch.Tensor | None
     is_causal: bool
     weighted: bool
     parameters: _Tensors
@@ -90,17 +90,17 @@ class _Call:
 
     def real(self, now: slice) -> torch.Tensor | None:
         """bool `[B, 1, block]`, whether a key is a token; None if all are."""
-        return None if self.key_real is None else self.key_real[:, None, now]
+        return None if self.token_mask is None else self.token_mask[:, None, now]
 
     def queries(self, q: torch.Tensor, rows: slice, parameters: _Tensors) -> Features:
         """Features of a block of queries, and their log scale."""
-        real = None if self.query_real is None else self.query_real[:, rows]
+        real = None if self.query_mask is None else self.query_mask[:, rows]
         features, log_scale = self.q_map(safe_masked_fill(q, real), *parameters[: self.q_count])
         return features.to(self.dtype), log_scale
 
     def keys(self, k: torch.Tensor, extra: torch.Tensor | None, now: slice, parameters: _Tensors) -> Features:
         """Features of a block of keys, and their log weights without regard to padding."""
-        real = None if self.key_real is None else self.key_real[:, now]
+        real = None if self.token_mask is None else self.token_mask[:, now]
         features, weight = self.k_map(safe_masked_fill(k, real), *parameters[self.q_count :])
         if extra is not None:
             weight = extra if weight is None else weight + extra
@@ -109,7 +109,7 @@ class _Call:
         return features.to(self.dtype), None if weight is None else weight.to(self.dtype)
 
     def values(self, now: slice) -> torch.Tensor:
-        real = None if self.key_real is None else self.key_real[:, now]
+        real = None if self.token_mask is None else self.token_mask[:, now]
         return safe_masked_fill(self.v[:, :, now].to(self.dtype), real).contiguous()
 
     def extra(self, now: slice) -> torch.Tensor | None:
@@ -144,8 +144,8 @@ def block_linear_attention(
     k_map: FeatureMap,
     *,
     log_weight: torch.Tensor | None,
-    key_real: torch.Tensor | None,
-    query_real: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
     is_causal: bool,
     state: sums.State | None,
 ) -> tuple[torch.Tensor, torch.Tensor, sums.State]:
@@ -154,8 +154,8 @@ def block_linear_attention(
     Args:
         q_map, k_map: their parameters, if they train any, are those of a `ParametricMap`.
         log_weight: `[B, H, Tk]`, added to that of `k_map`, or None.
-        key_real: bool `[B, Tk]`, or None when all keys are tokens.
-        query_real: bool `[B, Tq]`, or None when all queries are, or may be.
+        token_mask: bool `[B, Tk]`, or None when all keys are tokens.
+        query_mask: bool `[B, Tq]`, or None when all queries are, or may be.
 
     Returns:
         output `[B, H, Tq, D]` (`[B, T, H, D]` in memory, what the output projection reads next), log denominator
@@ -164,7 +164,7 @@ def block_linear_attention(
     (q_function, q_parameters), (k_function, k_parameters) = map_parts(q_map), map_parts(k_map)
     start = (None, None, None) if state is None else (state["kv"], state["z"], state["log_scale"])
     options = q_function, k_function, len(q_parameters), is_causal
-    arguments = q, k, v, log_weight, key_real, query_real, *start, *q_parameters, *k_parameters
+    arguments = q, k, v, log_weight, token_mask, query_mask, *start, *q_parameters, *k_parameters
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments):
         output, normalizer, kv, z, log_scale = _BlockAttention.apply(options, *arguments)
     else:
@@ -175,9 +175,9 @@ def block_linear_attention(
 def _read(options: Any, arguments: Any) -> tuple[_Call, _Sums | None]:
     """A call, and the state before it as it came: with its log scale."""
     q_map, k_map, q_count, is_causal = options
-    q, k, v, log_weight, key_real, query_real, kv, z, log_scale, *parameters = arguments
+    q, k, v, log_weight, token_mask, query_mask, kv, z, log_scale, *parameters = arguments
     call = _Call(
-        q_map, k_map, q_count, q, k, v, log_weight, key_real, query_real, is_causal, kv is not None, tuple(parameters)
+        q_map, k_map, q_count, q, k, v, log_weight, token_mask, query_mask, is_causal, kv is not None, tuple(parameters)
     )
     return call, None if kv is None else (kv, z, log_scale)
 
@@ -314,7 +314,7 @@ def _is_steep(power: torch.Tensor | None, start: torch.Tensor) -> bool:
 
 def _seen(call: _Call, power: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor | None:
     """Which rows of a block see a key, `[B, H, block]`, where powers tell; None for all."""
-    if power is None or call.key_real is None:
+    if power is None or call.token_mask is None:
         return None
     return (torch.maximum(power, start[..., None]) > LOG_ZERO / 2).cumsum(-1) > 0
 

@@ -6,7 +6,7 @@ exponential is of such a sum of log-decays between two tokens, so none overflows
 Padded tokens neither decay nor add: a decay counts real tokens.
 
 Shapes: features `[B, H, T, F]`, values `[B, H, T, D]`, log_decay `[B, H, T]` or `[B, H, T, F]`, key_log_weight
-`[B, H, T]`, key_padding bool `[B, T]`. Sums are float32 (float64 for float64 input).
+`[B, H, T]`, token_mask bool `[B, T]`. Sums are float32 (float64 for float64 input).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from hf_linear_attn.ops.base.backend import use_triton
-from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
 from hf_linear_attn.ops.features.gradients import trains_unnamed
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap
@@ -56,7 +56,7 @@ def decay_linear_attention(
     log_decay: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool = True,
     normalised: bool = True,
     state: State | None = None,
@@ -71,7 +71,7 @@ def decay_linear_attention(
         log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0 (-inf forgets everything): what happens to the sums
             over earlier keys when token t comes, before its own key is added.
         key_log_weight: `[B, H, Tk]`, log of each key's weight; None for weight 1.
-        key_padding: bool `[B, Tk]`, True for a real token.
+        token_mask: bool `[B, Tk]`, True for a real token.
         is_causal: must be True.
         normalised: False gives phi(q_i) S_i as it is, and a state of S alone.
         state: sums over earlier keys (`init_decay_state`); needs Tq == Tk.
@@ -89,7 +89,7 @@ def decay_linear_attention(
     Sources: retention arXiv:2307.08621, gated linear attention arXiv:2312.06635.
     """
     maps = _as_they_are, _as_they_are
-    given = q_features, k_features, v, log_decay, *maps, key_log_weight, key_padding, None
+    given = q_features, k_features, v, log_decay, *maps, key_log_weight, token_mask, None
     return _attend(*given, is_causal, normalised, state, backend)
 
 
@@ -106,7 +106,7 @@ def feature_map_decay_attention(
     k_map: FeatureMap,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool = True,
     normalised: bool = True,
     state: State | None = None,
@@ -122,8 +122,8 @@ def feature_map_decay_attention(
         k_map: `x -> (features, log weight [B, H, T] or None)`.
         key_log_weight: `[B, H, Tk]`, added to that of `k_map`.
     """
-    query_real = query_padding(key_padding, q.shape[2], is_causal)
-    given = q, k, v, log_decay, q_map, k_map, key_log_weight, key_padding, query_real
+    query_mask = query_mask_of(token_mask, q.shape[2], is_causal)
+    given = q, k, v, log_decay, q_map, k_map, key_log_weight, token_mask, query_mask
     return _attend(*given, is_causal, normalised, state, backend)
 
 
@@ -135,8 +135,8 @@ def _attend(
     q_map: FeatureMap,
     k_map: FeatureMap,
     key_log_weight: torch.Tensor | None,
-    key_real: torch.Tensor | None,
-    query_real: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
     is_causal: bool,
     normalised: bool,
     state: State | None,
@@ -164,18 +164,18 @@ def _attend(
                 q_map,
                 k_map,
                 key_log_weight=key_log_weight,
-                key_real=key_real,
-                query_real=query_real,
+                token_mask=token_mask,
+                query_mask=query_mask,
                 normalised=normalised,
                 state=state,
             )
             return output, None if state is None else after
-    q_features, _ = q_map(safe_masked_fill(q, query_real))
-    k_features, log_weight = k_map(safe_masked_fill(k, key_real))
+    q_features, _ = q_map(safe_masked_fill(q, query_mask))
+    k_features, log_weight = k_map(safe_masked_fill(k, token_mask))
     if key_log_weight is not None:
         log_weight = key_log_weight if log_weight is None else log_weight + key_log_weight
     require_no_weight(normalised, log_weight)
-    whole = log_decay(key_real) if isinstance(log_decay, LogDecay) else log_decay
+    whole = log_decay(token_mask) if isinstance(log_decay, LogDecay) else log_decay
     if triton and use_triton(
         backend, v, fused_linear_attention.refusal(k_features.shape[-1], v, gated=whole.ndim == 4)
     ):
@@ -185,13 +185,13 @@ def _attend(
             v,
             log_decay=whole,
             log_weight=log_weight,
-            key_real=key_real,
+            token_mask=token_mask,
             is_causal=True,
             normalised=normalised,
             state=state,
         )
         return output, state
-    return _traced(q_features, k_features, v, whole, log_weight, key_real, normalised, state)
+    return _traced(q_features, k_features, v, whole, log_weight, token_mask, normalised, state)
 
 
 def _given(log_decay: torch.Tensor) -> LogDecay:
@@ -204,7 +204,7 @@ def _traced(
     v: torch.Tensor,
     log_decay: torch.Tensor,
     log_weight: torch.Tensor | None,
-    key_padding: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     normalised: bool,
     state: State | None,
 ) -> tuple[torch.Tensor, State | None]:
@@ -214,7 +214,7 @@ def _traced(
     with full_precision(v):
         carry, peak = _start(q_features, v, normalised, state)
         q = q_features.to(carry.dtype)
-        k, v1, decay, peak = _prepare(k_features, v, log_decay, log_weight, key_padding, carry.dtype, normalised, peak)
+        k, v1, decay, peak = _prepare(k_features, v, log_decay, log_weight, token_mask, carry.dtype, normalised, peak)
         # Keys before the first query are only summed. Splits, not slices: their gradients are joined, not added up.
         sizes = [[min(block, length - i) for i in range(0, length, block)] for length in (k_len - q_len, q_len)]
         parts = list(zip(*(x.split(sizes[0] + sizes[1], 2) for x in (k, v1, decay)), strict=True))
@@ -241,7 +241,7 @@ def chunk_decay_linear_attention(
     log_decay: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     normalised: bool = True,
     state: State | None = None,
     chunk_size: int = CHUNK,
@@ -253,7 +253,7 @@ def chunk_decay_linear_attention(
     with full_precision(v):
         carry, peak = _start(q_features, v, normalised, state)
         k, v1, decay, peak = _prepare(
-            k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak
+            k_features, v, log_decay, key_log_weight, token_mask, carry.dtype, normalised, peak
         )
         sums, carry = chunk_block(q_features.to(k.dtype), k, v1, decay, carry, chunk_size)
     return _finish(sums, v.dtype, normalised), _end(carry, peak, normalised)
@@ -266,7 +266,7 @@ def recurrent_decay_linear_attention(
     log_decay: torch.Tensor,
     *,
     key_log_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     normalised: bool = True,
     state: State | None = None,
 ) -> tuple[torch.Tensor, State]:
@@ -275,7 +275,7 @@ def recurrent_decay_linear_attention(
     with full_precision(v):
         carry, peak = _start(q_features, v, normalised, state)
         k, v1, decay, peak = _prepare(
-            k_features, v, log_decay, key_log_weight, key_padding, carry.dtype, normalised, peak
+            k_features, v, log_decay, key_log_weight, token_mask, carry.dtype, normalised, peak
         )
         for t in range(v.shape[2]):
             now = slice(t, t + 1)
@@ -312,7 +312,7 @@ def _prepare(
     v: torch.Tensor,
     log_decay: torch.Tensor,
     log_weight: torch.Tensor | None,
-    key_padding: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     dtype: torch.dtype,
     normalised: bool,
     peak: torch.Tensor | None,
@@ -322,13 +322,13 @@ def _prepare(
     Weights and log-decays are relative to a peak where there are weights, see `relative_to_peaks`.
     """
     decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-    decay = safe_masked_fill(decay.to(dtype), key_padding).clamp(min=LEAST_GIVEN)
+    decay = safe_masked_fill(decay.to(dtype), token_mask).clamp(min=LEAST_GIVEN)
     k = k.to(dtype)
     if not normalised:
-        return k, safe_masked_fill(v.to(dtype), key_padding), decay.clamp(min=LEAST), None
+        return k, safe_masked_fill(v.to(dtype), token_mask), decay.clamp(min=LEAST), None
     if log_weight is None and peak is not None:  # the state may hold weighted keys
         log_weight = torch.zeros_like(v[..., 0], dtype=dtype)
-    v1, log_weight = prepare_keys(v, log_weight, key_padding, dtype)
+    v1, log_weight = prepare_keys(v, log_weight, token_mask, dtype)
     if log_weight is None:
         return k, v1, decay.clamp(min=LEAST), None
     start = log_weight.new_full(log_weight.shape[:2], LOG_ZERO) if peak is None else peak

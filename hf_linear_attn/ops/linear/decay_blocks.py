@@ -50,9 +50,9 @@ class LogDecay:
     tokens: torch.Tensor
     parameters: tuple[torch.Tensor, ...] = ()
 
-    def __call__(self, key_padding: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, token_mask: torch.Tensor | None) -> torch.Tensor:
         """The log-decays of all tokens."""
-        return self.function(safe_masked_fill(self.tokens, key_padding), *self.parameters)
+        return self.function(safe_masked_fill(self.tokens, token_mask), *self.parameters)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class _Call:
         counts: how many of `parameters` the feature map of queries takes, and that of keys; the log-decay has the rest.
         inputs: q, k `[B, H, T, D]`, the tokens of the log-decay, and log weights `[B, H, T]` added to those of keys.
         real: bool `[B, T]`, of keys and log-decays, or None.
-        query_real: bool `[B, T]`, of queries, or None.
+        query_mask: bool `[B, T]`, of queries, or None.
         weighted: whether keys have weights even where their map gives none: a state may hold weighted ones.
     """
 
@@ -74,7 +74,7 @@ class _Call:
     inputs: list[torch.Tensor]
     v: torch.Tensor
     real: torch.Tensor | None
-    query_real: torch.Tensor | None
+    query_mask: torch.Tensor | None
     weighted: bool
     parameters: _Tensors
 
@@ -87,7 +87,7 @@ class _Call:
         real, dtype = _part(self.real, now), accumulation_dtype(self.v.dtype)
         q, k, tokens = inputs[:3]
         first, second = self.counts[0], sum(self.counts)
-        q_features, _ = self.functions[0](safe_masked_fill(q, _part(self.query_real, now)), *parameters[:first])
+        q_features, _ = self.functions[0](safe_masked_fill(q, _part(self.query_mask, now)), *parameters[:first])
         k_features, weight = self.functions[1](safe_masked_fill(k, real), *parameters[first:second])
         decay = self.functions[2](safe_masked_fill(tokens, real), *parameters[second:])
         if len(inputs) > 3:
@@ -135,8 +135,8 @@ def block_decay_attention(
     k_map: FeatureMap,
     *,
     key_log_weight: torch.Tensor | None,
-    key_real: torch.Tensor | None,
-    query_real: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
     normalised: bool,
     state: sums.State | None,
 ) -> tuple[torch.Tensor, sums.State]:
@@ -153,7 +153,7 @@ def block_decay_attention(
     functions, counts = (q_function, k_function, log_decay.function), (len(q_parameters), len(k_parameters))
     start = (None, None, None) if state is None else (state["kv"], state.get("z"), state.get("log_scale"))
     parameters = *q_parameters, *k_parameters, *log_decay.parameters
-    arguments = q, k, log_decay.tokens, key_log_weight, v, key_real, query_real, *start, *parameters
+    arguments = q, k, log_decay.tokens, key_log_weight, v, token_mask, query_mask, *start, *parameters
     options = functions, counts, normalised
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments):
         output, kv, z, log_scale = _BlockDecayAttention.apply(options, *arguments)
@@ -168,10 +168,10 @@ def block_decay_attention(
 def _read(options: Any, arguments: Any) -> tuple[_Call, _Start]:
     """A call, and the state before it."""
     functions, counts, normalised = options
-    q, k, tokens, log_weight, v, real, query_real, kv, z, log_scale, *parameters = arguments
+    q, k, tokens, log_weight, v, real, query_mask, kv, z, log_scale, *parameters = arguments
     inputs = [q, k, tokens] if log_weight is None else [q, k, tokens, log_weight]
     weighted = normalised and kv is not None
-    call = _Call(functions, counts, normalised, inputs, v, real, query_real, weighted, tuple(parameters))
+    call = _Call(functions, counts, normalised, inputs, v, real, query_mask, weighted, tuple(parameters))
     return call, (kv, z, log_scale)
 
 

@@ -64,8 +64,8 @@ def attend(
     multipliers: tuple[float, float] = (1.0, 1.0),
     log_decay: torch.Tensor | None = None,
     log_weight: torch.Tensor | None = None,
-    key_real: torch.Tensor | None = None,
-    query_real: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
     is_causal: bool,
     normalised: bool = True,
     state: State | None = None,
@@ -78,8 +78,8 @@ def attend(
         multipliers: of q and of k.
         log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0; needs is_causal.
         log_weight: `[B, H, Tk]`, log of each key's weight; needs `normalised`.
-        key_real: bool `[B, Tk]`, True for a real token; what stands at others has no effect, be it nan.
-        query_real: bool `[B, Tq]`, likewise.
+        token_mask: bool `[B, Tk]`, True for a real token; what stands at others has no effect, be it nan.
+        query_mask: bool `[B, Tq]`, likewise.
         is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
         normalised: False gives phi(q_i) S_i as it is, and a state of S alone.
         state: sums over earlier keys.
@@ -92,13 +92,13 @@ def attend(
     start = None if state is None else state.get("log_scale")
     if log_weight is None and start is not None:  # the state may hold weighted keys
         log_weight = torch.zeros_like(v[..., 0], dtype=torch.float32)
-    scale, decay, peaks = _factors(log_weight, log_decay, key_real, start, is_causal)
+    scale, decay, peaks = _factors(log_weight, log_decay, token_mask, start, is_causal)
     initial = None
     if state is not None:
         kv = state["kv"].float()
         initial = (kv, state["z"].float()) if normalised else (kv, kv.new_zeros(kv.shape[:3]))
     output, denominator, kv, z = _run(
-        *(q.to(v.dtype), k.to(v.dtype), v, scale, decay, initial, query_real, is_causal, normalised),
+        *(q.to(v.dtype), k.to(v.dtype), v, scale, decay, initial, query_mask, is_causal, normalised),
         {"feature_map": feature_map, "q_multiplier": multipliers[0], "k_multiplier": multipliers[1]},
     )
     normalizer = denominator.clamp(min=TINY).log()
@@ -115,7 +115,7 @@ def attend(
 def _factors(
     log_weight: torch.Tensor | None,
     log_decay: torch.Tensor | None,
-    key_real: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     start: torch.Tensor | None,
     is_causal: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -123,12 +123,12 @@ def _factors(
     decay = log_decay
     if decay is not None:
         decay = decay.float() if decay.ndim == 4 else decay.float()[..., None]
-        decay = safe_masked_fill(decay, key_real).clamp(min=_LEAST)
+        decay = safe_masked_fill(decay, token_mask).clamp(min=_LEAST)
     if log_weight is None:
-        return None if key_real is None else key_real[:, None].float(), decay, None
+        return None if token_mask is None else token_mask[:, None].float(), decay, None
     log_weight = log_weight.float()
-    if key_real is not None:
-        log_weight = log_weight.masked_fill(~key_real[:, None], LOG_ZERO)
+    if token_mask is not None:
+        log_weight = log_weight.masked_fill(~token_mask[:, None], LOG_ZERO)
     fixed = log_weight.detach()
     if is_causal:
         elapsed = 0.0 if decay is None else decay.detach().amax(-1).cumsum(-1)
@@ -141,7 +141,7 @@ def _factors(
     else:
         peaks = fixed.amax(-1, keepdim=True).expand_as(fixed)
     scale = (log_weight - peaks).exp()
-    return scale if key_real is None else scale.masked_fill(~key_real[:, None], 0), decay, peaks
+    return scale if token_mask is None else scale.masked_fill(~token_mask[:, None], 0), decay, peaks
 
 
 def _run(
@@ -151,7 +151,7 @@ def _run(
     scale: torch.Tensor | None,
     decay: torch.Tensor | None,
     initial: tuple[torch.Tensor, torch.Tensor] | None,
-    query_real: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
     is_causal: bool,
     normalised: bool,
     mapped: dict[str, Any],
@@ -161,13 +161,13 @@ def _run(
     from hf_linear_attn.kernels.linear import op as plain
 
     if decay is not None and decay.shape[-1] > 1:
-        q = safe_masked_fill(q, query_real)
+        q = safe_masked_fill(q, query_mask)
         return gated.gated_linear_attention(
             q, k, v, decay, key_scale=scale, initial_state=initial, normalized=normalised
         )
     options: dict[str, Any] = {"key_scale": scale, "normalized": normalised, **mapped}
     options["log_decay"] = None if decay is None else decay[..., 0]
     if initial is not None and q.shape[2] <= _STEP_TOKENS and not torch.is_grad_enabled():
-        return plain.recurrent_linear_attention(safe_masked_fill(q, query_real), k, v, state=initial, **options)
-    keep = None if query_real is None else query_real[:, None]
+        return plain.recurrent_linear_attention(safe_masked_fill(q, query_mask), k, v, state=initial, **options)
+    keep = None if query_mask is None else query_mask[:, None]
     return plain.linear_attention(q, k, v, initial_state=initial, is_causal=is_causal, query_keep=keep, **options)

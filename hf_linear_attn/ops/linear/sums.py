@@ -45,16 +45,16 @@ def block_size(v: torch.Tensor) -> int:
 
 
 def prepare_keys(
-    v: torch.Tensor, log_weight: torch.Tensor | None, key_padding: torch.Tensor | None, dtype: torch.dtype
+    v: torch.Tensor, log_weight: torch.Tensor | None, token_mask: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Values with a column of ones, whose sum is the denominator; 0 and weight nothing at padded keys."""
     v1 = F.pad(v.to(dtype), (0, 1), value=1.0)  # [B, H, T, D+1]
     if log_weight is not None:
         log_weight = log_weight.to(dtype)
-    if key_padding is not None:
-        v1 = v1.masked_fill(~key_padding[:, None, :, None], 0)
+    if token_mask is not None:
+        v1 = v1.masked_fill(~token_mask[:, None, :, None], 0)
         if log_weight is not None:
-            log_weight = log_weight.masked_fill(~key_padding[:, None, :], LOG_ZERO)
+            log_weight = log_weight.masked_fill(~token_mask[:, None, :], LOG_ZERO)
     return v1, log_weight
 
 

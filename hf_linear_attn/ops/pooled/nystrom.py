@@ -56,7 +56,7 @@ def nystrom_attention(
     num_landmarks: int,
     num_iterations: int,
     scaling: float,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     form: torch.Tensor | None = None,
     centroids: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -71,7 +71,7 @@ def nystrom_attention(
         num_landmarks: m.
         num_iterations: of `iterative_pinv`.
         scaling: factor of the logits.
-        key_padding: bool `[B, Tk]`, True for a real token, or None.
+        token_mask: bool `[B, Tk]`, True for a real token, or None.
         form: long `[H]`, the landmarks of each head; None for `SEGMENT_MEANS` in all.
         centroids: `[H, m, D]`, the landmarks of heads with `CENTROIDS`; needed when `form` is given.
 
@@ -84,17 +84,17 @@ def nystrom_attention(
     q_len, k_len, m = q.shape[2], k.shape[2], num_landmarks
     if q_len > k_len:
         raise ValueError(f"Nystrom attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
-    query_real = visible = None
-    if key_padding is None and is_exported():  # which length is short is then a question of each row
-        key_padding = torch.ones(k.shape[0], k_len, dtype=torch.bool, device=k.device)
-    if key_padding is not None:
-        n_keys, query_real = key_padding.sum(-1), key_padding[:, k_len - q_len :]
-        q, k, v = safe_masked_fill(q, query_real), safe_masked_fill(k, key_padding), safe_masked_fill(v, key_padding)
-        visible = (key_padding | (n_keys == 0)[:, None])[:, None, None]  # without any key: values are 0, so is the mean
+    query_mask = visible = None
+    if token_mask is None and is_exported():  # which length is short is then a question of each row
+        token_mask = torch.ones(k.shape[0], k_len, dtype=torch.bool, device=k.device)
+    if token_mask is not None:
+        n_keys, query_mask = token_mask.sum(-1), token_mask[:, k_len - q_len :]
+        q, k, v = safe_masked_fill(q, query_mask), safe_masked_fill(k, token_mask), safe_masked_fill(v, token_mask)
+        visible = (token_mask | (n_keys == 0)[:, None])[:, None, None]  # without any key: values are 0, so is the mean
     if not is_exported() and min(q_len, k_len) <= m:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
-    q_marks, k_marks = even_segment_mean(q, m, query_real), even_segment_mean(k, m, key_padding)  # [B, H, m, D]
+    q_marks, k_marks = even_segment_mean(q, m, query_mask), even_segment_mean(k, m, token_mask)  # [B, H, m, D]
     full = q_marks.dtype  # float32 at least: what becomes of landmarks is as good as what they come from
     bias = torch.zeros((), dtype=full, device=q.device)
     if form is not None and centroids is not None:
@@ -106,9 +106,9 @@ def nystrom_attention(
         mixed = F.scaled_dot_product_attention(q_marks, k.to(full), v.to(full), attn_mask=visible, scale=scaling)  # B V
         logits = scaling * q_marks @ k_marks.mT + bias
         mixed = iterative_pinv(logits.softmax(-1), num_iterations) @ mixed
-    if key_padding is not None:
+    if token_mask is not None:
         # Rows of at most m tokens: their keys and values themselves.
-        first = pads_first_permutation(~key_padding)
+        first = pads_first_permutation(~token_mask)
         first = (F.pad(first, (0, m)) if is_exported() else first)[:, :m]
         short = (n_keys <= m)[:, None, None, None]
         k_marks = torch.where(short, take_tokens(k, first).to(full), k_marks)
@@ -116,28 +116,28 @@ def nystrom_attention(
         token = torch.arange(m, device=k.device) < n_keys.clamp(min=1)[:, None]
         token = token[:, None, None]
     if form is None:
-        return attend_pooled(q, k_marks, mixed, None if key_padding is None else token, scaling)
-    if key_padding is not None:
+        return attend_pooled(q, k_marks, mixed, None if token_mask is None else token, scaling)
+    if token_mask is not None:
         bias = bias.masked_fill(short, 0).masked_fill(~token, float("-inf"))
     return attend_pooled(q, k_marks, mixed, bias.expand(q.shape[0], q.shape[1], 1, m), scaling)
 
 
-def rank_convolution(x: torch.Tensor, weight: torch.Tensor, key_padding: torch.Tensor | None = None) -> torch.Tensor:
+def rank_convolution(x: torch.Tensor, weight: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Convolution along the ranks of real tokens, one kernel a head for all its channels.
 
     Args:
         x: `[B, H, T, D]`.
         weight: `[H, K]`, K odd; its middle belongs to the token itself.
-        key_padding: bool `[B, T]`, True for a real token, or None.
+        token_mask: bool `[B, T]`, True for a real token, or None.
 
     Returns:
         `[B, H, T, D]`, 0 at padding.
     """
-    order = None if key_padding is None else pads_first_permutation(key_padding)
+    order = None if token_mask is None else pads_first_permutation(token_mask)
     if order is not None:
-        x = take_tokens(safe_masked_fill(x, key_padding), order)
+        x = take_tokens(safe_masked_fill(x, token_mask), order)
     kernel = weight.to(x.dtype)[:, None, :, None]
     x = F.conv2d(x, kernel, padding=(weight.shape[1] // 2, 0), groups=x.shape[1])
     if order is not None:
-        x = safe_masked_fill(take_tokens(x, invert_permutation(order)), key_padding)
+        x = safe_masked_fill(take_tokens(x, invert_permutation(order)), token_mask)
     return x

@@ -8,7 +8,7 @@ kept relative to a maximum of each feature: no exponential overflows, and no lat
 blocks.py computes causal calls and full_blocks.py bidirectional ones, both in blocks of tokens; what
 stands here is a decode step, short bidirectional calls, and the form that torch.compile traces.
 
-Shapes: tokens `[B, H, T, D]`, shares and logits `[B, H, T, F]`, key_padding bool `[B, T]`. Sums are float32
+Shapes: tokens `[B, H, T, D]`, shares and logits `[B, H, T, F]`, token_mask bool `[B, T]`. Sums are float32
 (float64 for float64 input); the output has the dtype of `v`.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, accumulation_dtype, full_precision
 from hf_linear_attn.ops.linear.sums import State, block_size
 from hf_linear_attn.ops.prefix.blocks import prefix_block_attention
@@ -58,7 +58,7 @@ def prefix_softmax_attention(
     query_weight: torch.Tensor | None = None,
     query_bias: torch.Tensor | None = None,
     key_weight: torch.Tensor | None = None,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool,
     state: State | None = None,
 ) -> tuple[torch.Tensor, State | None]:
@@ -71,7 +71,7 @@ def prefix_softmax_attention(
         query_weight: W_q `[H, F, D]`; None for the identity.
         query_bias: b `[H, F]`, or None.
         key_weight: W_k `[H, F, D]`; None for the identity.
-        key_padding: bool `[B, Tk]`, True for a real key. Padded tokens may hold anything, nan too; their
+        token_mask: bool `[B, Tk]`, True for a real key. Padded tokens may hold anything, nan too; their
             queries count as 0.
         is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
         state: sums over earlier keys; needs is_causal and Tq == Tk.
@@ -90,9 +90,9 @@ def prefix_softmax_attention(
             "A decode state needs causal attention over the new tokens only, got "
             f"is_causal={is_causal}, {q_len} queries and {k_len} keys."
         )
-    dtype, query_real = accumulation_dtype(v.dtype), query_padding(key_padding, q_len, is_causal)
+    dtype, query_mask = accumulation_dtype(v.dtype), query_mask_of(token_mask, q_len, is_causal)
     weights = (None if x is None else x.to(dtype) for x in (query_weight, query_bias, key_weight))
-    given = ShareInputs(q, k, v, key_padding, query_real, *weights)
+    given = ShareInputs(q, k, v, token_mask, query_mask, *weights)
     in_blocks = not torch.compiler.is_compiling()
     if in_blocks and not is_causal and max(q_len, k_len) > _WHOLE * block_size(v):
         return context_block_attention(given), None
@@ -110,7 +110,7 @@ def _attend(given: ShareInputs, is_causal: bool, state: State | None) -> tuple[t
     logits, v = given.logits(given.keys(_ALL), _ALL), given.values(_ALL)
     if not is_causal:
         return a @ (logits.softmax(2).mT @ v), None  # without a key all values are 0
-    v1 = safe_masked_fill(F.pad(v, (0, 1), value=1.0), given.key_real)  # [B, H, T, D+1]
+    v1 = safe_masked_fill(F.pad(v, (0, 1), value=1.0), given.token_mask)  # [B, H, T, D+1]
     carry = _start(v1, logits) if state is None else _pack(state)
     past = v.shape[2] - a.shape[2]
     if past:

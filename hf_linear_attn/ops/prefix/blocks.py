@@ -48,7 +48,7 @@ class _PrefixAttention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         *tensors, kv, z, log_scale = arguments
         given = ShareInputs(*tensors)
-        v, real, dtype, rows_count = given.v, given.key_real, given.dtype, given.q.shape[2]
+        v, real, dtype, rows_count = given.v, given.token_mask, given.dtype, given.q.shape[2]
         past, block = v.shape[2] - rows_count, sums.block_size(v)
         with full_precision(v):
             base = _first(given)
@@ -114,7 +114,7 @@ class _PrefixAttention(torch.autograd.Function):
                 q = given.queries(rows)
                 a = given.shares(q)
                 d_rows = torch.zeros_like(values) if d_output is None else d_output[:, :, rows].to(dtype)
-                parts = _passes(power, carry[2], given.key_real is not None)
+                parts = _passes(power, carry[2], given.token_mask is not None)
                 total: list[torch.Tensor] = []
                 for number, part in enumerate(parts):
                     moved, k = _moved(power, factor, carry, part)
@@ -141,14 +141,14 @@ class _PrefixAttention(torch.autograd.Function):
 
 def _first(given: ShareInputs) -> torch.Tensor:
     """Logits of the first real key, 0 where there is none: `[B, H, F]`."""
-    if given.key_real is None:
+    if given.token_mask is None:
         return given.logits(given.keys(slice(0, 1)), slice(0, 1))[:, :, 0]
     # Of each sequence, as a call of one key.
-    index = given.key_real.to(torch.uint8).argmax(-1)[:, None]
+    index = given.token_mask.to(torch.uint8).argmax(-1)[:, None]
     first = given.k.gather(2, index[:, None, :, None].expand(*given.k.shape[:2], 1, given.k.shape[-1]))
-    alone = replace(given, k=first, key_real=given.key_real.gather(1, index))
+    alone = replace(given, k=first, token_mask=given.token_mask.gather(1, index))
     found = alone.logits(alone.keys(slice(0, 1)), slice(0, 1))[:, :, 0]
-    return found.masked_fill(~given.key_real.any(-1)[:, None, None], 0)
+    return found.masked_fill(~given.token_mask.any(-1)[:, None, None], 0)
 
 
 def _keys(

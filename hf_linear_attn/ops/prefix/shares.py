@@ -24,7 +24,7 @@ class ShareInputs:
 
     Attributes:
         q: `[B, H, Tq, D]`; k, v: `[B, H, Tk, D]`.
-        key_real, query_real: bool `[B, Tk]` and `[B, Tq]`, or None; the content of other tokens is never used.
+        token_mask, query_mask: bool `[B, Tk]` and `[B, Tq]`, or None; the content of other tokens is never used.
         query_weight, key_weight: `[H, F, D]`, or None for the identity.
         query_bias: `[H, F]`, or None.
     """
@@ -32,15 +32,15 @@ class ShareInputs:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    key_real: torch.Tensor | None
-    query_real: torch.Tensor | None
+    token_mask: torch.Tensor | None
+    query_mask: torch.Tensor | None
     query_weight: torch.Tensor | None
     query_bias: torch.Tensor | None
     key_weight: torch.Tensor | None
 
     def arguments(self) -> tuple[Any, ...]:
         """The attributes, in order."""
-        tokens = self.q, self.k, self.v, self.key_real, self.query_real
+        tokens = self.q, self.k, self.v, self.token_mask, self.query_mask
         return *tokens, self.query_weight, self.query_bias, self.key_weight
 
     @property
@@ -54,7 +54,7 @@ class ShareInputs:
         return self.k.shape[-1] if self.key_weight is None else self.key_weight.shape[1]
 
     def queries(self, rows: slice) -> torch.Tensor:
-        real = None if self.query_real is None else self.query_real[:, rows]
+        real = None if self.query_mask is None else self.query_mask[:, rows]
         return safe_masked_fill(self.q[:, :, rows].to(self.dtype), real)
 
     def keys(self, now: slice) -> torch.Tensor:
@@ -85,7 +85,7 @@ class ShareInputs:
         return logits if real is None else logits.masked_fill(~real[:, None, :, None], LOG_ZERO)
 
     def _real(self, now: slice) -> torch.Tensor | None:
-        return None if self.key_real is None else self.key_real[:, now]
+        return None if self.token_mask is None else self.token_mask[:, now]
 
 
 def _softmax(x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ class ShareGradients:
         if given.query_weight is not None and self._query_weight is not None:
             self._query_weight += (d_shares.mT @ q).sum(0)
             d_shares = d_shares @ given.query_weight
-        real = None if given.query_real is None else given.query_real[:, rows]
+        real = None if given.query_mask is None else given.query_mask[:, rows]
         self._q[:, :, rows] = safe_masked_fill(d_shares, real)
 
     def of_logits(self, now: slice, d_logits: torch.Tensor, k: torch.Tensor) -> None:
@@ -135,5 +135,5 @@ class ShareGradients:
 
     def of_values(self, now: slice, d_values: torch.Tensor) -> None:
         """Given that of a block of values."""
-        real = None if self._inputs.key_real is None else self._inputs.key_real[:, now]
+        real = None if self._inputs.token_mask is None else self._inputs.token_mask[:, now]
         self._v[:, :, now] = safe_masked_fill(d_values, real)

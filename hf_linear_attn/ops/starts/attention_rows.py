@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from hf_linear_attn.ops.base.masking import query_padding, safe_masked_fill
+from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.features.maps import FeatureMap
 from hf_linear_attn.ops.starts.calibration import Row
@@ -44,7 +44,7 @@ def attention_cross_entropy(
     q_map: FeatureMap,
     k_map: FeatureMap,
     *,
-    key_padding: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     is_causal: bool,
     scaling: float,
 ) -> torch.Tensor:
@@ -56,7 +56,7 @@ def attention_cross_entropy(
         q: `[B, H, Tq, D]`.
         k: `[B, H, Tk, D]`.
         q_map, k_map: feature maps with positive products, as for `feature_map_attention`.
-        key_padding: bool `[B, Tk]`, True for a real key, or None.
+        token_mask: bool `[B, Tk]`, True for a real key, or None.
         is_causal: query row r sees keys up to position Tk - Tq + r.
         scaling: factor of the softmax logits.
 
@@ -65,13 +65,13 @@ def attention_cross_entropy(
     """
     dtype, (q_len, k_len) = accumulation_dtype(q.dtype), (q.shape[2], k.shape[2])
     index = _sample(q_len, q.device)
-    query_real = query_padding(key_padding, q_len, is_causal)
-    if query_real is not None:
-        query_real = query_real[:, index]
-    q, k = safe_masked_fill(q[:, :, index].to(dtype), query_real), safe_masked_fill(k.to(dtype), key_padding)
+    query_mask = query_mask_of(token_mask, q_len, is_causal)
+    if query_mask is not None:
+        query_mask = query_mask[:, index]
+    q, k = safe_masked_fill(q[:, :, index].to(dtype), query_mask), safe_masked_fill(k.to(dtype), token_mask)
     visible = _visible(index, k_len, is_causal, k_len - q_len)
-    if key_padding is not None:
-        visible = visible & key_padding[:, None, None, :]
+    if token_mask is not None:
+        visible = visible & token_mask[:, None, None, :]
     with torch.no_grad():
         target = (q @ k.mT * scaling).masked_fill(~visible, LOG_ZERO).softmax(-1)
     features, log_weight = k_map(k)
@@ -79,9 +79,9 @@ def attention_cross_entropy(
     if log_weight is not None:
         score = score + log_weight[:, :, None]
     row = -(target * score.masked_fill(~visible, LOG_ZERO).log_softmax(-1).masked_fill(~visible, 0)).sum(-1)
-    if query_real is None:
+    if query_mask is None:
         return row.mean()
-    return row.masked_fill(~query_real[:, None], 0).sum() / (query_real.sum() * row.shape[1]).clamp(min=1)
+    return row.masked_fill(~query_mask[:, None], 0).sum() / (query_mask.sum() * row.shape[1]).clamp(min=1)
 
 
 def _sample(length: int, device: torch.device) -> torch.Tensor:

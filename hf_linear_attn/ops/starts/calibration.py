@@ -43,17 +43,17 @@ _SHARPNESS = 8.0  # beta times twice the mean squared distance to the nearest ce
 
 
 class SelfAttentionCall(Protocol):
-    """One recorded call: query, key, value `[B, H, T, D]`, key_padding bool `[B, T]` or None."""
+    """One recorded call: query, key, value `[B, H, T, D]`, token_mask bool `[B, T]` or None."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    key_padding: torch.Tensor | None
+    token_mask: torch.Tensor | None
 
 
 def collect_rows(batches: Iterable[SelfAttentionCall], max_tokens: int = _MAX_TOKENS) -> list[Row]:
     """`real_rows` of every call, at most `max_tokens` of each."""
-    rows = [row for call in batches for row in real_rows(call.query, call.key, call.value, call.key_padding)]
+    rows = [row for call in batches for row in real_rows(call.query, call.key, call.value, call.token_mask)]
     return [(q[:, :, :max_tokens], k[:, :, :max_tokens], v[:, :, :max_tokens]) for q, k, v in rows]
 
 
@@ -63,12 +63,12 @@ def head_tokens(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     return q, k
 
 
-def real_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_padding: torch.Tensor | None) -> list[Row]:
+def real_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> list[Row]:
     """The sequences of a batch without their padding, in float32, at most their first 1024 tokens.
 
     Args:
         q, k, v: `[B, H, T, D]`.
-        key_padding: bool `[B, T]`, True for a real token, or None.
+        token_mask: bool `[B, T]`, True for a real token, or None.
 
     Raises:
         ValueError: when queries and keys are not the same tokens.
@@ -77,7 +77,7 @@ def real_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_padding: to
         raise ValueError(f"Calibration needs self-attention inputs, got {q.shape[2]} queries, {k.shape[2]} keys.")
     rows = []
     for b in range(q.shape[0]):
-        keep = slice(None) if key_padding is None else key_padding[b]
+        keep = slice(None) if token_mask is None else token_mask[b]
         row = tuple(x[b : b + 1, :, keep][:, :, :_MAX_TOKENS].detach().float() for x in (q, k, v))
         if row[0].shape[2]:
             rows.append((row[0], row[1], row[2]))

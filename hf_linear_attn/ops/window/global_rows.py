@@ -31,12 +31,12 @@ def affine(layer: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return (layer(torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)) - bias).t(), bias[0]
 
 
-def check_hidden(q_len: int, key_padding: torch.Tensor | None, k_len: int, count: int, marked: bool) -> None:
+def check_hidden(q_len: int, token_mask: torch.Tensor | None, k_len: int, count: int, marked: bool) -> None:
     """Check that a call with Tq < Tk has the hidden states that the rows of its global tokens look at.
 
     Args:
         q_len: Tq.
-        key_padding: bool `[B, Tk]` or None.
+        token_mask: bool `[B, Tk]` or None.
         k_len: Tk.
         count: number of first tokens that are global.
         marked: whether the call names its global tokens itself.
@@ -47,10 +47,10 @@ def check_hidden(q_len: int, key_padding: torch.Tensor | None, k_len: int, count
     before = k_len - q_len
     if before == 0:
         return
-    if key_padding is None or marked:
+    if token_mask is None or marked:
         complete = before >= count and not marked
     else:
-        real = key_padding[:, :before].sum(-1)
+        real = token_mask[:, :before].sum(-1)
         complete = count == 1 or bool(((real == 0) | (real >= count)).all())
     if not complete:
         raise ValueError(
@@ -83,7 +83,7 @@ def rows_over_all(
     """
     hidden = _clean(hidden, call)  # in the call's own order, which makes no difference to keys
     place = call.origin(tokens.position)
-    real = call.query_real
+    real = call.query_mask
     allowed = torch.ones_like(hidden[:, :, 0], dtype=torch.bool) if real is None else real
     allowed = allowed[:, None, None, :]
     if is_causal:
@@ -121,4 +121,4 @@ def _project(hidden: torch.Tensor, layer: nn.Module, num_heads: int) -> torch.Te
 
 def _clean(hidden: torch.Tensor, call: CompactedCall) -> torch.Tensor:
     """The call's hidden states `[B, T, C]`, 0 at padding."""
-    return hidden if call.query_real is None else hidden.masked_fill(~call.query_real[..., None], 0)
+    return hidden if call.query_mask is None else hidden.masked_fill(~call.query_mask[..., None], 0)

@@ -47,7 +47,7 @@ def window_tail_attention(
     scaling: float,
     window_log_factor: torch.Tensor,
     relative: torch.Tensor | None = None,
-    key_real: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     state: State | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, State | None]:
@@ -66,7 +66,7 @@ def window_tail_attention(
         window_log_factor: log g, `[H]`.
         relative: bool `[H]`: heads whose tail is relative to the largest term of the query's window, as LoLCATs
             defines it; the features of the others, or of all heads without it, estimate e^{l_ij} itself.
-        key_real: bool `[B or 1, Tk]`, or None when all keys are real.
+        token_mask: bool `[B or 1, Tk]`, or None when all keys are real.
         state: linear attention's state over keys older than `k`; then Tk = Tq + left + 1, causal.
         backend: what runs the linear attention, see `ops.base.backend`.
 
@@ -79,7 +79,7 @@ def window_tail_attention(
         q, k, wide = q.to(dtype), k.to(dtype), v.to(dtype)
         if is_exported() and state is None:
             window: dict[str, Any] = {"left": left, "right": right, "is_causal": is_causal, "scaling": scaling}
-            window |= {"window_log_factor": window_log_factor, "relative": relative, "key_real": key_real}
+            window |= {"window_log_factor": window_log_factor, "relative": relative, "token_mask": token_mask}
             return naive_window_tail_attention(q, k, wide, q_map, k_map, **window), None
         if isinstance(q_map, TaylorMap) and isinstance(k_map, TaylorMap):
             tails_both_ways = not is_causal and relative is None and q_len == k_len
@@ -94,33 +94,33 @@ def window_tail_attention(
                     right=right,
                     scaling=scaling,
                     window_log_factor=window_log_factor,
-                    key_real=key_real,
+                    token_mask=token_mask,
                 )
                 return output, None
             q_map, k_map = q_map.expanded(), k_map.expanded()
         output, normalizer, peak = window_softmax(
-            q, k, wide, left=left, right=right, scaling=scaling, key_allowed=key_real
+            q, k, wide, left=left, right=right, scaling=scaling, key_allowed=token_mask
         )
         part = output, normalizer + window_log_factor.to(dtype)[:, None]
         shift = None if relative is None else torch.where(relative[:, None], peak, 0.0)
         if state is not None or k_len - left - 1 > 0:
             # Rows whose window reaches the first key have no tail.
-            first = 0 if state is not None or key_real is not None else max(q_len - (k_len - left - 1), 0)
-            late = _late(k, wide, key_real, q_len - first, left + 1)
+            first = 0 if state is not None or token_mask is not None else max(q_len - (k_len - left - 1), 0)
+            late = _late(k, wide, token_mask, q_len - first, left + 1)
             out, log, state = feature_map_attention_with_normalizer(
                 q[:, :, first:],
                 late[0],
                 late[1],
                 q_map,
                 k_map,
-                key_padding=late[2],
+                token_mask=late[2],
                 is_causal=True,
                 state=state,
                 backend=backend,
             )
             part = _merge(part, out, log, shift, slice(first, q_len))
         if not is_causal and q_len - right - 1 > 0:
-            real = None if key_real is None else key_real[:, k_len - q_len :].flip(1)
+            real = None if token_mask is None else token_mask[:, k_len - q_len :].flip(1)
             count = q_len if real is not None else q_len - right - 1
             late = _late(k[:, :, k_len - q_len :].flip(2), wide[:, :, k_len - q_len :].flip(2), real, count, right + 1)
             out, log, _ = feature_map_attention_with_normalizer(
@@ -129,7 +129,7 @@ def window_tail_attention(
                 late[1],
                 q_map,
                 k_map,
-                key_padding=late[2],
+                token_mask=late[2],
                 is_causal=True,
                 backend=backend,
             )
@@ -150,7 +150,7 @@ def naive_window_tail_attention(
     scaling: float,
     window_log_factor: torch.Tensor,
     relative: torch.Tensor | None = None,
-    key_real: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dense O(n^2) evaluation of `window_tail_attention`, for exported programs and tests; same arguments."""
     q_len, k_len = q.shape[2], k.shape[2]
@@ -158,8 +158,8 @@ def naive_window_tail_attention(
     distance = torch.arange(k_len, device=q.device) - torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
     inside = (distance >= -left) & (distance <= right)
     seen = causal_mask(q_len, k_len, q.device) if is_causal else torch.ones_like(inside)
-    if key_real is not None:
-        inside, seen = inside & key_real[:, None, None], seen & key_real[:, None, None]
+    if token_mask is not None:
+        inside, seen = inside & token_mask[:, None, None], seen & token_mask[:, None, None]
     peak = logits.masked_fill(~inside, LOG_ZERO).amax(-1, keepdim=True)
     (q_features, q_scale), (k_features, k_scale) = q_map(q), k_map(k)
     tail = (q_features @ k_features.mT).clamp(min=1e-30).log()

@@ -48,7 +48,7 @@ def taylor_window_attention(
     right: int,
     scaling: float,
     window_log_factor: torch.Tensor,
-    key_real: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend. Not differentiable twice.
 
@@ -58,7 +58,7 @@ def taylor_window_attention(
         left, right: keys of the window before and after a query's own.
         scaling: factor of the logits.
         window_log_factor: log of what the window's terms are multiplied by, `[H]`.
-        key_real: bool `[B or 1, T]`, or None when all keys are real.
+        token_mask: bool `[B or 1, T]`, or None when all keys are real.
 
     Returns:
         `[B, H, T, D]`, 0 in rows that see no key.
@@ -80,8 +80,8 @@ def taylor_window_attention(
 
     (q_rank, q_log), (k_rank, k_log) = q_coordinates, k_coordinates
     k_log = torch.zeros_like(k[..., 0]) if k_log is None else k_log * LOG2_E
-    if key_real is not None:
-        k_log = k_log.masked_fill(~key_real[:, None], LOG_ZERO)
+    if token_mask is not None:
+        k_log = k_log.masked_fill(~token_mask[:, None], LOG_ZERO)
     # A query's scale multiplies the tail: what is the same for a whole row cancels, so it is taken off the window.
     balance = window_log_factor.to(q.dtype)[:, None].expand(q.shape[:3])
     balance = balance if q_log is None else balance - q_log

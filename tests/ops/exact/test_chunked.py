@@ -42,7 +42,7 @@ def padding_of(k_len):
 def test_outputs_and_gradients_are_those_of_softmax(q_len, k_len, chunk_size, causal, padded):
     q, k, v = draw(q_len, k_len)
     padding = padding_of(k_len) if padded else None
-    given = {"key_padding": padding, "is_causal": causal, "scaling": 0.3, "chunk_size": chunk_size}
+    given = {"token_mask": padding, "is_causal": causal, "scaling": 0.3, "chunk_size": chunk_size}
     output, expected = chunked_softmax_attention(q, k, v, **given), dense(q, k, v, padding, causal)
     torch.testing.assert_close(output, expected)
     gradient = torch.randn_like(output)
@@ -62,7 +62,7 @@ def test_gradcheck(causal):
     padding = padding_of(9)
 
     def run(q, k, v):
-        given = {"key_padding": padding, "is_causal": causal, "scaling": 0.3, "chunk_size": 4}
+        given = {"token_mask": padding, "is_causal": causal, "scaling": 0.3, "chunk_size": 4}
         return chunked_softmax_attention(q, k, v, **given)
 
     assert torch.autograd.gradcheck(run, draw(9, 9), fast_mode=True)
@@ -78,7 +78,7 @@ def test_logits_of_any_size_are_exact():
 def test_padded_keys_have_no_effect_be_they_nan():
     q, k, v = (x.detach() for x in draw(40, 40))
     padding = padding_of(40)
-    given = {"key_padding": padding, "is_causal": True, "scaling": 0.3, "chunk_size": 16}
+    given = {"token_mask": padding, "is_causal": True, "scaling": 0.3, "chunk_size": 16}
     expected = chunked_softmax_attention(q, k, v, **given)
     pads = ~padding[:, None, :, None]
     k, v = k.masked_fill(pads, torch.nan).requires_grad_(), v.masked_fill(pads, torch.inf).requires_grad_()

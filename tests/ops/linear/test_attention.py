@@ -82,10 +82,10 @@ def test_blocks_of_a_long_sequence_join_exactly(causal, monkeypatch):
         q, k, v, weight = draw(length)
         padding = masks(length)["interior"]
         for w in (None, weight):
-            output = linear_attention(q, k, v, key_log_weight=w, key_padding=padding, is_causal=causal)[0]
+            output = linear_attention(q, k, v, key_log_weight=w, token_mask=padding, is_causal=causal)[0]
             torch.testing.assert_close(output, dense(q, k, v, w, padding, causal=causal))
             state = init_linear_state(2, 3, 5, 4, F64, q.device) if causal else None
-            again = linear_attention(q, k, v, key_log_weight=w, key_padding=padding, is_causal=causal, state=state)[0]
+            again = linear_attention(q, k, v, key_log_weight=w, token_mask=padding, is_causal=causal, state=state)[0]
             torch.testing.assert_close(again, output)
 
 
@@ -150,7 +150,7 @@ def test_padded_keys_are_absent(side, weighted, causal):
         if weighted:
             weight = weight.masked_fill(pads[..., 0], 1e9)
         for form in (naive_linear_attention, linear_attention):
-            output = form(q, k, v, key_log_weight=weight, key_padding=padding, is_causal=causal)
+            output = form(q, k, v, key_log_weight=weight, token_mask=padding, is_causal=causal)
             output = output[0] if isinstance(output, tuple) else output
             torch.testing.assert_close(output, expected)
 
@@ -163,7 +163,7 @@ def test_rows_without_a_key_are_zero_with_finite_gradients(weighted, causal):
     padding[0] = False
     padding[1, :70] = False
     w = weight if weighted else None
-    output = linear_attention(q, k, v, key_log_weight=w, key_padding=padding, is_causal=causal)[0]
+    output = linear_attention(q, k, v, key_log_weight=w, token_mask=padding, is_causal=causal)[0]
     assert (output[0] == 0).all()
     if causal:
         assert (output[1, :, :70] == 0).all()
@@ -207,7 +207,7 @@ def test_gradcheck(causal, monkeypatch):
         padding = torch.arange(length)[None] != 1
 
         def run(q, k, v, w, padding=padding):
-            return linear_attention(q, k, v, key_log_weight=w, key_padding=padding, is_causal=causal)[0]
+            return linear_attention(q, k, v, key_log_weight=w, token_mask=padding, is_causal=causal)[0]
 
         assert torch.autograd.gradcheck(run, (q, k, v, weight))
         assert torch.autograd.gradcheck(lambda q, k, v, run=run: run(q, k, v, None), (q, k, v))
@@ -254,11 +254,11 @@ def test_denominators_of_both_signs():
 def test_batch_rows_and_heads_are_independent(causal):
     q, k, v, weight = draw(130, batch=3)
     padding = masks(130, 3)["left"]
-    full = linear_attention(q, k, v, key_log_weight=weight, key_padding=padding, is_causal=causal)[0]
+    full = linear_attention(q, k, v, key_log_weight=weight, token_mask=padding, is_causal=causal)[0]
     for b in range(3):
         for h in range(3):
             row = [x[b : b + 1, h : h + 1] for x in (q, k, v, weight)]
-            alone = linear_attention(*row[:3], key_log_weight=row[3], key_padding=padding[b : b + 1], is_causal=causal)[
+            alone = linear_attention(*row[:3], key_log_weight=row[3], token_mask=padding[b : b + 1], is_causal=causal)[
                 0
             ]
             torch.testing.assert_close(full[b : b + 1, h : h + 1], alone)
@@ -325,7 +325,7 @@ def test_the_traced_form_is_the_eager_one(causal, weighted, monkeypatch):
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
         output = linear_attention(
-            *inputs[:3], key_log_weight=inputs[3] if weighted else None, key_padding=padding, is_causal=causal
+            *inputs[:3], key_log_weight=inputs[3] if weighted else None, token_mask=padding, is_causal=causal
         )[0]
         results.append([output, *torch.autograd.grad(output.square().sum(), inputs[: 4 if weighted else 3])])
     for actual, expected in zip(*results, strict=True):

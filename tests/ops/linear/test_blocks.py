@@ -51,7 +51,7 @@ def test_gradients_of_maps_with_parameters_and_of_the_normalizer(causal, small_b
     def run(q, k, v, w):
         maps = [ParametricMap(lambda x, w: exp_features(x @ w.mT), (w,)) for _ in range(2)]
         output, normalizer, _ = feature_map_attention_with_normalizer(
-            q, k, v, *maps, key_padding=padding, is_causal=causal
+            q, k, v, *maps, token_mask=padding, is_causal=causal
         )
         return output, normalizer.masked_fill(~padding[:, None], 0)
 
@@ -88,7 +88,7 @@ def test_weights_that_rise_inside_a_block(rise, padded, small_blocks):
     inputs = [x.detach().requires_grad_() for x in (q, k, v, weight)]
     results = []
     for attend in (lambda *a, **o: linear_attention(*a, **o)[0], naive_linear_attention):
-        output = attend(*inputs[:3], key_log_weight=inputs[3], key_padding=padding, is_causal=True)
+        output = attend(*inputs[:3], key_log_weight=inputs[3], token_mask=padding, is_causal=True)
         results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
@@ -145,7 +145,7 @@ def test_prefix_softmax_whose_maxima_rise(rise, padded, small_blocks):
     inputs = [x.detach().requires_grad_() for x in (q[:, :, 19:], k, v)]
     results = []
     for attend in (lambda *x, **o: prefix_softmax_attention(*x, **o)[0], naive_prefix_softmax):
-        output = attend(*inputs, key_padding=padding, is_causal=True)
+        output = attend(*inputs, token_mask=padding, is_causal=True)
         results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)

@@ -100,7 +100,7 @@ def test_padded_tokens_neither_decay_nor_add(side, options, kind):
     k = k.masked_fill(~padding[:, None, :, None], 1e9)
     decay = decay.masked_fill(~padding[:, None, :].view(2, 1, 40, *[1] * (decay.ndim - 3)), torch.nan)
     for form in FORMS:
-        output = form(q, k, v, decay, key_padding=padding, **given)[0]
+        output = form(q, k, v, decay, token_mask=padding, **given)[0]
         torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-9)
 
 
@@ -117,7 +117,7 @@ def test_any_split_with_a_state_is_the_whole(split, options, kind):
         for part in torch.arange(70).split(split):
             w = None if weight is None else weight[:, :, part]
             rows = (x[:, :, part] for x in (q, k, v, decay))
-            options_now = {"key_log_weight": w, "key_padding": padding[:, part], "normalised": normalised}
+            options_now = {"key_log_weight": w, "token_mask": padding[:, part], "normalised": normalised}
             output, state = form(*rows, **options_now, state=state)
             outputs.append(output)
         assert set(state) == ({"kv", "z", "log_scale"} if normalised else {"kv"})
@@ -173,7 +173,7 @@ def test_gradients(options, kind):
         q, k, v, decay, kv, *weight = tensors
         now = {**state, "kv": kv}
         options_now = {"key_log_weight": weight[0] if weight else None, "normalised": normalised, "state": now}
-        output, after = form(q, k, v, decay, key_padding=padding, **options_now)
+        output, after = form(q, k, v, decay, token_mask=padding, **options_now)
         return output, after["kv"] * after["log_scale"].exp()[..., None, None] if normalised else after["kv"]
 
     inputs = (q, k, v, decay, state["kv"], *([weight] if options == "weighted" else []))
@@ -195,7 +195,7 @@ def test_rows_without_keys_are_zero():
     padding = torch.ones(2, 40, dtype=torch.bool)
     padding[0], padding[1, :9] = False, False
     for w in (None, weight):
-        output = decay_linear_attention(q, k, v, decay, key_log_weight=w, key_padding=padding)[0]
+        output = decay_linear_attention(q, k, v, decay, key_log_weight=w, token_mask=padding)[0]
         assert output.isfinite().all()
         assert not output[0].any()
         assert not output[1, :, :9].any()

@@ -60,7 +60,7 @@ def gradients(attend, inputs):
 def test_outputs_and_gradients_are_the_dense_formula_s(length, strength, padded, options, kind, small_blocks):
     """None, mild and strong decays; a strength of 50 forgets all within a token or two."""
     inputs = [*draw(length, kind, strength=strength), weights_of(length, options)]
-    given = {"key_padding": padding_of(length) if padded else None, "normalised": options != "raw"}
+    given = {"token_mask": padding_of(length) if padded else None, "normalised": options != "raw"}
 
     def blocks(q, k, v, g, w=None):
         return decay_linear_attention(q, k, v, g, key_log_weight=w, **given)[0]
@@ -99,7 +99,7 @@ def test_gradients_of_states_in_and_out(options, kind, small_blocks):
         state = {**start, **dict(zip(names, rest, strict=False))}
         w = rest[len(names)] if weight is not None else None
         output, after = decay_linear_attention(
-            q, k, v, g, key_log_weight=w, key_padding=padding, normalised=normalised, state=state
+            q, k, v, g, key_log_weight=w, token_mask=padding, normalised=normalised, state=state
         )
         return output, *(after[name] for name in names)
 
@@ -126,7 +126,7 @@ def test_gradients_of_maps_and_gates_with_parameters(small_blocks):
     def run(q, k, v, tokens, weight, bias, mixing):
         maps = [ParametricMap(lambda x, w: exp_features(x @ w.mT), (mixing,)) for _ in range(2)]
         output, _ = feature_map_decay_attention(
-            q, k, v, LogDecay(gate, tokens, (weight, bias)), *maps, key_padding=padding
+            q, k, v, LogDecay(gate, tokens, (weight, bias)), *maps, token_mask=padding
         )
         return output
 
@@ -183,7 +183,7 @@ def test_no_row_depends_on_a_later_one(strength, kind):
 def test_what_torch_compile_traces_is_the_same(options, small_blocks, monkeypatch):
     """The form for traced graphs, which autograd differentiates, and the blocks."""
     inputs = [*draw(45, "per_feature"), weights_of(45, options)]
-    given = {"key_padding": padding_of(45), "normalised": options != "raw"}
+    given = {"token_mask": padding_of(45), "normalised": options != "raw"}
 
     def attend(q, k, v, g, w=None):
         return decay_linear_attention(q, k, v, g, key_log_weight=w, **given)[0]

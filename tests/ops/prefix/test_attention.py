@@ -94,18 +94,18 @@ def test_padding_and_fewer_queries(causal, form):
     weights = draw_weights()
     padding = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) > 0.4
     padding[1, :20] = False
-    expected = naive_prefix_softmax(q, k, v, key_padding=padding, is_causal=causal, **weights)
+    expected = naive_prefix_softmax(q, k, v, token_mask=padding, is_causal=causal, **weights)
     # Padded tokens may hold anything.
     poisoned = [x.masked_fill(~padding[:, None, :, None], torch.nan) for x in (q, k, v)]
-    output = prefix_softmax_attention(*poisoned, key_padding=padding, is_causal=causal, **weights)[0]
+    output = prefix_softmax_attention(*poisoned, token_mask=padding, is_causal=causal, **weights)[0]
     torch.testing.assert_close(output, expected)
     assert (output[1, :, :20] == 0).all() == causal
-    some = prefix_softmax_attention(q[:, :, 29:], k, v, key_padding=padding, is_causal=causal, **weights)[0]
-    some_expected = naive_prefix_softmax(q[:, :, 29:], k, v, key_padding=padding, is_causal=causal, **weights)
+    some = prefix_softmax_attention(q[:, :, 29:], k, v, token_mask=padding, is_causal=causal, **weights)[0]
+    some_expected = naive_prefix_softmax(q[:, :, 29:], k, v, token_mask=padding, is_causal=causal, **weights)
     torch.testing.assert_close(some, some_expected)
     if causal:
         torch.testing.assert_close(some, expected[:, :, 29:])
-    blind = prefix_softmax_attention(q, k, v, key_padding=torch.zeros_like(padding), is_causal=causal, **weights)[0]
+    blind = prefix_softmax_attention(q, k, v, token_mask=torch.zeros_like(padding), is_causal=causal, **weights)[0]
     assert (blind == 0).all()
 
 
@@ -165,7 +165,7 @@ def test_gradients(causal, learned, q_len, form):
 
         def call(q, k, v, *given):
             options = dict(zip(weights, given, strict=True))
-            output = attend(q, k, v, key_padding=padding, is_causal=causal, **options)
+            output = attend(q, k, v, token_mask=padding, is_causal=causal, **options)
             return output if attend is naive_prefix_softmax else output[0]
 
         output = checkpoint(call, *inputs, use_reentrant=False) if is_checkpointed else call(*inputs)

@@ -28,7 +28,7 @@ def draw(*shape, seed=0, dtype=torch.float32):
 def test_rows_are_the_real_tokens_of_every_call():
     q, k, v = draw(3, 2, 4, 10, 5).unbind(0)
     padding = torch.arange(10) >= torch.tensor([[3], [10]])
-    calls = [SimpleNamespace(query=x, key=k, value=v, key_padding=p) for x, p in ((q, padding), (2 * q, None))]
+    calls = [SimpleNamespace(query=x, key=k, value=v, token_mask=p) for x, p in ((q, padding), (2 * q, None))]
     rows = collect_rows(calls)
     assert [row[0].shape for row in rows] == [(1, 4, 7, 5), (1, 4, 10, 5), (1, 4, 10, 5)]
     torch.testing.assert_close(rows[0][0], q[:1, :, 3:])

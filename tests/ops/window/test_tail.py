@@ -26,14 +26,14 @@ def weighted(x):
     return (0.3 * x).exp(), x.sum(-1)
 
 
-def by_loop(q, k, v, *, left, right, is_causal, log_factor, relative, key_real):
+def by_loop(q, k, v, *, left, right, is_causal, log_factor, relative, token_mask):
     """The definition, one query at a time."""
     out = torch.zeros_like(q)
     (phi_q, scale_q), (phi_k, scale_k) = weighted(q), weighted(k)
     offset = k.shape[2] - q.shape[2]
     for b, h, r in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         i = offset + r
-        keys = [j for j in range(i + 1 if is_causal else k.shape[2]) if key_real[b, j]]
+        keys = [j for j in range(i + 1 if is_causal else k.shape[2]) if token_mask[b, j]]
         window = [j for j in keys if i - left <= j <= i + right]
         if not window:
             continue
@@ -52,13 +52,19 @@ def by_loop(q, k, v, *, left, right, is_causal, log_factor, relative, key_real):
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 def test_is_its_definition(side, queries, pads):
     q, k, v = draw(20, queries=queries)
-    key_real = torch.ones(2, 20, dtype=torch.bool)
-    key_real[1, :pads] = False
+    token_mask = torch.ones(2, 20, dtype=torch.bool)
+    token_mask[1, :pads] = False
     log_factor, relative = torch.tensor([0.3, -1.0], dtype=torch.float64), torch.tensor([False, True])
     where = {"left": 3, "right": 0 if side == "decoder" else 2, "is_causal": side == "decoder"}
-    expected = by_loop(q, k, v, **where, log_factor=log_factor, relative=relative, key_real=key_real)
-    given = {**where, "scaling": SCALING, "window_log_factor": log_factor, "relative": relative, "key_real": key_real}
-    seen = torch.ones(2, queries, dtype=torch.bool) if pads == 0 else key_real[:, 20 - queries :]
+    expected = by_loop(q, k, v, **where, log_factor=log_factor, relative=relative, token_mask=token_mask)
+    given = {
+        **where,
+        "scaling": SCALING,
+        "window_log_factor": log_factor,
+        "relative": relative,
+        "token_mask": token_mask,
+    }
+    seen = torch.ones(2, queries, dtype=torch.bool) if pads == 0 else token_mask[:, 20 - queries :]
     for attend in (naive_window_tail_attention, lambda *a, **o: window_tail_attention(*a, **o)[0]):
         output = attend(q, k, v, weighted, weighted, **given)
         torch.testing.assert_close(output.transpose(1, 2)[seen], expected.transpose(1, 2)[seen])
@@ -105,7 +111,7 @@ def test_a_state_continues_the_call():
         held = slice(start, stop + window)  # the window before the new tokens, and they
         real = (torch.arange(start, stop + window) >= window)[None]
         call = q[:, :, start:stop], k[:, :, held], v[:, :, held]
-        output, state = window_tail_attention(*call, weighted, weighted, **given, key_real=real, state=state)
+        output, state = window_tail_attention(*call, weighted, weighted, **given, token_mask=real, state=state)
         outputs.append(output)
     torch.testing.assert_close(torch.cat(outputs, 2), expected)
 

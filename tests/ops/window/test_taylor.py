@@ -29,7 +29,7 @@ def draw(length, *, batch=2, heads=2, dim=4, rank=3, seed=0, slope=0.3):
     return [x.clone().requires_grad_() for x in (*tokens, weights[0], slopes[0], weights[1], slopes[1], factor)]
 
 
-def attend(function, arguments, *, window, key_real=None):
+def attend(function, arguments, *, window, token_mask=None):
     q, k, v, q_weight, q_slope, k_weight, k_slope, factor = arguments
     maps = (TaylorMap(ParametricMap(project, x)) for x in ((q_weight, q_slope), (k_weight, k_slope)))
     found = function(
@@ -39,16 +39,16 @@ def attend(function, arguments, *, window, key_real=None):
         is_causal=False,
         scaling=SCALING,
         window_log_factor=factor,
-        key_real=key_real,
+        token_mask=token_mask,
     )
     return found[0] if isinstance(found, tuple) else found
 
 
-def results(function, arguments, *, key_real=None, **options):
+def results(function, arguments, *, token_mask=None, **options):
     """The output and all gradients, of rows that are tokens."""
-    output = attend(function, arguments, key_real=key_real, **options)
-    if key_real is not None:
-        output = output * key_real[:, None, :, None]
+    output = attend(function, arguments, token_mask=token_mask, **options)
+    if token_mask is not None:
+        output = output * token_mask[:, None, :, None]
     loss = output.square().sum() + (output * torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)).sum()
     return [output, *torch.autograd.grad(loss, arguments)]
 
@@ -86,23 +86,23 @@ def test_is_the_dense_form(length, window):
 @pytest.mark.parametrize("window", [(3, 2), (0, 40), (300, 300)], ids=str)
 @pytest.mark.parametrize("length", [7, 150])
 def test_padding_is_not_seen(length, window):
-    key_real = torch.ones(2, length, dtype=torch.bool)
-    key_real[1, : length // 2] = False
-    assert_same(draw(length), window=window, key_real=key_real)
+    token_mask = torch.ones(2, length, dtype=torch.bool)
+    token_mask[1, : length // 2] = False
+    assert_same(draw(length), window=window, token_mask=token_mask)
     arguments = draw(length)
-    output = attend(window_tail_attention, arguments, window=window, key_real=key_real)
+    output = attend(window_tail_attention, arguments, window=window, token_mask=token_mask)
     with torch.no_grad():
         for x in arguments[:3]:
             x[1, :, : length // 2] = 1e4
-    again = attend(window_tail_attention, arguments, window=window, key_real=key_real)
-    seen = key_real[:, None].expand(2, 2, -1)
+    again = attend(window_tail_attention, arguments, window=window, token_mask=token_mask)
+    seen = token_mask[:, None].expand(2, 2, -1)
     torch.testing.assert_close(again[seen], output[seen], atol=0, rtol=0)
 
 
 def test_rows_without_a_key_are_zero():
-    key_real = torch.zeros(2, 70, dtype=torch.bool)
-    key_real[0] = True
-    output, *gradients = results(window_tail_attention, draw(70), window=(4, 4), key_real=key_real)
+    token_mask = torch.zeros(2, 70, dtype=torch.bool)
+    token_mask[0] = True
+    output, *gradients = results(window_tail_attention, draw(70), window=(4, 4), token_mask=token_mask)
     assert (output[1] == 0).all()
     assert all(x.isfinite().all() for x in gradients)
 
