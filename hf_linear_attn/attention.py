@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,13 +139,7 @@ def linear_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    global_attention_mask: torch.Tensor | None = None,
     sliding_window: int | None = None,
-    linear_attn_call: LinearAttnCall | None = None,
-    linear_attn_recorder: AttentionRecorder | None = None,
-    linear_attn_plan: SequencePlan | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of converted models: query, key, value `[B, H, T, D]` to output `[B, Tq, H, D]`.
@@ -168,66 +163,71 @@ def linear_attention_forward(
     """
     if kwargs.get("output_attentions"):
         raise ValueError(OUTPUT_ATTENTIONS_MESSAGE)
-    if linear_attn_call is None:
+    of_layer: LinearAttnCall | None = kwargs.get("linear_attn_call")
+    if of_layer is None:
         _check_listed_as_softmax(module)
+    cache_layer = None if of_layer is None else of_layer.cache_layer
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    cache_layer = None if linear_attn_call is None else linear_attn_call.cache_layer
     packed, mask = (attention_mask, None) if isinstance(attention_mask, SequencePlan) else (None, attention_mask)
-    real = _padding(mask, query, key, cache_layer)
     inputs = AttentionInputs(
         query=query,
         key=key,
         value=value,
-        token_mask=real,
+        token_mask=_token_mask(mask, query, key, cache_layer),
         is_causal=_is_causal(module, is_causal),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        hidden_states=None if linear_attn_call is None else linear_attn_call.hidden_states,
-        global_mask=None if linear_attn_call is None else _global_mask(global_attention_mask, query),
+        hidden_states=None if of_layer is None else of_layer.hidden_states,
+        global_mask=None if of_layer is None else _global_mask(kwargs.get("global_attention_mask"), query),
     )
-
     if not _is_self_attention(module):  # every packed sequence may see all of the encoder's tokens
         return _softmax(inputs, dropout).transpose(1, 2), None
-    plan = linear_attn_plan
-    if plan is None:
-        queries = None if real is None else real[:, -query.shape[2] :]
-        plan = plan_call(query.shape[0], query.shape[2], queries, cu_seq_lens_q, seq_idx)
-    if packed is not None and not plan.packed:
-        plan = packed
-    regroups = cache_layer is None and linear_attn_recorder is None and query.shape[2] == key.shape[2]
+
+    plan = _plan(packed, inputs, kwargs)
+    recorder: AttentionRecorder | None = kwargs.get("linear_attn_recorder")
+    regroups = cache_layer is None and recorder is None and query.shape[2] == key.shape[2]
     if plan.packed and not regroups:
         raise ValueError(PACKED_MESSAGE)
+    if of_layer is not None and recorder is not None:
+        return _record(module, inputs, recorder).transpose(1, 2), None
 
-    if linear_attn_call is not None and linear_attn_recorder is not None:
-        output = _softmax(inputs, 0.0)
-        replacement = linear_attn_recorder(module, inputs, output)
-        return (output if replacement is None else replacement).transpose(1, 2), None
-    if linear_attn_call is None:
-
-        def attend(inputs: AttentionInputs) -> torch.Tensor:
-            return _softmax(inputs, dropout, sliding_window)
-
+    if of_layer is None:
+        attend = partial(_softmax, dropout=dropout, sliding_window=sliding_window)
     else:
         _warn_of_dropout(dropout)
-
-        def attend(inputs: AttentionInputs) -> torch.Tensor:
-            return _run_variant(module.linear_attn, inputs, cache_layer)
-
+        attend = partial(_run_variant, module.linear_attn, cache_layer=cache_layer)
     keys_at_hand = cache_layer is None or cache_layer.state is None
     output = _by_bucket(plan, attend, inputs) if plan.buckets and regroups else attend(inputs)
-    if real is not None and not keys_at_hand:
-        _refuse_padded_end(mask, inputs)
-    if real is not None:
+    if inputs.token_mask is not None:
+        if not keys_at_hand:
+            _refuse_padded_end(mask, inputs)
         reads_last = keys_at_hand and not plan.packed and (is_traced() or not plan.last_real)
         output = _settle_padding(output, inputs, reads_last=reads_last, window=sliding_window)
     return output.transpose(1, 2), None
 
 
-def _padding(
+def _plan(packed: SequencePlan | None, inputs: AttentionInputs, keywords: dict[str, Any]) -> SequencePlan:
+    """The sequences of the call: the model's plan, one for this layer alone, or what stood in place of a mask."""
+    plan: SequencePlan | None = keywords.get("linear_attn_plan")
+    if plan is None:
+        batch, _, q_len, _ = inputs.query.shape
+        mask = None if inputs.token_mask is None else inputs.token_mask[:, -q_len:]
+        plan = plan_call(batch, q_len, mask, keywords.get("cu_seq_lens_q"), keywords.get("seq_idx"))
+    return packed if packed is not None and not plan.packed else plan
+
+
+def _record(module: nn.Module, inputs: AttentionInputs, recorder: AttentionRecorder) -> torch.Tensor:
+    """Softmax's output, or what the recorder gives in its place."""
+    output = _softmax(inputs, 0.0)
+    replacement = recorder(module, inputs, output)
+    return output if replacement is None else replacement
+
+
+def _token_mask(
     mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, cache_layer: LinearAttnCacheLayer | None
 ) -> torch.Tensor | None:
-    """The padding of the keys `[B, Tk]`; a mask also covers the tokens that are already in a decode state."""
+    """Which keys are tokens `[B, Tk]`; a mask also covers the tokens that are already in a decode state."""
     if mask is None:
         return None
     if mask.ndim != 2:

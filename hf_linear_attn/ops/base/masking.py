@@ -34,7 +34,7 @@ def safe_masked_fill(x: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
 
 
 def query_mask_of(token_mask: torch.Tensor | None, q_len: int, is_causal: bool) -> torch.Tensor | None:
-    """The padding of the queries: the last `q_len` of the key positions when causal or equally many.
+    """The token mask of the queries: the last `q_len` of the key positions when causal or equally many.
 
     Args:
         token_mask: bool `[B, Tk]`, or None.
@@ -42,7 +42,7 @@ def query_mask_of(token_mask: torch.Tensor | None, q_len: int, is_causal: bool) 
         is_causal: whether queries are right-aligned with the keys.
 
     Returns:
-        bool `[B, Tq]`, or None when the keys' padding says nothing about the queries.
+        bool `[B, Tq]`, or None when the keys' mask says nothing about the queries.
     """
     if token_mask is None or q_len > token_mask.shape[1]:
         return None
