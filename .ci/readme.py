@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/variants.md", "docs/methods.md", "docs/results.md", "docs/performance.md")
 RESULTS = ROOT / "recipes" / "results"
 HEADLINE = RESULTS / "minilm_sotu_long.json"
+LONGER = RESULTS / "minilm_sotu_truncated.json"
 BENCH = ROOT / "recipes" / "bench"
 METHODS = ROOT / "recipes" / "methods" / "results"
 TIMES = ROOT / ".ci" / "times.json"
@@ -70,8 +71,8 @@ def short() -> str:
     for spec in map(VARIANTS.get, VARIANTS.names()):
         paper = re.search(r"arXiv:(\d{4}\.\d{4,5})", spec.paper)
         title = f"[{spec.title}](https://arxiv.org/abs/{paper[1]})" if paper else spec.title
-        sides = "both" if spec.encoder and spec.decoder else "encoders" if spec.encoder else "decoders"
-        rows.append([f"`{spec.key}`", title, sides, spec.cost])
+        sides = ["encoders"] * spec.encoder + ["decoders"] * spec.decoder
+        rows.append([f"`{spec.key}`", title, " and ".join(sides), spec.cost])
     return table(["variant", "method", "serves", "cost of attention"], rows)
 
 
@@ -149,11 +150,18 @@ def headline() -> str:
     data = json.loads(HEADLINE.read_text(encoding="utf-8"))
     title, task, metric = data["meta"]["title"], data["task"], data["primary_metric"]
     rows = [[f"`{row['name']}`", f"{row['max_length']:,}", interval(row["quality"][metric])] for row in data["rows"]]
+    longer = json.loads(LONGER.read_text(encoding="utf-8"))
+    times, row = longer["budget"]["steps"] // data["budget"]["steps"], longer["rows"][0]
+    quality = interval(row["quality"][metric])
+    rows.insert(1, [f"`{row['name']}`, {times} times the steps", f"{row['max_length']:,}", quality])
     rows += [[*line["name"].split(", ", 1), number(line["value"], 3)] for line in data["baselines"]]
     picture = HEADLINE.with_suffix(".png").relative_to(ROOT).as_posix()
     parts = [
         f"**{title}.** {task['description'].rstrip('.')}. {task['test_documents']} test documents.",
         table(["model", "tokens read", f"{metric} [95% interval]"], rows),
+        f"{data['budget']['description'].split('; learning rate')[0]}: "
+        + ", ".join(f"{row['train_seconds'] / 60:.0f} minutes for `{row['name']}`" for row in data["rows"])
+        + f" a fold on {data['meta']['device'].split(' (')[0]}, {data['meta']['threads']} threads.",
         f"![{title}]({picture})",
     ]
     return "\n\n".join(parts)

@@ -330,7 +330,7 @@ def test_tables_name_everything_and_say_why_it_is_missing(results: dict[str, Any
     assert "as fast as SDPA" in short
     assert all(line.count("|") == header.count("|") for header, line in _table_lines(short))
     assert "- *peers*, forward: ours is as fast or faster at " in short
-    assert "- *decoder* after 32 to 64 tokens, slowest over fastest: `l" in short
+    assert "- *decoder* after 32 to 64 tokens, lowest over highest tokens a second (1: no" in short
     assert "x: the peer's time over ours" in text
     assert all(line.count("|") == header.count("|") for header, line in _table_lines(text))
 

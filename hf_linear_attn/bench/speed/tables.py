@@ -255,7 +255,8 @@ def _models_in_short(views: Sequence[_View]) -> str:
             cells.append(ratio if start == "-" else f"{ratio} ({start})")
         if name != "sdpa":
             lines.append([f"`{name}`", *cells])
-    return f"{markdown_table(header, lines)}\n\nIn brackets: tokens from which on it is as fast as SDPA."
+    legend = "In parentheses: the length from which on it is as fast as SDPA; ≤: at or below the shortest one tried."
+    return f"{markdown_table(header, lines)}\n\n{legend}"
 
 
 def _layer_in_short(view: _View) -> str:
@@ -289,4 +290,5 @@ def _decode_in_short(results: Mapping[str, Any], part: Row) -> str:
     constant.sort(key=lambda name: flat[name]["slowdown"])
     contexts = " to ".join(f"{n:,}" for n in (min(part["contexts"]), max(part["contexts"])))
     shown = ", ".join(f"`{name}` {flat[name]['slowdown']:.2f}" for name in (*constant, "sdpa") if name in flat)
-    return f"*{part['name']}* after {contexts} tokens, slowest over fastest: {shown}."
+    what = "lowest over highest tokens a second (1: no length costs more)"
+    return f"*{part['name']}* after {contexts} tokens, {what}: {shown}."
