@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from hf_linear_attn.advise import layers as timing
 from hf_linear_attn.advise.layers import FORWARD, SDPA, STEP
-from hf_linear_attn.measure import crossover as bench_summary
+from hf_linear_attn.measure.crossover import crossover as find_crossover
 from hf_linear_attn.measure.profile import median_ratio, peak_memory
 
 __all__ = ["SDPA", "Advice", "AdviceRow", "Crossover", "advise", "crossover_length", "default_lengths", "format_advice"]
@@ -159,7 +159,7 @@ def crossover_length(lengths: Sequence[int], ratios: Sequence[float]) -> Crossov
     """
     if not lengths or len(lengths) != len(ratios) or any(a >= b for a, b in itertools.pairwise(lengths)):
         raise ValueError(f"Needs rising lengths and as many ratios, got {list(lengths)} and {list(ratios)}.")
-    found = bench_summary.crossover(lengths, ratios)
+    found = find_crossover(lengths, ratios)
     if found["how"] == "none up to":
         return Crossover(None)
     return Crossover(found["tokens"], at_most=found["how"] == "at or below")

@@ -21,7 +21,7 @@ from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, accumulation_dtype,
 from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.features.gradients import trains_unnamed
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ScaledMap
-from hf_linear_attn.ops.linear import fused as fused_linear_attention
+from hf_linear_attn.ops.linear import fused
 from hf_linear_attn.ops.linear.blocks import block_linear_attention
 from hf_linear_attn.ops.linear.sums import (
     CHUNK,
@@ -174,9 +174,9 @@ def _attend(
             f"is_causal={is_causal}, {q_len} queries and {k_len} keys."
         )
     if use_triton(backend, v):
-        fused = _attend_fused(q, k, v, q_map, k_map, log_weight, token_mask, query_mask, is_causal, state, backend)
-        if fused is not None:
-            return fused
+        found = _attend_fused(q, k, v, q_map, k_map, log_weight, token_mask, query_mask, is_causal, state, backend)
+        if found is not None:
+            return found
     # A traced graph has no reentrant backward, a decode step no use for one, and a map that trains tensors which it
     # does not name needs autograd to find them.
     if q_len > 1 and not torch.compiler.is_compiling() and not trains_unnamed((q_map, q), (k_map, k)):
@@ -224,18 +224,18 @@ def _attend_fused(
 ) -> tuple[torch.Tensor, torch.Tensor, State | None] | None:
     """Attention by the Triton kernels; None for features that they do not take."""
     call: dict[str, Any] = {"token_mask": token_mask, "query_mask": query_mask, "is_causal": is_causal, "state": state}
-    if isinstance(q_map, ScaledMap) and isinstance(k_map, ScaledMap) and k_map.name in fused_linear_attention.MAPS:
-        if not use_triton(backend, v, fused_linear_attention.refusal(q.shape[-1], v)):
+    if isinstance(q_map, ScaledMap) and isinstance(k_map, ScaledMap) and k_map.name in fused.MAPS:
+        if not use_triton(backend, v, fused.refusal(q.shape[-1], v)):
             return None
         call |= {"feature_map": k_map.name, "multipliers": (q_map.multiplier, k_map.multiplier)}
-        return fused_linear_attention.attend(q, k, v, log_weight=k_map.log_weight(k), **call)
-    k_features, weight = fused_linear_attention.map_features(k_map, safe_masked_fill(k, token_mask))
-    if not use_triton(backend, v, fused_linear_attention.refusal(k_features.shape[-1], v)):
+        return fused.attend(q, k, v, log_weight=k_map.log_weight(k), **call)
+    k_features, weight = fused.map_features(k_map, safe_masked_fill(k, token_mask))
+    if not use_triton(backend, v, fused.refusal(k_features.shape[-1], v)):
         return None
-    q_features, log_scale = fused_linear_attention.map_features(q_map, safe_masked_fill(q, query_mask))
+    q_features, log_scale = fused.map_features(q_map, safe_masked_fill(q, query_mask))
     if log_weight is not None:
         weight = log_weight if weight is None else weight + log_weight
-    output, normalizer, state = fused_linear_attention.attend(q_features, k_features, v, log_weight=weight, **call)
+    output, normalizer, state = fused.attend(q_features, k_features, v, log_weight=weight, **call)
     return output, normalizer if log_scale is None else normalizer + log_scale, state
 
 

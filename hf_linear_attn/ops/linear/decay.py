@@ -18,7 +18,7 @@ from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
 from hf_linear_attn.ops.features.gradients import trains_unnamed
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap
-from hf_linear_attn.ops.linear import fused as fused_linear_attention
+from hf_linear_attn.ops.linear import fused
 from hf_linear_attn.ops.linear.attention import init_linear_state
 from hf_linear_attn.ops.linear.decay_blocks import LEAST_GIVEN, LogDecay, block_decay_attention, require_no_weight
 from hf_linear_attn.ops.linear.decay_chunks import LEAST, accumulate, chunk_block, relative_to_peaks
@@ -176,10 +176,8 @@ def _attend(
         log_weight = key_log_weight if log_weight is None else log_weight + key_log_weight
     require_no_weight(normalised, log_weight)
     whole = log_decay(token_mask) if isinstance(log_decay, LogDecay) else log_decay
-    if triton and use_triton(
-        backend, v, fused_linear_attention.refusal(k_features.shape[-1], v, gated=whole.ndim == 4)
-    ):
-        output, _, state = fused_linear_attention.attend(
+    if triton and use_triton(backend, v, fused.refusal(k_features.shape[-1], v, gated=whole.ndim == 4)):
+        output, _, state = fused.attend(
             q_features,
             k_features,
             v,
