@@ -47,11 +47,12 @@ class Recording:
     outputs: list[torch.Tensor] = field(default_factory=list)
 
 
-def check_batches(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def check_batches(calibration: Iterable[Mapping[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
     """The batches without their labels.
 
     Raises:
-        ValueError: for something else than a list of mappings, none at all, or a batch of nothing but padding.
+        ValueError: for something else than a list of mappings, none at all, a batch of nothing but padding, or token
+            ids that a model with so many embeddings does not have.
     """
     if isinstance(calibration, str) or not isinstance(calibration, Iterable):
         raise ValueError(f"calibration={calibration!r}; allowed: a list of batches, argument names to tensors each.")
@@ -64,6 +65,12 @@ def check_batches(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, An
         mask = batch.get("attention_mask")
         if isinstance(mask, torch.Tensor) and not bool(mask.any()):
             raise ValueError("A calibration batch holds nothing but padding (its attention_mask is all 0).")
+        ids = batch.get("input_ids")
+        if isinstance(ids, torch.Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(
+                f"input_ids of a calibration batch go from {int(ids.min())} to {int(ids.max())}; allowed: 0 to "
+                f"{vocab_size - 1}, the model's vocabulary. Is the tokenizer this model's?"
+            )
         batches.append({name: value for name, value in batch.items() if name != "labels"})
     if not batches:
         raise ValueError("calibration holds no batch.")

@@ -31,7 +31,7 @@ from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_pat
 from hf_linear_attn.report import describe
 from hf_linear_attn.seam.initialization import mark_initialized
 from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers
-from hf_linear_attn.variants.base import MAX_INTEGER, AttentionVariant
+from hf_linear_attn.variants.base import MAX_INTEGER, AttentionVariant, device_memory
 
 __all__ = ["convert_model", "extend_positions", "revert_model", "set_backend", "unmark_unpacked"]
 
@@ -104,7 +104,7 @@ def convert_model(
     positions = _check_extension(model, max_length, extend)
     _check_finite(model)
     _check_kernels(model, check_backend(backend), {layer.variant for layer in spec.layers if layer is not None})
-    batches = None if calibration is None else check_batches(calibration)
+    batches = None if calibration is None else check_batches(calibration, model.config.vocab_size)
 
     upstream_config = model.config
 
@@ -400,6 +400,10 @@ def _check_extension(model: PreTrainedModel, max_length: int | None, mode: str) 
     present = patcher.max_length(model.config)
     if isinstance(max_length, bool) or not isinstance(max_length, int) or not present <= max_length <= MAX_INTEGER:
         raise ValueError(f"max_length={max_length!r} must be an integer of at least {present}, the present limit.")
+    if (table := _position_weight(model)) is not None:
+        size, memory = 3 * max_length * table.shape[1] * table.element_size(), device_memory(table.device)
+        if size > memory:
+            raise ValueError(f"max_length={max_length:,} takes {size:,} bytes for positions; there are {memory:,}.")
     return PositionsConfig(original_max_length=present, mode=mode if has_table else "rotary")
 
 

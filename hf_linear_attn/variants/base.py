@@ -25,6 +25,7 @@ __all__ = [
     "LayerContext",
     "State",
     "VariantConfig",
+    "device_memory",
     "materialize",
 ]
 
@@ -333,10 +334,11 @@ def materialize(variants: Sequence[tuple[AttentionVariant, torch.Tensor]]) -> No
         tensors = [*variant.parameters(), *variant.buffers()]
         needed[like.device] = needed.get(like.device, 0) + sum(x.numel() * x.element_size() for x in tensors)
     for device, size in needed.items():
-        if size > _memory(device):
+        memory = device_memory(device)
+        if size > memory:
             raise ValueError(
-                f"The variants need {size:,} bytes with these options; {device} has {_memory(device):,}. Options that "
-                "tensors are made for (features, slots, ranks, max_length) must be smaller."
+                f"The variants need {size:,} bytes with these options; {device} has {memory:,}. Options that tensors "
+                "are made for (features, slots, ranks, max_length) must be smaller."
             )
     for variant, like in variants:
         if not like.is_meta:
@@ -345,7 +347,7 @@ def materialize(variants: Sequence[tuple[AttentionVariant, torch.Tensor]]) -> No
         variant.to(like.dtype)
 
 
-def _memory(device: torch.device) -> float:
+def device_memory(device: torch.device) -> float:
     """Bytes that can be allocated on `device` at most, infinite where that is not known or nothing is allocated."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
