@@ -161,7 +161,7 @@ def headline() -> str:
         table(["model", "tokens read", f"{metric} [95% interval]"], rows),
         f"{data['budget']['description'].split('; learning rate')[0]}: "
         + ", ".join(f"{row['train_seconds'] / 60:.0f} minutes for `{row['name']}`" for row in data["rows"])
-        + f" a fold on {data['meta']['device'].split(' (')[0]}, {data['meta']['threads']} threads.",
+        + f" a fold on {data['meta']['device']}.",
         f"![{title}]({picture})",
     ]
     return "\n\n".join(parts)
