@@ -22,7 +22,7 @@ from torch import nn
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, weighted_by_mean_logit
-from hf_linear_attn.ops.linear.decay import LogDecay, feature_map_decay_attention, init_decay_state
+from hf_linear_attn.ops.linear.attention import LogDecay, feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import (
     Row,
     choose_start,
@@ -101,8 +101,8 @@ class GatedLinearAttention(AttentionVariant):
         if not context.is_causal:
             raise ValueError(REFUSAL)
         heads, dim = context.num_heads, context.head_dim
-        self.normalised = config.feature_map != "identity"
-        self.reduces = config.variance_reducer and self.normalised
+        self.normalized = config.feature_map != "identity"
+        self.reduces = config.variance_reducer and self.normalized
         self.gate_down = nn.Parameter(torch.empty(config.gate_rank, context.hidden_size))
         self.gate_up = nn.Parameter(torch.empty(heads * dim, config.gate_rank))
         self.gate_bias = nn.Parameter(torch.empty(heads, dim))
@@ -148,19 +148,19 @@ class GatedLinearAttention(AttentionVariant):
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
-        return init_decay_state(batch_size, heads, dim, dim, dtype, device, normalised=self.normalised)
+        return init_linear_state(batch_size, heads, dim, dim, dtype, device, normalized=self.normalized)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        output, state = feature_map_decay_attention(
+        output, state = feature_map_attention(
             inputs.query,
             inputs.key,
             inputs.value,
-            self._log_decay(inputs),
             lambda x: self._features(x, inputs.scaling),
             lambda x: self._key_features(x, inputs.scaling),
+            log_decay=self._log_decay(inputs),
             token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
-            normalised=self.normalised,
+            normalized=self.normalized,
             state=state,
             backend=self.backend,
         )
@@ -179,7 +179,7 @@ class GatedLinearAttention(AttentionVariant):
 
     def _features(self, x: torch.Tensor, scaling: float) -> Features:
         x = x.to(accumulation_dtype(x.dtype)) * scaling**0.5
-        return FEATURE_MAPS[self.config.feature_map](x) if self.normalised else (x, None)
+        return FEATURE_MAPS[self.config.feature_map](x) if self.normalized else (x, None)
 
     def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
         features = self._features(x, scaling)

@@ -21,7 +21,7 @@ from torch import nn
 from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features.maps import FEATURE_MAPS
-from hf_linear_attn.ops.linear.attention import bidirectional_linear_attention
+from hf_linear_attn.ops.linear.attention import linear_attention
 from hf_linear_attn.ops.pooled.projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens
 from hf_linear_attn.registry import register_variant
@@ -169,10 +169,11 @@ class KernelLinformerAttention(AttentionVariant):
             log_weight = shared if log_weight is None else log_weight
         else:
             log_weight = log_weight + shared
-        output = bidirectional_linear_attention(
+        output, _ = linear_attention(
             *(feature_map(query * scale)[0], key_features, value),
             key_log_weight=log_weight,
             token_mask=in_use,
+            is_causal=False,
             backend=self.backend,
         )
         return output.to(inputs.query.dtype), None

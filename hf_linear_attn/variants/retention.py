@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, weighted_by_mean_logit
-from hf_linear_attn.ops.linear.decay import feature_map_decay_attention, init_decay_state
+from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -89,8 +89,8 @@ class RetentionAttention(AttentionVariant):
         super().__init__(config, context)
         if not context.is_causal:
             raise ValueError(REFUSAL)
-        self.normalised = config.feature_map != "identity"
-        self.reduces = config.variance_reducer and self.normalised
+        self.normalized = config.feature_map != "identity"
+        self.reduces = config.variance_reducer and self.normalized
         if config.learnable:
             self.decay_rate = nn.Parameter(torch.empty(context.num_heads))
         else:
@@ -124,32 +124,32 @@ class RetentionAttention(AttentionVariant):
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
-        return init_decay_state(batch_size, heads, dim, dim, dtype, device, normalised=self.normalised)
+        return init_linear_state(batch_size, heads, dim, dim, dtype, device, normalized=self.normalized)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         batch, heads, length, _ = inputs.key.shape
         dtype = accumulation_dtype(inputs.value.dtype)
         log_decay = -self.decay_rate.to(dtype).abs()[:, None].expand(batch, heads, length)
-        output, state = feature_map_decay_attention(
+        output, state = feature_map_attention(
             inputs.query,
             inputs.key,
             inputs.value,
-            log_decay,
             lambda x: self._query_features(x, inputs.scaling),
             lambda x: self._key_features(x, inputs.scaling),
+            log_decay=log_decay,
             token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
-            normalised=self.normalised,
+            normalized=self.normalized,
             state=state,
             backend=self.backend,
         )
         return output.to(inputs.query.dtype), state
 
     def _query_features(self, x: torch.Tensor, scaling: float) -> Features:
-        return self._features(x, scaling) if self.normalised else (x.to(accumulation_dtype(x.dtype)) * scaling, None)
+        return self._features(x, scaling) if self.normalized else (x.to(accumulation_dtype(x.dtype)) * scaling, None)
 
     def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
-        if not self.normalised:
+        if not self.normalized:
             return x, None
         features = self._features(x, scaling)
         return weighted_by_mean_logit(features, x, self.query_mean, scaling) if self.reduces else features

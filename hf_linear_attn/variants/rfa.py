@@ -1,6 +1,6 @@
 """Random Feature Attention, arXiv:2103.02143.
 
-Softmax of normalised queries and keys at a temperature, exp(x.y / tau^2) for x = q / |q|, y = k / |k|, through random
+Softmax of normalized queries and keys at a temperature, exp(x.y / tau^2) for x = q / |q|, y = k / |k|, through random
 features of W x, W = omega sigma / tau with Gaussian omega and learned sigma: `arccos` relu(W x), a kernel of its own;
 `sincos` [cos W x, sin W x] / sqrt(m); `positive` exp(W x - |sigma x|^2 / 2 tau^2) / sqrt(m), which both estimate it.
 Decoders may have a gate g = sigmoid(w . x + b) of each token and head: S <- g S + (1 - g) phi(k) v^T, z likewise.
@@ -8,7 +8,7 @@ Cost n m d; decode state f (d + 1) numbers a head, f = m, or 2m for `sincos`.
 
 With calibration tau^2 = 1 / (scaling E|q||k|), the scale of the checkpoint's logits, or a multiple of it; keys are
 weighted by exp(scaling * a . k), a the head's mean query or a part of it, and queries and keys may be centred
-before they are normalised. Each head keeps what lowers its output error.
+before they are normalized. Each head keeps what lowers its output error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,6 @@ from torch import nn
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
-from hf_linear_attn.ops.linear.decay import feature_map_decay_attention
 from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -75,7 +73,7 @@ class RFAConfig(VariantConfig):
     test_options=({"kernel": "positive", "num_features": 24, "gate": True}, {"variance_reducer": False}),
 )
 class RFAAttention(AttentionVariant):
-    """Attention through random features of normalised queries and keys.
+    """Attention through random features of normalized queries and keys.
 
     Parameters: `sigma [H, D]`; with the gate `gate_weight [H, hidden_size]` and `gate_bias [H]`. Buffers (persistent):
     `omega [m, D]`, `tau [H]`; with the variance reducer `query_mean`, `query_center`, `key_center [H, D]`.
@@ -159,13 +157,17 @@ class RFAAttention(AttentionVariant):
         self, inputs: AttentionInputs, state: State | None, gate: torch.Tensor | None
     ) -> tuple[torch.Tensor, State | None]:
         q, k, v = inputs.query, inputs.key, inputs.value
-        given: dict[str, Any] = {"token_mask": inputs.token_mask, "state": state, "backend": self.backend}
         q_map = maps.ParametricMap(partial(self._features, is_key=False), (self.sigma,))
         k_map = maps.ParametricMap(partial(self._key_features, scaling=inputs.scaling), (self.sigma,))
-        if gate is None:
-            return feature_map_attention(q, k, v, q_map, k_map, is_causal=inputs.is_causal, **given)
-        taken = F.logsigmoid(-gate)
-        return feature_map_decay_attention(q, k, v, F.logsigmoid(gate), q_map, k_map, key_log_weight=taken, **given)
+        return feature_map_attention(
+            *(q, k, v, q_map, k_map),
+            log_decay=None if gate is None else F.logsigmoid(gate),
+            key_log_weight=None if gate is None else F.logsigmoid(-gate),
+            token_mask=inputs.token_mask,
+            is_causal=inputs.is_causal,
+            state=state,
+            backend=self.backend,
+        )
 
     def _key_features(self, x: torch.Tensor, sigma: torch.Tensor, *, scaling: float) -> maps.Features:
         features = self._features(x, sigma, is_key=True)

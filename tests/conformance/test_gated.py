@@ -49,7 +49,7 @@ def test_the_identity_kernel_is_gla_s(gla, length):
 
 
 @pytest.mark.parametrize("length", [1, 63, 200])
-def test_ours_is_normalised_and_theirs_is_not(gla, length):
+def test_ours_is_normalized_and_theirs_is_not(gla, length):
     """Our default divides by z: theirs on the same features, over theirs with ones in place of v."""
     q, k, v, hidden = draw(length)
     module = build()

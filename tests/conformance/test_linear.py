@@ -1,4 +1,4 @@
-"""`linear` against flash-linear-attention's naive reference: same features, normalised."""
+"""`linear` against flash-linear-attention's naive reference: same features, normalized."""
 
 import pytest
 import torch

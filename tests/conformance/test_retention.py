@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops.linear.decay import decay_linear_attention
+from hf_linear_attn.ops.linear.attention import linear_attention
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.retention import RetentionAttention, RetentionConfig
 
@@ -43,7 +43,7 @@ def test_the_identity_kernel_with_published_decays_is_retnet_s(retention, length
 
 
 @pytest.mark.parametrize("length", [1, 63, 300])
-def test_ours_is_normalised_and_theirs_is_not(retention, length):
+def test_ours_is_normalized_and_theirs_is_not(retention, length):
     """Our default divides by z: theirs on the same features, with a column of ones beside v, over that column."""
     q, k, v = draw(length)
     features = [torch.nn.functional.elu(x * DIM**-0.25) + 1 for x in (q, k)]
@@ -59,7 +59,7 @@ def test_ours_is_normalised_and_theirs_is_not(retention, length):
 def test_decays_per_token_and_head_are_simple_gla_s(simple_gla, form, length):
     q, k, v = draw(length)
     decay = torch.nn.functional.logsigmoid(torch.randn(2, HEADS, length, generator=torch.Generator().manual_seed(1)))
-    ours = decay_linear_attention(q * DIM**-0.5, k, v, decay, normalised=False)[0]
+    ours = linear_attention(q * DIM**-0.5, k, v, log_decay=decay, is_causal=True, normalized=False)[0]
     theirs = getattr(simple_gla, form)(*(x.transpose(1, 2) for x in (q, k, v, decay)))[0].transpose(1, 2)
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
 

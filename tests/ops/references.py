@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_linear_attn.ops.base.compaction import CompactedCall
-from hf_linear_attn.ops.base.masking import causal_mask, query_mask_of, safe_masked_fill
-from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
-from hf_linear_attn.ops.linear.decay import _finish, _prepare, _start
-from hf_linear_attn.ops.linear.sums import divide
+from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.sparse.layout import BlockGrid, Extra
 from hf_linear_attn.ops.sparse.patterns import CAUSAL, FULL, TAIL, BlockLists
 
@@ -18,46 +15,42 @@ def naive_linear_attention(
     k_features: torch.Tensor,
     v: torch.Tensor,
     *,
+    log_decay: torch.Tensor | None = None,
     key_log_weight: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
     is_causal: bool = False,
+    normalized: bool = True,
 ) -> torch.Tensor:
-    """The dense O(n^2) formula, for the arguments of `linear_attention`."""
-    dtype = accumulation_dtype(v.dtype)
-    q_features, k_features, values = q_features.to(dtype), k_features.to(dtype), v.to(dtype)
-    visible = torch.ones(v.shape[0], 1, q_features.shape[2], v.shape[2], dtype=torch.bool, device=v.device)
+    """The dense formula with n x n x F weights, for the arguments of `linear_attention`."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    q, k, values = q_features.to(dtype), k_features.to(dtype), v.to(dtype)
+    q_len, k_len = q.shape[2], k.shape[2]
+    visible = torch.ones(v.shape[0], 1, q_len, k_len, dtype=torch.bool, device=v.device)
     if is_causal:
-        visible = visible & causal_mask(q_features.shape[2], v.shape[2], v.device)
+        visible = visible.tril(k_len - q_len)
     if token_mask is not None:
         visible = visible & token_mask[:, None, None, :]
         values = values.masked_fill(~token_mask[:, None, :, None], 0)
-    log_weight = torch.zeros_like(values[..., 0]) if key_log_weight is None else key_log_weight.to(dtype)
-    log_weight = log_weight[:, :, None, :].masked_fill(~visible, LOG_ZERO)  # [B, H, Tq, Tk]
-    weight = (log_weight - log_weight.amax(-1, keepdim=True)).exp().masked_fill(~visible, 0)
-    scores = (q_features @ k_features.mT) * weight
-    return divide(torch.cat([scores @ values, scores.sum(-1, keepdim=True)], -1), v.dtype)
-
-
-def naive_decay_linear_attention(
-    q_features: torch.Tensor,
-    k_features: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    *,
-    key_log_weight: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-    normalised: bool = True,
-) -> torch.Tensor:
-    """The formula with n x n (x F) weights, for the arguments of `decay_linear_attention`."""
-    q_len, k_len = q_features.shape[2], k_features.shape[2]
-    with full_precision(v):
-        carry, peak = _start(q_features, v, normalised, None)
-        k, v1, decay, _ = _prepare(k_features, v, log_decay, key_log_weight, token_mask, carry.dtype, normalised, peak)
-        later = torch.ones(k_len, k_len, dtype=torch.bool, device=v.device).tril(-1)[:, :, None]
-        between = torch.where(later, decay[..., :, None, :], 0).cumsum(-3)  # [B, H, i, j, F or 1]
-        weight = between.exp() * torch.ones(k_len, k_len, dtype=torch.bool, device=v.device).tril()[:, :, None]
-        scores = (q_features.to(k.dtype)[..., :, None, :] * k[..., None, :, :] * weight[:, :, k_len - q_len :]).sum(-1)
-        return _finish(scores @ v1, v.dtype, normalised)
+    exponent = torch.zeros_like(values[..., None, :, :1])  # [B, H, 1 or Tq, Tk, 1 or F]
+    if key_log_weight is not None:
+        exponent = key_log_weight.to(dtype)[:, :, None, :, None]
+    if log_decay is not None:
+        decay = log_decay.to(dtype) if log_decay.ndim == 4 else log_decay.to(dtype)[..., None]
+        if token_mask is not None:
+            decay = decay.masked_fill(~token_mask[:, None, :, None], 0)
+        row, key = torch.arange(k_len - q_len, k_len)[:, None, None], torch.arange(k_len)
+        between = (torch.arange(k_len)[:, None] > key) & (torch.arange(k_len)[:, None] <= row)  # [Tq, t, Tk]
+        between = between.permute(0, 2, 1).to(dtype)  # of row i and key j: the tokens t that come after j, up to i
+        exponent = exponent + torch.einsum("ijt,bhtf->bhijf", between, decay.clamp(min=-1e4))
+    exponent = exponent.masked_fill(~visible[..., None], -1e30)
+    if normalized:
+        exponent = exponent - exponent.detach().amax((3, 4), keepdim=True)
+    weight = exponent.exp() * visible[..., None]
+    scores = (q[..., :, None, :] * k[..., None, :, :] * weight).sum(-1)
+    if not normalized:
+        return (scores @ values).to(v.dtype)
+    total = scores.sum(-1, keepdim=True)
+    return (scores @ values / torch.where(total.abs() < 1e-30, 1.0, total)).to(v.dtype)
 
 
 def naive_prefix_softmax(

@@ -111,7 +111,7 @@ def test_calibration_is_never_worse_in_any_head_and_finds_decays(init):
 
 @pytest.mark.parametrize(("feature_map", "numbers"), [("elu", DIM * (DIM + 1) + 1), ("identity", DIM * DIM)])
 def test_decode_state_size(feature_map, numbers):
-    """f (d + 1) numbers a head and the log of their scale; d^2 without a normaliser."""
+    """f (d + 1) numbers a head and the log of their scale; d^2 without a normalizer."""
     module = build(feature_map=feature_map)
     state = module.init_state(2, torch.float32, torch.device("cpu"))
     for _ in range(2):

@@ -50,7 +50,7 @@ def test_is_the_dense_formula_with_the_published_decays(feature_map, length):
     torch.testing.assert_close(attend(module, q, k, v)[0], expected, atol=1e-6, rtol=1e-5)  # decays start in float32
 
 
-def test_the_identity_kernel_is_retnet_without_a_normaliser():
+def test_the_identity_kernel_is_retnet_without_a_normalizer():
     q, k, v = draw(70)
     module = build(feature_map="identity", init="published")
     gamma = (-module.decay_rate.double().abs()).exp()
@@ -120,7 +120,7 @@ def test_calibration_is_never_worse_in_any_head_and_finds_decays(options):
 
 @pytest.mark.parametrize(("feature_map", "numbers"), [("elu", 8 * 9 + 1), ("identity", 8 * 8)])
 def test_decode_state_size(feature_map, numbers):
-    """f (d + 1) numbers a head and the log of their scale; d^2 without a normaliser."""
+    """f (d + 1) numbers a head and the log of their scale; d^2 without a normalizer."""
     module = build(feature_map=feature_map)
     q, k, v = draw(20, dtype=torch.float32)
     state = module.init_state(2, torch.float32, q.device)

@@ -61,7 +61,7 @@ def test_is_the_dense_formula(kernel, causal):
 
 @SIDES
 @pytest.mark.parametrize("kernel", ["sincos", "positive"])
-def test_many_features_give_softmax_of_normalised_queries_and_keys(kernel, causal):
+def test_many_features_give_softmax_of_normalized_queries_and_keys(kernel, causal):
     q, k, v = draw(20)
     module = build(causal, kernel=kernel, num_features=20_000).double()
     x, y = (F.normalize(z, dim=-1) for z in (q, k))

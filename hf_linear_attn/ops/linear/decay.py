@@ -1,334 +1,266 @@
-"""Causal linear attention that forgets: S_i = diag(exp(g_i)) S_{i-1} + w_i phi(k_i) v_i^T, z likewise.
+"""Linear attention that forgets: the sums of a block, forward and backward, for log-decays of any strength.
 
-o_i = phi(q_i) S_i / (phi(q_i) . z_i), with log-decays g <= 0 per token and head (retention, gated RFA) or per
-feature too (gated linear attention). Key j reaches row i with weight w_j exp(g_{j+1} + .. + g_i): every
-exponential is of such a sum of log-decays between two tokens, so none overflows however long the input.
-Padded tokens neither decay nor add: a decay counts real tokens.
+Where no chunk forgets much, as is usual, the decay between two tokens of a chunk is split at the chunk's middle token,
+one part is multiplied into the query, the other into the key, and what is left is linear attention without decay. Where
+one does, `plain.chunk_with_decay`, several times slower, takes its place.
 
-Shapes: features `[B, H, T, F]`, values `[B, H, T, D]`, log_decay `[B, H, T]` or `[B, H, T, F]`, key_log_weight
-`[B, H, T]`, token_mask bool `[B, T]`. Sums are float32 (float64 for float64 input).
+`ops.linear.blocks` calls the functions here, or those of the same names in `ops.linear.powers`; nothing is recorded.
+Shapes: features `[B, H, T, F]`, values `[B, H, T, D]`, log-decays `[B, H, T, F or 1]`, all of one dtype.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
 
-from hf_linear_attn.ops.base.backend import use_triton
-from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
-from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
-from hf_linear_attn.ops.features.gradients import trains_unnamed
-from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap
-from hf_linear_attn.ops.linear import fused
-from hf_linear_attn.ops.linear.attention import init_linear_state
-from hf_linear_attn.ops.linear.decay_blocks import LEAST_GIVEN, LogDecay, block_decay_attention, require_no_weight
-from hf_linear_attn.ops.linear.decay_chunks import LEAST, accumulate, chunk_block, relative_to_peaks
-from hf_linear_attn.ops.linear.sums import CHUNK, State, block_size, divide, pack_state, prepare_keys, unpack_state
+from hf_linear_attn.ops.base.numerics import LOG_ZERO
+from hf_linear_attn.ops.linear import chunks, layout
+from hf_linear_attn.ops.linear.layout import Call, Keys, relative_to_peaks
+from hf_linear_attn.ops.linear.plain import LEAST, chunk_with_decay
 
-__all__ = [
-    "LogDecay",
-    "chunk_decay_linear_attention",
-    "decay_linear_attention",
-    "feature_map_decay_attention",
-    "init_decay_state",
-    "recurrent_decay_linear_attention",
-]
+__all__ = ["Sums", "attend", "attend_backward", "before_first", "end", "start_backward"]
+
+# What either half of a chunk may decay, in each feature, to be computed with one split for all its pairs of tokens:
+# e^40 and e^-40 are the largest and smallest factors.
+_MOST_IN_HALF = 40.0
 
 
-def init_decay_state(
-    batch_size: int,
-    num_heads: int,
-    num_features: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    normalised: bool = True,
-) -> State:
-    """The state before any token: that of `init_linear_state`, or `{"kv": [B, H, F, D]}` without a normaliser."""
-    state = init_linear_state(batch_size, num_heads, num_features, head_dim, dtype, device)
-    return state if normalised else {"kv": state["kv"]}
+class Sums(NamedTuple):
+    """Sums over the keys so far, relative to exp(peak).
+
+    Attributes:
+        kv: of phi(k) v^T, `[B, H, F, D]`.
+        z: of phi(k), `[B, H, F]`; None without a normalizer.
+        peak: `[B, H]`, `LOG_ZERO` without a key; None where no key has a weight.
+    """
+
+    kv: torch.Tensor
+    z: torch.Tensor | None
+    peak: torch.Tensor | None
 
 
-def decay_linear_attention(
-    q_features: torch.Tensor,
-    k_features: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    *,
-    key_log_weight: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-    is_causal: bool = True,
-    normalised: bool = True,
-    state: State | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, State | None]:
-    """Linear attention with decay in the form that fits the call: blocks of chunks, or one decode step.
+def before_first(call: Call, keys: Keys, now: slice) -> Sums:
+    """The sums before the call."""
+    k = keys.features
+    if call.kv is None:
+        kv = k.new_zeros(*k.shape[:2], k.shape[-1], call.v.shape[-1])
+        z = torch.zeros_like(kv[..., 0]) if call.options.normalized else None
+        return Sums(kv, z, None if keys.log_weight is None else kv.new_full(kv.shape[:2], LOG_ZERO))
+    if call.z is None:
+        return Sums(call.kv, None, None)
+    valid = _valid(call.log_scale)
+    return Sums(call.kv * valid[..., None], call.z * valid, call.log_scale)
+
+
+def _valid(log_scale: torch.Tensor) -> torch.Tensor:
+    """1 where a state has seen a key, else 0: `[B, H, 1]`."""
+    return (log_scale > LOG_ZERO / 2).to(log_scale.dtype)[..., None]
+
+
+def end(sums: Sums) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """kv, z and log scale of a state; the latter two None without a normalizer."""
+    if sums.z is None:
+        return sums.kv, None, None
+    return sums.kv, sums.z, sums.kv.new_zeros(sums.kv.shape[:2]) if sums.peak is None else sums.peak
+
+
+def start_backward(call: Call, first: Sums, d_sums: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of a state's kv and z, from those of the first sums."""
+    if call.z is None:
+        return d_sums
+    valid = _valid(call.log_scale)
+    return d_sums[0] * valid[..., None], d_sums[1] * valid
+
+
+def attend(
+    call: Call, q: torch.Tensor, keys: Keys, now: slice, sums: Sums
+) -> tuple[torch.Tensor, torch.Tensor | None, None, Sums, bool]:
+    """One block.
 
     Args:
-        q_features: `[B, H, Tq, F]`; row r stands at position Tk - Tq + r.
-        k_features: `[B, H, Tk, F]`, finite also at padded keys.
-        v: `[B, H, Tk, D]`.
-        log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0 (-inf forgets everything): what happens to the sums
-            over earlier keys when token t comes, before its own key is added.
-        key_log_weight: `[B, H, Tk]`, log of each key's weight; None for weight 1.
-        token_mask: bool `[B, Tk]`, True for a real token.
-        is_causal: must be True.
-        normalised: False gives phi(q_i) S_i as it is, and a state of S alone.
-        state: sums over earlier keys (`init_decay_state`); needs Tq == Tk.
-        backend: what runs it, see `ops.base.backend`.
+        q: features of the queries.
+        keys: theirs, at the positions `now`.
+        sums: those before the block.
 
     Returns:
-        output `[B, H, Tq, D]` in v's dtype, 0 in rows that see no key, and the state after these keys (None if
-        none came).
-
-    Raises:
-        ValueError: when not causal, for more queries than keys, a state that does not fit the call, or key
-            weights without a normaliser.
-        RuntimeError: for `backend="triton"` where the kernels cannot run.
-
-    Sources: retention arXiv:2307.08621, gated linear attention arXiv:2312.06635.
+        numerators `[B, H, T, D]`, denominators `[B, H, T]` (None without a normalizer), no log scale of theirs; the
+        sums after the block; and whether some chunk forgets too much to be split.
     """
-    maps = _as_they_are, _as_they_are
-    given = q_features, k_features, v, log_decay, *maps, key_log_weight, token_mask, None
-    return _attend(*given, is_causal, normalised, state, backend)
+    weight, decay, peak = _relative(call, keys, now, sums.peak)
+    split = _split(q, keys.features, decay, weight)
+    if split is None:
+        k = keys.features if weight is None else keys.features * weight[..., None]
+        numerator, den, kv, z = _steep(q, k, call.values(now), decay, sums.kv, sums.z)
+    else:
+        numerator, den, kv, z = chunks.causal(
+            split.q, split.k, call.values(now), sums.kv, sums.z, layout.CHUNK, split.kept
+        )
+    return numerator, den, None, Sums(kv, z, peak), split is None
 
 
-def _as_they_are(features: torch.Tensor) -> Features:
-    return features, None
-
-
-def feature_map_decay_attention(
+def attend_backward(
+    call: Call,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | LogDecay,
-    q_map: FeatureMap,
-    k_map: FeatureMap,
-    *,
-    key_log_weight: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-    is_causal: bool = True,
-    normalised: bool = True,
-    state: State | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, State | None]:
-    """`decay_linear_attention(q_map(q), k_map(k), v, log_decay)`, with padded tokens of any content, be it nan.
-
-    Neither the features of a long sequence nor its log-decays are held at once where they can be computed in blocks.
+    keys: Keys,
+    now: slice,
+    borders: list[Sums],
+    steep: bool,
+    d_num: torch.Tensor,
+    d_den: Any,
+    d_sums: Any,
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...], torch.Tensor, Any]:
+    """Gradients of `attend`, from those of numerators and denominators and of the sums after the block.
 
     Args:
-        log_decay: as a tensor, or how to compute it from tokens.
-        q_map: `x -> (features, log scale)`; the log scale is dropped, it cancels.
-        k_map: `x -> (features, log weight [B, H, T] or None)`.
-        key_log_weight: `[B, H, Tk]`, added to that of `k_map`.
+        borders: the sums before the block, and after it.
+
+    Returns:
+        those of q, of the keys (features, log weights, decays), of the values, and of the sums before the block.
     """
-    query_mask = query_mask_of(token_mask, q.shape[2], is_causal)
-    given = q, k, v, log_decay, q_map, k_map, key_log_weight, token_mask, query_mask
-    return _attend(*given, is_causal, normalised, state, backend)
+    (before, after), k, v = borders, keys.features, call.values(now)
+    weight, decay, _ = _relative(call, keys, now, before.peak)
+    end = (d_sums[0] * after.kv).sum(-1)
+    if after.z is not None:
+        end.addcmul_(d_sums[1], after.z)
+    split = None if steep else _split(q, k, decay, weight)
+    if split is None:
+        d_q, d_k, d_v, *d_sums = _steep_backward(q, k, v, decay, weight, before.kv, before.z, [d_num, d_den, *d_sums])
+    else:
+        d_kv, d_z = d_sums
+        d_q, d_k, d_v, *d_sums = chunks.causal_backward(
+            split.q, split.k, v, before.kv, before.z, d_num, d_den, d_kv, d_z, layout.CHUNK, split.kept
+        )
+        d_q, d_k = d_q.mul_(split.q_factor), d_k.mul_(split.k_factor)
+    d_decay = None
+    if keys.decay is not None and keys.decay.requires_grad:
+        d_decay = _decay_gradient(q, k, d_q, d_k, end, scalar=decay.shape[-1] == 1)
+    d_weight = None if keys.log_weight is None else (d_k * k).sum(-1)
+    return d_q, (d_k, d_weight, d_decay), d_v, d_sums
 
 
-def _attend(
+def _relative(
+    call: Call, keys: Keys, now: slice, peak: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """A block's weights (None for 1), 0 at padded keys, and log-decays relative to the peak, and the last peak."""
+    real, decay = call.real(now), keys.decay
+    assert decay is not None
+    if keys.log_weight is None:
+        return None if real is None else real.to(decay.dtype).expand(decay.shape[:3]), decay, None
+    log_weight = keys.log_weight if real is None else keys.log_weight.masked_fill(~real, LOG_ZERO)
+    weight, shift, peaks = relative_to_peaks(log_weight, decay, peak)
+    weight = weight if real is None else weight.masked_fill_(~real, 0)
+    return weight, decay + shift[..., None], peaks[..., -1].clone()  # a view would keep all of them in a state
+
+
+class _Split(NamedTuple):
+    """A run of T tokens cut into N chunks, with the decays inside them split.
+
+    Attributes:
+        q, k: queries, and weighted keys, times their factors; contiguous.
+        q_factor: exp of the log-decay from the chunk's middle to the token, `[B, H, T, F or 1]`, above 1 before it.
+        k_factor: the key's weight over that.
+        kept: exp of the log-decays between middles, and before the first and after the last one:
+            `[B, H, N + 1, F or 1]`.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    q_factor: torch.Tensor
+    k_factor: torch.Tensor
+    kept: torch.Tensor
+
+
+def _decay_gradient(
+    q: torch.Tensor, k: torch.Tensor, d_q: torch.Tensor, d_k: torch.Tensor, end: torch.Tensor, *, scalar: bool
+) -> torch.Tensor:
+    """Gradients of the log-decays `[B, H, T, F or 1]`, from those of all that they multiply.
+
+    Scaling q_i by e^r and k_i by e^-r is what a decay of r at token i and its contrary after it would do: so the
+    gradient of g_t is the sum of <q_i, dq_i> - <k_i, dk_i> over i >= t, plus <S, dS> for the sums S after the tokens.
+
+    Args:
+        end: <S, dS>, `[B, H, F]`, z with them.
+        scalar: whether all features decay alike.
+    """
+    change = (q * d_q).sub_(d_k * k)
+    if scalar:
+        change, end = change.sum(-1, keepdim=True), end.sum(-1, keepdim=True)
+    length, pieces = change.shape[2], _cut(change)
+    later = torch.ones(pieces.shape[3], pieces.shape[3], dtype=q.dtype, device=q.device).triu()
+    # Inside a chunk by a product, cumsum over a dimension that is not the last being slow; then the chunks after it.
+    inside = _times(later, pieces)
+    total = inside[..., 0, :]
+    beyond = total.flip(2).cumsum(2).flip(2) - total + end[:, :, None]
+    return inside.add_(beyond[..., None, :]).flatten(2, 3)[:, :, :length]
+
+
+def _cut(x: torch.Tensor) -> torch.Tensor:
+    """`[B, H, T, X]` as chunks `[B, H, N, C, X]`, zeros after the end: they neither decay nor add."""
+    size = min(layout.CHUNK, x.shape[2])
+    missing = -x.shape[2] % size
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, size))
+
+
+def _times(matrix: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+    """`matrix @ pieces`; a single column as a row, which is many times faster."""
+    if pieces.shape[-1] == 1:
+        return (pieces.squeeze(-1) @ matrix.mT)[..., None]
+    return matrix @ pieces
+
+
+def _split(q: torch.Tensor, k: torch.Tensor, decay: torch.Tensor, weight: torch.Tensor | None) -> _Split | None:
+    """The tokens with their decays split; None where some chunk forgets too much."""
+    length, pieces = q.shape[2], _cut(decay)
+    size = pieces.shape[3]
+    token, middle = torch.arange(size, device=q.device), size // 2
+    # Log-decays from the middle to each token: of the tokens after it up to this one, or less those in between.
+    after = ((token > middle) & (token <= token[:, None])).to(q.dtype)
+    between = ((token <= middle) & (token > token[:, None])).to(q.dtype)
+    reach = _times(after - between, pieces)
+    first, last = pieces[..., 0, :] - reach[..., 0, :], reach[..., -1, :]  # up to the middle, and from there
+    if bool((torch.minimum(first, last) < -_MOST_IN_HALF).any()):
+        return None
+    kept = torch.cat([first[:, :, :1], last[:, :, :-1] + first[:, :, 1:], last[:, :, -1:]], 2).exp_()
+    q_factor = reach.exp_().flatten(2, 3)[:, :, :length]
+    k_factor = q_factor.reciprocal() if weight is None else weight[..., None] / q_factor
+    q_split, k_split = q.new_empty(q.shape), k.new_empty(k.shape)  # contiguous, whatever the strides were
+    torch.mul(q, q_factor, out=q_split)
+    torch.mul(k, k_factor, out=k_split)
+    return _Split(q_split, k_split, q_factor, k_factor, kept)
+
+
+def _steep(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, kv: torch.Tensor, z: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """`chunks.causal` for decays of any strength; autograd may record it."""
+    decay = decay.clamp(min=LEAST)
+    if z is None:
+        found, kv = chunk_with_decay(q, k, v, decay, kv, layout.CHUNK)
+        return found, None, kv, None
+    carry = torch.cat([kv, z[..., None]], -1)
+    found, carry = chunk_with_decay(q, k, F.pad(v, (0, 1), value=1.0), decay, carry, layout.CHUNK)
+    return found[..., :-1], found[..., -1], carry[..., :-1], carry[..., -1]
+
+
+def _steep_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_decay: torch.Tensor | LogDecay,
-    q_map: FeatureMap,
-    k_map: FeatureMap,
-    key_log_weight: torch.Tensor | None,
-    token_mask: torch.Tensor | None,
-    query_mask: torch.Tensor | None,
-    is_causal: bool,
-    normalised: bool,
-    state: State | None,
-    backend: str,
-) -> tuple[torch.Tensor, State | None]:
-    """Attention by the form that fits the call: kernels, blocks of tokens, or one decode step."""
-    q_len, k_len = q.shape[2], k.shape[2]
-    if not is_causal:
-        raise ValueError("Decay has a direction: is_causal must be True, got False.")
-    if q_len > k_len:
-        raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
-    if state is not None and q_len != k_len:
-        raise ValueError(f"A decode state needs as many queries as new keys, got {q_len} and {k_len}.")
-    decay = log_decay if isinstance(log_decay, LogDecay) else _given(log_decay)
-    triton = use_triton(backend, v)
-    if not triton and 1 < q_len == k_len and not torch.compiler.is_compiling():
-        gate = ParametricMap(lambda x, *parameters: (decay.function(x, *parameters), None), decay.parameters)
-        # A map that trains tensors which it does not name needs autograd to find them.
-        if not trains_unnamed((q_map, q), (k_map, k), (gate, decay.tokens)):
-            output, after = block_decay_attention(
-                q,
-                k,
-                v,
-                decay,
-                q_map,
-                k_map,
-                key_log_weight=key_log_weight,
-                token_mask=token_mask,
-                query_mask=query_mask,
-                normalised=normalised,
-                state=state,
-            )
-            return output, None if state is None else after
-    q_features, _ = q_map(safe_masked_fill(q, query_mask))
-    k_features, log_weight = k_map(safe_masked_fill(k, token_mask))
-    if key_log_weight is not None:
-        log_weight = key_log_weight if log_weight is None else log_weight + key_log_weight
-    require_no_weight(normalised, log_weight)
-    whole = log_decay(token_mask) if isinstance(log_decay, LogDecay) else log_decay
-    if triton and use_triton(backend, v, fused.refusal(k_features.shape[-1], v, gated=whole.ndim == 4)):
-        output, _, state = fused.attend(
-            q_features,
-            k_features,
-            v,
-            log_decay=whole,
-            log_weight=log_weight,
-            token_mask=token_mask,
-            is_causal=True,
-            normalised=normalised,
-            state=state,
-        )
-        return output, state
-    return _traced(q_features, k_features, v, whole, log_weight, token_mask, normalised, state)
-
-
-def _given(log_decay: torch.Tensor) -> LogDecay:
-    return LogDecay(lambda x: x, log_decay if log_decay.ndim == 4 else log_decay[..., None])
-
-
-def _traced(
-    q_features: torch.Tensor,
-    k_features: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    log_weight: torch.Tensor | None,
-    token_mask: torch.Tensor | None,
-    normalised: bool,
-    state: State | None,
-) -> tuple[torch.Tensor, State | None]:
-    """Attention in blocks, differentiated by autograd: for traced graphs, fewer queries than keys, and decoding."""
-    q_len, k_len = q_features.shape[2], k_features.shape[2]
-    block, outputs = block_size(v), []
-    with full_precision(v):
-        carry, peak = _start(q_features, v, normalised, state)
-        q = q_features.to(carry.dtype)
-        k, v1, decay, peak = _prepare(k_features, v, log_decay, log_weight, token_mask, carry.dtype, normalised, peak)
-        # Keys before the first query are only summed. Splits, not slices: their gradients are joined, not added up.
-        sizes = [[min(block, length - i) for i in range(0, length, block)] for length in (k_len - q_len, q_len)]
-        parts = list(zip(*(x.split(sizes[0] + sizes[1], 2) for x in (k, v1, decay)), strict=True))
-        for keys in parts[: len(sizes[0])]:
-            carry = accumulate(carry, *keys)
-        for rows, (k, v1, decay) in zip(q.split(sizes[1], 2), parts[len(sizes[0]) :], strict=True):
-            if q_len == 1:
-                carry = accumulate(carry, k, v1, decay)
-                sums = rows @ carry
-            else:
-                sums, carry = chunk_block(rows, k, v1, decay, carry, CHUNK)
-            outputs.append(_finish(sums, v.dtype, normalised))
-    output = outputs[0]
-    if len(outputs) > 1:
-        # [B, T, H, D] in memory: what the output projection reads next
-        output = torch.cat([o.transpose(1, 2) for o in outputs], 1).transpose(1, 2)
-    return output, None if state is None else _end(carry, peak, normalised)
-
-
-def chunk_decay_linear_attention(
-    q_features: torch.Tensor,
-    k_features: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    *,
-    key_log_weight: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-    normalised: bool = True,
-    state: State | None = None,
-    chunk_size: int = CHUNK,
-) -> tuple[torch.Tensor, State]:
-    """Dense inside chunks, by decayed sums over earlier chunks beyond; always returns the state.
-
-    Arguments as `decay_linear_attention` with Tq == Tk; `chunk_size` is a power of two.
-    """
-    with full_precision(v):
-        carry, peak = _start(q_features, v, normalised, state)
-        k, v1, decay, peak = _prepare(
-            k_features, v, log_decay, key_log_weight, token_mask, carry.dtype, normalised, peak
-        )
-        sums, carry = chunk_block(q_features.to(k.dtype), k, v1, decay, carry, chunk_size)
-    return _finish(sums, v.dtype, normalised), _end(carry, peak, normalised)
-
-
-def recurrent_decay_linear_attention(
-    q_features: torch.Tensor,
-    k_features: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    *,
-    key_log_weight: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-    normalised: bool = True,
-    state: State | None = None,
-) -> tuple[torch.Tensor, State]:
-    """One token at a time, to decode a token or a few. Arguments as `chunk_decay_linear_attention`."""
-    rows = []
-    with full_precision(v):
-        carry, peak = _start(q_features, v, normalised, state)
-        k, v1, decay, peak = _prepare(
-            k_features, v, log_decay, key_log_weight, token_mask, carry.dtype, normalised, peak
-        )
-        for t in range(v.shape[2]):
-            now = slice(t, t + 1)
-            carry = accumulate(carry, k[:, :, now], v1[:, :, now], decay[:, :, now])
-            rows.append(q_features[:, :, now].to(carry.dtype) @ carry)
-    return _finish(torch.cat(rows, 2), v.dtype, normalised), _end(carry, peak, normalised)
-
-
-def _start(
-    q: torch.Tensor, v: torch.Tensor, normalised: bool, state: State | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The sums before the call, z as last column, and their log scale; None for sums without one."""
-    if state is not None:
-        if not normalised:
-            return state["kv"], None
-        carry, peak = pack_state(state)
-        return carry.masked_fill((peak <= LOG_ZERO / 2)[..., None, None], 0), peak
-    columns = v.shape[-1] + int(normalised)
-    return q.new_zeros(*q.shape[:2], q.shape[-1], columns, dtype=accumulation_dtype(v.dtype)), None
-
-
-def _end(carry: torch.Tensor, peak: torch.Tensor | None, normalised: bool) -> State:
-    if not normalised:
-        return {"kv": carry}
-    return unpack_state((carry, carry.new_zeros(carry.shape[:2]) if peak is None else peak))
-
-
-def _finish(sums: torch.Tensor, dtype: torch.dtype, normalised: bool) -> torch.Tensor:
-    return divide(sums, dtype) if normalised else sums.to(dtype)
-
-
-def _prepare(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    log_weight: torch.Tensor | None,
-    token_mask: torch.Tensor | None,
-    dtype: torch.dtype,
-    normalised: bool,
-    peak: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys, weighted values (with a column of ones if normalised), log-decays `[B, H, T, F or 1]`, last log scale.
-
-    Weights and log-decays are relative to a peak where there are weights, see `relative_to_peaks`.
-    """
-    decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-    decay = safe_masked_fill(decay.to(dtype), token_mask).clamp(min=LEAST_GIVEN)
-    k = k.to(dtype)
-    if not normalised:
-        return k, safe_masked_fill(v.to(dtype), token_mask), decay.clamp(min=LEAST), None
-    if log_weight is None and peak is not None:  # the state may hold weighted keys
-        log_weight = torch.zeros_like(v[..., 0], dtype=dtype)
-    v1, log_weight = prepare_keys(v, log_weight, token_mask, dtype)
-    if log_weight is None:
-        return k, v1, decay.clamp(min=LEAST), None
-    start = log_weight.new_full(log_weight.shape[:2], LOG_ZERO) if peak is None else peak
-    weight, shift, peak = relative_to_peaks(log_weight, decay, start)
-    return k, v1 * weight[..., None], (decay + shift[..., None]).clamp(min=LEAST), peak
+    decay: torch.Tensor,
+    weight: torch.Tensor | None,
+    kv: torch.Tensor,
+    z: torch.Tensor | None,
+    given: list[torch.Tensor | None],
+) -> tuple[Any, ...]:
+    """`chunks.causal_backward` for `_steep`: rare enough to leave to autograd."""
+    scale = torch.ones_like(decay[..., :1]) if weight is None else weight[..., None]
+    with torch.enable_grad():
+        q, k, v, kv = leaves = [x.detach().requires_grad_() for x in (q, k * scale, v, kv)]
+        if z is not None:
+            leaves.append(z := z.detach().requires_grad_())
+        outputs = _steep(q, k, v, decay, kv, z)
+    pairs = [(x, g) for x, g in zip(outputs, given, strict=True) if x is not None]
+    d_q, d_k, d_v, d_kv, *d_z = torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs])
+    return d_q, d_k * scale, d_v, d_kv, d_z[0] if d_z else None

@@ -1,8 +1,7 @@
 """Linear attention, with or without decay, by the Triton kernels: what their PyTorch twins in `ops` hand over to them.
 
-The kernels know a factor of each key and a log-decay of each token. Weights w_j = exp(a_j) with log weights a become
-that here: with the running maximum p_t of a, key t has the factor exp(a_t - p_t) and token t the log-decay
-p_{t-1} - p_t. Neither exceeds 1, and the scale exp(p_t) of row t cancels in its quotient. Padding is the factor 0.
+The kernels know a factor of each key and a log-decay of each token. Weights become that here, see
+`layout.relative_to_peaks`. Padding is the factor 0.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from hf_linear_attn.ops.base.masking import safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY
 from hf_linear_attn.ops.features.maps import ExponentialMap, FeatureMap, Features
-from hf_linear_attn.ops.linear.sums import State
+from hf_linear_attn.ops.linear.layout import State, relative_to_peaks
 
 __all__ = ["MAPS", "attend", "map_features", "refusal"]
 
@@ -67,7 +66,7 @@ def attend(
     token_mask: torch.Tensor | None = None,
     query_mask: torch.Tensor | None = None,
     is_causal: bool,
-    normalised: bool = True,
+    normalized: bool = True,
     state: State | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
     """Attend, checked arguments given.
@@ -77,11 +76,11 @@ def attend(
         feature_map: `"identity"`, or a map that the kernels apply as they read, of q and k times the multipliers.
         multipliers: of q and of k.
         log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0; needs is_causal.
-        log_weight: `[B, H, Tk]`, log of each key's weight; needs `normalised`.
+        log_weight: `[B, H, Tk]`, log of each key's weight; needs `normalized`.
         token_mask: bool `[B, Tk]`, True for a real token; what stands at others has no effect, be it nan.
         query_mask: bool `[B, Tq]`, likewise.
         is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
-        normalised: False gives phi(q_i) S_i as it is, and a state of S alone.
+        normalized: False gives phi(q_i) S_i as it is, and a state of S alone.
         state: sums over earlier keys.
 
     Returns:
@@ -96,9 +95,9 @@ def attend(
     initial = None
     if state is not None:
         kv = state["kv"].float()
-        initial = (kv, state["z"].float()) if normalised else (kv, kv.new_zeros(kv.shape[:3]))
+        initial = (kv, state["z"].float()) if normalized else (kv, kv.new_zeros(kv.shape[:3]))
     output, denominator, kv, z = _run(
-        *(q.to(v.dtype), k.to(v.dtype), v, scale, decay, initial, query_mask, is_causal, normalised),
+        *(q.to(v.dtype), k.to(v.dtype), v, scale, decay, initial, query_mask, is_causal, normalized),
         {"feature_map": feature_map, "q_multiplier": multipliers[0], "k_multiplier": multipliers[1]},
     )
     normalizer = denominator.clamp(min=TINY).log()
@@ -106,7 +105,7 @@ def attend(
         normalizer = normalizer + (peaks[..., k_len - q_len :] if is_causal else peaks[..., -1:])
     if state is None:
         return output, normalizer, None
-    if not normalised:
+    if not normalized:
         return output, normalizer, {"kv": kv}
     log_scale = kv.new_zeros(kv.shape[:2]) if peaks is None else peaks[..., -1]
     return output, normalizer, {"kv": kv, "z": z, "log_scale": log_scale}
@@ -129,18 +128,12 @@ def _factors(
     log_weight = log_weight.float()
     if token_mask is not None:
         log_weight = log_weight.masked_fill(~token_mask[:, None], LOG_ZERO)
-    fixed = log_weight.detach()
     if is_causal:
-        elapsed = 0.0 if decay is None else decay.detach().amax(-1).cumsum(-1)
-        latest = (fixed - elapsed).cummax(-1).values
-        peaks = elapsed + (latest if start is None else torch.maximum(latest, start.float()[..., None]))
-        first = torch.full_like(peaks[..., :1], LOG_ZERO) if start is None else start.float()[..., None]
-        before = torch.cat([first, peaks[..., :-1]], -1)
-        shift = torch.where(before > LOG_ZERO / 2, before - peaks, 0.0)[..., None]  # nothing decays before a key
-        decay = (shift if decay is None else decay + shift).clamp(min=_LEAST)
+        scale, shift, peaks = relative_to_peaks(log_weight, decay, None if start is None else start.float())
+        decay = (shift[..., None] if decay is None else decay + shift[..., None]).clamp(min=_LEAST)
     else:
-        peaks = fixed.amax(-1, keepdim=True).expand_as(fixed)
-    scale = (log_weight - peaks).exp()
+        peaks = log_weight.detach().amax(-1, keepdim=True).expand_as(log_weight)
+        scale = (log_weight - peaks).exp()
     return scale if token_mask is None else scale.masked_fill(~token_mask[:, None], 0), decay, peaks
 
 
@@ -153,7 +146,7 @@ def _run(
     initial: tuple[torch.Tensor, torch.Tensor] | None,
     query_mask: torch.Tensor | None,
     is_causal: bool,
-    normalised: bool,
+    normalized: bool,
     mapped: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Call the kernel that serves the call."""
@@ -163,9 +156,9 @@ def _run(
     if decay is not None and decay.shape[-1] > 1:
         q = safe_masked_fill(q, query_mask)
         return gated.gated_linear_attention(
-            q, k, v, decay, key_scale=scale, initial_state=initial, normalized=normalised
+            q, k, v, decay, key_scale=scale, initial_state=initial, normalized=normalized
         )
-    options: dict[str, Any] = {"key_scale": scale, "normalized": normalised, **mapped}
+    options: dict[str, Any] = {"key_scale": scale, "normalized": normalized, **mapped}
     options["log_decay"] = None if decay is None else decay[..., 0]
     if initial is not None and q.shape[2] <= _STEP_TOKENS and not torch.is_grad_enabled():
         return plain.recurrent_linear_attention(safe_masked_fill(q, query_mask), k, v, state=initial, **options)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, accumulation_dtype, full_precision
-from hf_linear_attn.ops.linear.sums import State, block_size
+from hf_linear_attn.ops.linear.layout import State, block_size
 from hf_linear_attn.ops.prefix.blocks import prefix_block_attention
 from hf_linear_attn.ops.prefix.full_blocks import context_block_attention
 from hf_linear_attn.ops.prefix.shares import ShareInputs

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO, full_precision
-from hf_linear_attn.ops.linear import chunks, sums
+from hf_linear_attn.ops.linear import chunks, layout
 from hf_linear_attn.ops.prefix.shares import ShareGradients, ShareInputs
 
 __all__ = ["prefix_block_attention"]
@@ -28,7 +28,7 @@ _MOST_RISE = 30.0  # octaves that a row's largest key may lie below P: 2^-30 lea
 _Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # [B, H, F, D], [B, H, F], and P [B, H, F]
 
 
-def prefix_block_attention(inputs: ShareInputs, state: sums.State | None) -> tuple[torch.Tensor, sums.State]:
+def prefix_block_attention(inputs: ShareInputs, state: layout.State | None) -> tuple[torch.Tensor, layout.State]:
     """Causal attention, checked arguments given.
 
     Args:
@@ -49,7 +49,7 @@ class _PrefixAttention(torch.autograd.Function):
         *tensors, kv, z, log_scale = arguments
         given = ShareInputs(*tensors)
         v, real, dtype, rows_count = given.v, given.token_mask, given.dtype, given.q.shape[2]
-        past, block = v.shape[2] - rows_count, sums.block_size(v)
+        past, block = v.shape[2] - rows_count, layout.block_size(v)
         with full_precision(v):
             base = _first(given)
         if kv is None:
@@ -77,7 +77,7 @@ class _PrefixAttention(torch.autograd.Function):
                 a = given.shares(given.queries(rows))
                 for part in _passes(power, carry[2], real is not None):
                     moved, k = _moved(power, factor, carry, part)
-                    out, kv, z = chunks.prefix(a, k, values, *moved[:2], sums.CHUNK)
+                    out, kv, z = chunks.prefix(a, k, values, *moved[:2], layout.CHUNK)
                     output[:, :, rows][:, :, part] = out[:, :, part]
                 carry = kv, z, moved[2]  # of the last pass, which has all keys
         ctx.save_for_backward(*arguments, base, *saved)
@@ -125,7 +125,7 @@ class _PrefixAttention(torch.autograd.Function):
                     if number + 1 < len(parts):
                         end = torch.zeros_like(d_kv), torch.zeros_like(d_z)
                     d_a, d_k, d_values, before, z_before = chunks.prefix_backward(
-                        a, k, values, *moved[:2], mine, *end, sums.CHUNK
+                        a, k, values, *moved[:2], mine, *end, layout.CHUNK
                     )
                     kept = (carry[2] - moved[2]).exp2()
                     change = [d_a, d_k.mul_(k), d_values, before * kept[..., None], z_before * kept]

@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, exp_, full_precision
-from hf_linear_attn.ops.linear import sums
+from hf_linear_attn.ops.linear import layout
 from hf_linear_attn.ops.prefix.shares import ShareGradients, ShareInputs
 
 __all__ = ["context_block_attention"]
@@ -36,7 +36,7 @@ class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         given = ShareInputs(*arguments)
-        v, block = given.v, sums.block_size(given.v)
+        v, block = given.v, layout.block_size(given.v)
         with full_precision(v):
             context, log_norm = _context(given, block)
             output = v.new_empty(v.shape[0], given.q.shape[2], v.shape[1], v.shape[3]).transpose(1, 2)
@@ -50,7 +50,7 @@ class _ContextAttention(torch.autograd.Function):
     def backward(ctx: Any, d_output: torch.Tensor) -> Any:
         *arguments, context, log_norm = ctx.saved_tensors
         given = ShareInputs(*arguments)
-        found, block, d_context = ShareGradients(given), sums.block_size(given.v), torch.zeros_like(context)
+        found, block, d_context = ShareGradients(given), layout.block_size(given.v), torch.zeros_like(context)
         with full_precision(given.v):
             for rows in _blocks(given.q, block):
                 d_context += _query_gradients(given, found, rows, d_output, context)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO, TINY, full_precision
-from hf_linear_attn.ops.linear.sums import block_size
+from hf_linear_attn.ops.linear.layout import block_size
 
 __all__ = ["window_block_softmax"]
 

@@ -10,6 +10,7 @@ from hf_linear_attn.ops.features.maps import (
     fourier_features,
     gaussian_orthogonal,
     laplace_features,
+    taylor_features,
 )
 
 FORMULAS = {
@@ -92,3 +93,10 @@ def test_laplace_features_estimate_the_laplace_kernel():
     estimate = laplace_features(x, omega)[0] @ laplace_features(y, omega)[0].T
     exact = torch.exp(-torch.cdist(x, y, p=1))
     assert (estimate - exact).abs().max() < 5 / math.sqrt(40_000)
+
+
+def test_taylor_features_are_exact_in_float64():
+    x, y = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = x @ y.mT
+    products = taylor_features(x, 2)[0] @ taylor_features(y, 2)[0].mT
+    torch.testing.assert_close(products, 1 + u + u.square() / 2, atol=1e-12, rtol=1e-12)

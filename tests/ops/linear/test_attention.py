@@ -5,15 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_linear_attn.ops.linear import sums
-from hf_linear_attn.ops.linear.attention import (
-    bidirectional_linear_attention,
-    chunk_linear_attention,
-    feature_map_attention,
-    init_linear_state,
-    linear_attention,
-    recurrent_linear_attention,
-)
+from hf_linear_attn.ops.linear import layout
+from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state, linear_attention
+from tests.ops.linear import forms
 from tests.ops.references import naive_linear_attention
 
 LENGTHS = (1, 7, 36, 65, 130, 300)
@@ -66,18 +60,16 @@ def test_every_form_is_the_dense_formula(length, causal, weighted):
     }
     if causal:
         for size in (1, 16, 64, 128):
-            outputs[f"chunk {size}"] = chunk_linear_attention(q, k, v, key_log_weight=weight, chunk_size=size)[0]
-        outputs["recurrent"] = recurrent_linear_attention(q, k, v, key_log_weight=weight)[0]
-    else:
-        outputs["two matmuls"] = bidirectional_linear_attention(q, k, v, key_log_weight=weight)
+            outputs[f"chunks of {size}"] = forms.traced(q, k, v, key_log_weight=weight, chunk=size)[0]
+        outputs["token by token"] = forms.token_by_token(q, k, v, key_log_weight=weight)[0]
     for name, output in outputs.items():
         torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_blocks_of_a_long_sequence_join_exactly(causal, monkeypatch):
-    monkeypatch.setattr(sums, "_CPU_BLOCK_ROWS", 1)
-    monkeypatch.setattr(sums, "_MIN_BLOCK", 64)
+    monkeypatch.setattr(layout, "_CPU_BLOCK_ROWS", 1)
+    monkeypatch.setattr(layout, "_MIN_BLOCK", 64)
     for length in (64, 65, 129, 300):
         q, k, v, weight = draw(length)
         padding = masks(length)["interior"]
@@ -95,12 +87,11 @@ def test_any_split_with_a_state_is_the_whole(split, weighted):
     q, k, v, weight = draw(70)
     weight = weight if weighted else None
     expected = dense(q, k, v, weight, causal=True)
-    for form in (linear_attention, chunk_linear_attention, recurrent_linear_attention):
-        options = {"is_causal": True} if form is linear_attention else {}
+    for form in (forms.attend, forms.traced, forms.token_by_token):
         state, outputs = init_linear_state(2, 3, 5, 4, F64, q.device), []
         for part in torch.arange(70).split(split):
             w = None if weight is None else weight[:, :, part]
-            output, state = form(q[:, :, part], k[:, :, part], v[:, :, part], key_log_weight=w, state=state, **options)
+            output, state = form(q[:, :, part], k[:, :, part], v[:, :, part], key_log_weight=w, state=state)
             outputs.append(output)
         torch.testing.assert_close(torch.cat(outputs, 2), expected)
 
@@ -108,7 +99,8 @@ def test_any_split_with_a_state_is_the_whole(split, weighted):
 def test_a_state_from_weighted_keys_takes_unweighted_ones():
     q, k, v, weight = draw(20)
     weight[:, :, 10:] = 0
-    _, state = chunk_linear_attention(q[:, :, :10], k[:, :, :10], v[:, :, :10], key_log_weight=weight[:, :, :10] - 500)
+    parts = (x[:, :, :10] for x in (q, k, v))
+    _, state = forms.token_by_token(*parts, key_log_weight=weight[:, :, :10] - 500)
     output, _ = linear_attention(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], is_causal=True, state=state)
     weight[:, :, :10] -= 500
     torch.testing.assert_close(output, dense(q, k, v, weight, causal=True)[:, :, 10:])
@@ -201,7 +193,7 @@ def test_a_common_factor_of_the_weights_cancels(shift, causal):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_gradcheck(causal, monkeypatch):
-    monkeypatch.setattr(sums, "CHUNK", 4)
+    monkeypatch.setattr(layout, "CHUNK", 4)
     for length in (1, 10):
         q, k, v, weight = (x.requires_grad_() for x in draw(length, batch=1, heads=2, spread=1.0))
         padding = torch.arange(length)[None] != 1
@@ -239,7 +231,8 @@ def test_half_precision_sums_in_float32(dtype, causal):
         # what remains is the rounding of the output
         torch.testing.assert_close(output.double(), expected, atol=torch.finfo(dtype).eps, rtol=1e-2)
     if causal:
-        _, state = chunk_linear_attention(q, k, v, key_log_weight=weight)
+        state = init_linear_state(2, 3, 5, 4, dtype, q.device)
+        _, state = linear_attention(q, k, v, key_log_weight=weight, is_causal=True, state=state)
         assert {x.dtype for x in state.values()} == {torch.float32}
 
 
@@ -303,30 +296,3 @@ def test_features_of_a_long_sequence_are_never_held_at_once():
         assert largest < 12 * 4096 * 128 / 4
         expected = linear_attention(wide(x)[0], wide(x)[0], x, is_causal=causal)[0]
         torch.testing.assert_close(output, expected)
-
-
-@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-def test_compiles_to_one_graph(causal):
-    q, k, v, weight = (x.float() for x in draw(130))
-
-    def run(q, k, v, w):
-        return linear_attention(q, k, v, key_log_weight=w, is_causal=causal)[0]
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, k, v, weight), run(q, k, v, weight))
-
-
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-def test_the_traced_form_is_the_eager_one(causal, weighted, monkeypatch):
-    """Two forms of one sum: with a backward pass of its own, and the one that torch.compile traces."""
-    inputs, results = [x.requires_grad_() for x in draw(300)], []
-    padding = masks(300)["left"]
-    for compiling in (False, True):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        output = linear_attention(
-            *inputs[:3], key_log_weight=inputs[3] if weighted else None, token_mask=padding, is_causal=causal
-        )[0]
-        results.append([output, *torch.autograd.grad(output.square().sum(), inputs[: 4 if weighted else 3])])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)

@@ -1,33 +1,24 @@
-"""Linear attention, prefix softmax and windows in blocks, whose backward passes are their own, against autograd."""
+"""Linear attention in blocks, whose backward pass is its own, against dense formulas and finite differences."""
 
 import pytest
 import torch
 
 from hf_linear_attn.ops.base.numerics import LOG_ZERO
-from hf_linear_attn.ops.features.maps import ParametricMap, exp_features, taylor_features
-from hf_linear_attn.ops.linear import blocks as linear_blocks
-from hf_linear_attn.ops.linear import sums as linear_sums
+from hf_linear_attn.ops.features.maps import ParametricMap, exp_features
+from hf_linear_attn.ops.linear import decay, layout
 from hf_linear_attn.ops.linear.attention import (
+    LogDecay,
     feature_map_attention,
     feature_map_attention_with_normalizer,
+    init_linear_state,
     linear_attention,
 )
-from hf_linear_attn.ops.prefix import blocks as prefix_blocks
-from hf_linear_attn.ops.prefix.attention import prefix_softmax_attention
-from hf_linear_attn.ops.window import tail_blocks as window_blocks
-from hf_linear_attn.ops.window.tail_blocks import window_block_softmax
-from tests.ops.references import naive_linear_attention, naive_prefix_softmax
+from tests.ops.references import naive_linear_attention
 
 F64 = torch.float64
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of 16 tokens in chunks of 4."""
-    monkeypatch.setattr(linear_sums, "_CPU_BLOCK_ROWS", 1)
-    monkeypatch.setattr(linear_sums, "_MIN_BLOCK", 16)
-    monkeypatch.setattr(linear_sums, "CHUNK", 4)
+OPTIONS = pytest.mark.parametrize("options", ["plain", "weighted", "raw"])
+KINDS = pytest.mark.parametrize("kind", ["scalar", "per_feature"])
 
 
 def draw(length, *, dim=4, batch=2, heads=2, seed=0, dtype=F64):
@@ -77,33 +68,6 @@ def test_a_map_that_trains_unnamed_tensors_still_trains_them(small_blocks):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
-@pytest.mark.parametrize("rise", [0.0, 15.0, 60.0, 400.0])
-def test_weights_that_rise_inside_a_block(rise, padded, small_blocks):
-    """Outputs and gradients where one P serves a block, and where it does not."""
-    q, k, v = draw(30)
-    q, k = q.abs(), k.abs()
-    weight = torch.linspace(-rise, rise, 30, dtype=F64).expand(2, 2, -1) + torch.randn(2, 2, 30, dtype=F64)
-    padding = padding_of(30) if padded else None
-    inputs = [x.detach().requires_grad_() for x in (q, k, v, weight)]
-    results = []
-    for attend in (lambda *a, **o: linear_attention(*a, **o)[0], naive_linear_attention):
-        output = attend(*inputs[:3], key_log_weight=inputs[3], token_mask=padding, is_causal=True)
-        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
-def test_a_steep_block_is_found():
-    power = torch.zeros(1, 1, 8)
-    start = torch.full((1, 1), LOG_ZERO)
-    assert not linear_blocks._is_steep(power, start)
-    power[..., 5] = 100.0
-    assert linear_blocks._is_steep(power, start)
-    power[..., :5] = LOG_ZERO  # padding: no row sees less
-    assert not linear_blocks._is_steep(power[..., :6], start)
-
-
 def test_gradients_reach_and_leave_a_state_across_blocks(small_blocks):
     q, k, v = draw(50)
     q, k, inputs = q.abs(), k.abs(), []
@@ -135,61 +99,169 @@ def test_training_holds_no_features():
     assert sum(saved) < 4 * 4096 * 64
 
 
+def decayed(q, k, v, g, **given):
+    return linear_attention(q, k, v, log_decay=g, is_causal=True, **given)
+
+
+def dense_decayed(q, k, v, g, **given):
+    return naive_linear_attention(q, k, v, log_decay=g, is_causal=True, **given)
+
+
+def draw_decayed(length, kind, *, strength=1.0, dtype=F64):
+    g = torch.Generator().manual_seed(length)
+    q, k = torch.rand(2, 2, 3, length, 5, generator=g, dtype=F64).to(dtype)
+    v = torch.randn(2, 3, length, 4, generator=g, dtype=F64).to(dtype)
+    shape = (2, 3, length) if kind == "scalar" else (2, 3, length, 5)
+    return q, k, v, -strength * torch.rand(shape, generator=g, dtype=F64).to(dtype)
+
+
+def weights_of(length, options, dtype=F64):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, length, generator=g, dtype=F64).to(dtype) if options == "weighted" else None
+
+
+def gradients(attend, inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs if x is not None]
+    output = attend(*inputs)
+    return [output, *torch.autograd.grad(output.square().sum(), inputs)]
+
+
+@KINDS
+@OPTIONS
 @pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
-@pytest.mark.parametrize("rise", [1.0, 30.0, 300.0])
-def test_prefix_softmax_whose_maxima_rise(rise, padded, small_blocks):
-    """Blocks of one pass and of several, outputs and gradients, fewer queries than keys."""
-    q, k, v = draw(40)
-    k = k * rise
-    padding = padding_of(40) if padded else None
-    inputs = [x.detach().requires_grad_() for x in (q[:, :, 19:], k, v)]
-    results = []
-    for attend in (lambda *x, **o: prefix_softmax_attention(*x, **o)[0], naive_prefix_softmax):
-        output = attend(*inputs, token_mask=padding, is_causal=True)
-        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-    for actual, expected in zip(*results, strict=True):
+@pytest.mark.parametrize("strength", [0.0, 0.1, 1.0, 50.0])
+@pytest.mark.parametrize("length", [9, 45])
+def test_outputs_and_gradients_are_the_dense_formula_s(length, strength, padded, options, kind, small_blocks):
+    """None, mild and strong decays; a strength of 50 forgets all within a token or two."""
+    inputs = [*draw_decayed(length, kind, strength=strength), weights_of(length, options)]
+    given = {"token_mask": padding_of(length) if padded else None, "normalized": options != "raw"}
+
+    def blocks(q, k, v, g, w=None):
+        return decayed(q, k, v, g, key_log_weight=w, **given)[0]
+
+    def dense(q, k, v, g, w=None):
+        return dense_decayed(q, k, v, g, key_log_weight=w, **given)
+
+    for actual, expected in zip(gradients(blocks, inputs), gradients(dense, inputs), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-7)
+
+
+@KINDS
+@pytest.mark.parametrize("strength", [0.0, 0.5, 50.0])
+def test_float32_and_half_gradients_are_close(strength, kind):
+    inputs = [*draw_decayed(200, kind, strength=strength), weights_of(200, "weighted")]
+    exact = gradients(lambda *x: decayed(*x[:4], key_log_weight=x[4])[0], inputs)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        rounded = [x.to(dtype) if i < 3 else x.float() for i, x in enumerate(inputs)]
+        found = gradients(lambda *x: decayed(*x[:4], key_log_weight=x[4])[0], rounded)
+        for actual, expected in zip(found, exact, strict=True):
+            assert (actual.double() - expected).abs().max() < tolerance * expected.abs().max(), dtype
+
+
+@KINDS
+@OPTIONS
+def test_gradients_of_states_in_and_out(options, kind, small_blocks):
+    """A state goes in, and outputs and the state after them come out: finite differences agree with both."""
+    q, k, v, g = draw_decayed(21, kind)
+    normalized, weight, padding = options != "raw", weights_of(21, options), padding_of(21)
+    _, start = decayed(
+        *draw_decayed(7, kind),
+        normalized=normalized,
+        state=init_linear_state(2, 3, 5, 4, F64, q.device, normalized=normalized),
+    )
+    names = ["kv", "z"] if normalized else ["kv"]
+
+    def run(q, k, v, g, *rest):
+        state = {**start, **dict(zip(names, rest, strict=False))}
+        w = rest[len(names)] if weight is not None else None
+        output, after = decayed(q, k, v, g, key_log_weight=w, token_mask=padding, normalized=normalized, state=state)
+        return output, *(after[name] for name in names)
+
+    inputs = [q, k, v, g, *(start[name] for name in names), *([] if weight is None else [weight])]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    if weight is None:
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True, atol=1e-6)
+    else:  # the state's own scale follows the weights: only what it stands for is differentiable
+        assert torch.autograd.gradcheck(lambda *x: run(*x)[0], inputs, fast_mode=True, atol=1e-6)
+
+
+def gate(tokens, weight, bias):
+    """`[B, 1, T, X]` to log-decays `[B, H, T, F]`."""
+    return torch.nn.functional.logsigmoid(tokens @ weight.mT + bias)
+
+
+def test_gradients_of_maps_and_gates_with_parameters(small_blocks):
+    q, k, v, _ = draw_decayed(21, "scalar")
+    g = torch.Generator().manual_seed(3)
+    tokens = torch.randn(2, 1, 21, 6, generator=g, dtype=F64)
+    weight, bias = torch.randn(3, 5, 6, generator=g, dtype=F64), torch.randn(3, 1, 5, generator=g, dtype=F64)
+    mixing, padding = 0.5 * torch.randn(5, 5, generator=g, dtype=F64), padding_of(21)
+
+    def run(q, k, v, tokens, weight, bias, mixing):
+        maps = [ParametricMap(lambda x, w: exp_features(x @ w.mT), (mixing,)) for _ in range(2)]
+        log_decay = LogDecay(gate, tokens, (weight, bias))
+        output, _ = feature_map_attention(q, k, v, *maps, log_decay=log_decay, token_mask=padding, is_causal=True)
+        return output
+
+    inputs = [x.requires_grad_() for x in (q, k, v, tokens, weight, bias, mixing)]
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("unnamed", ["gate", "keys"])
+def test_what_trains_unnamed_still_trains(unnamed, small_blocks):
+    q, k, v, _ = draw_decayed(20, "scalar")
+    tokens = torch.randn(2, 1, 20, 5, generator=torch.Generator().manual_seed(3), dtype=F64)
+    bias, mixing = torch.zeros(3, 1, 5, dtype=F64).requires_grad_(), torch.eye(5, dtype=F64).requires_grad_()
+    found = []
+    for named in (True, False):
+        log_decay = LogDecay(lambda x, b=bias: gate(x, torch.eye(5, dtype=F64), b), tokens)
+        k_map = ParametricMap(lambda x, w=mixing: exp_features(x @ w.mT))
+        if named or unnamed == "keys":
+            log_decay = LogDecay(log_decay.function, tokens, (bias,))
+        if named or unnamed == "gate":
+            k_map = ParametricMap(k_map.function, (mixing,))
+        output, _ = feature_map_attention(q, k, v, exp_features, k_map, log_decay=log_decay, is_causal=True)
+        found.append(torch.autograd.grad(output.square().sum(), [bias, mixing]))
+    for actual, expected in zip(*found, strict=True):
+        assert expected.any()
         torch.testing.assert_close(actual, expected)
 
 
-def test_passes_cover_the_rows_once_and_split_at_rises():
-    power = torch.zeros(1, 2, 12, 3)
-    start = torch.full((1, 2, 3), LOG_ZERO)
-    assert prefix_blocks._passes(power, start, False) == [slice(0, 12)]
-    power[0, 1, 7, 2], power[0, 0, 9, 0] = 50.0, 90.0
-    assert prefix_blocks._passes(power, start, False) == [slice(0, 7), slice(7, 9), slice(9, 12)]
+@KINDS
+def test_strong_and_mild_blocks_meet(kind, small_blocks, monkeypatch):
+    """A call has blocks of both kinds, and both of them run."""
+    q, k, v, g = draw_decayed(64, kind, strength=0.5)
+    g[:, :, 20:28] *= 100
+    seen = []
+    split = decay._split
+    monkeypatch.setattr(decay, "_split", lambda *x: seen.append(split(*x)) or seen[-1])
+    output = decayed(q, k, v, g)[0]
+    assert [x is None for x in seen] == [False, True, False, False]
+    torch.testing.assert_close(output, dense_decayed(q, k, v, g))
 
 
-@pytest.mark.parametrize(("left", "right"), [(5, 0), (3, 3), (40, 0), (0, 0)])
-def test_window_gradients(left, right, small_blocks, monkeypatch):
-    """Of outputs, log denominators and largest logits; more keys than queries, some of them hidden."""
-    monkeypatch.setattr(window_blocks, "_CHUNK", 4)
-    q, k, v = draw(26)
-    allowed = padding_of(26)
-    inputs = [x.requires_grad_() for x in (q[:, :, 5:].clone(), k.clone(), v.clone())]
-    distance = torch.arange(26) - torch.arange(5, 26)[:, None]
-    seen = (distance >= -left) & (distance <= right) & allowed[:, None, None]
-    blind = ~seen.any(-1)
-
-    def blocks(q, k, v):
-        found = window_block_softmax(q, k, v, left=left, right=min(right, 20), scaling=0.7, key_allowed=allowed)
-        return found[0], *(x.masked_fill(blind, 0) for x in found[1:])
-
-    def dense(q, k, v):
-        logits = (q @ k.mT * 0.7).masked_fill(~seen, -1e30)
-        output = (logits.softmax(-1) @ v).masked_fill(blind[..., None], 0)
-        return output, *(x.masked_fill(blind, 0) for x in (logits.logsumexp(-1), logits.amax(-1)))
-
-    results = []
-    for attend in (blocks, dense):
-        outputs = attend(*inputs)
-        loss = sum((i + 1) * x.square().sum() for i, x in enumerate(outputs))
-        results.append([*outputs, *torch.autograd.grad(loss, inputs)])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+@KINDS
+@pytest.mark.parametrize("strength", [0.5, 50.0])
+def test_no_row_depends_on_a_later_one(strength, kind):
+    q, k, v, g = draw_decayed(150, kind, strength=0.5)
+    for position in (1, 30, 64, 149):
+        changed = [x.clone() for x in (q, k, v, g)]
+        for x, factor in zip(changed, (9.0, 9.0, 9.0, strength), strict=True):
+            x[:, :, position:] *= factor
+        before, after = (decayed(*x)[0][:, :, :position] for x in ((q, k, v, g), changed))
+        torch.testing.assert_close(after, before, atol=1e-12, rtol=1e-12)
 
 
-def test_taylor_features_are_exact_in_float64():
-    x, y = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0), dtype=F64)
-    u = x @ y.mT
-    products = taylor_features(x, 2)[0] @ taylor_features(y, 2)[0].mT
-    torch.testing.assert_close(products, 1 + u + u.square() / 2, atol=1e-12, rtol=1e-12)
+def test_log_decays_are_never_held_whole():
+    """The gate is asked for a block at a time, forward and backward, and its values are freed."""
+    q, k, v, _ = (x.requires_grad_() for x in draw_decayed(5000, "scalar", dtype=torch.float32))
+    tokens, lengths = torch.zeros(2, 1, 5000, 5, requires_grad=True), []
+
+    def count(x):
+        lengths.append(x.shape[2])
+        return torch.nn.functional.logsigmoid(x + 9.0).expand(-1, 3, -1, -1)
+
+    gate = LogDecay(count, tokens)
+    feature_map_attention(q, k, v, exp_features, exp_features, log_decay=gate, is_causal=True)[0].sum().backward()
+    assert max(lengths) <= layout.block_size(v)
+    assert sum(lengths) == 2 * 5000 + 1  # and a look at one token for tensors that train unnamed

@@ -3,20 +3,15 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops.linear import sums as linear_sums
-from hf_linear_attn.ops.linear.attention import linear_attention
-from hf_linear_attn.ops.linear.decay import (
-    chunk_decay_linear_attention,
-    decay_linear_attention,
-    init_decay_state,
-    recurrent_decay_linear_attention,
-)
-from tests.ops.references import naive_decay_linear_attention
+from hf_linear_attn.ops.linear import layout
+from hf_linear_attn.ops.linear.attention import init_linear_state, linear_attention
+from tests.ops.linear import forms
+from tests.ops.references import naive_linear_attention
 
 LENGTHS = (1, 7, 36, 65, 130)
 KINDS = ("scalar", "per_feature")
 F64 = torch.float64
-FORMS = (decay_linear_attention, chunk_decay_linear_attention, recurrent_decay_linear_attention)
+FORMS = (forms.attend, forms.traced, forms.token_by_token)
 
 
 def draw(length, kind="scalar", *, strength=1.0, spread=3.0, dtype=F64, seed=0):
@@ -29,7 +24,7 @@ def draw(length, kind="scalar", *, strength=1.0, spread=3.0, dtype=F64, seed=0):
     return q, k, v, decay, weight
 
 
-def dense(q, k, v, decay, weight=None, padding=None, normalised=True):
+def dense(q, k, v, decay, weight=None, padding=None, normalized=True):
     """Row by row and key by key: exp of the sum of the log-decays of the real tokens in between."""
     q, k, v, decay = (x.double() for x in (q, k, v, decay))
     if decay.ndim == 3:
@@ -48,7 +43,7 @@ def dense(q, k, v, decay, weight=None, padding=None, normalised=True):
             score = (q[:, :, r] * k[:, :, j] * kept).sum(-1, keepdim=True) * factor[:, :, j, None]
             output[:, :, r] += score * v[:, :, j]
             total += score
-        if normalised:
+        if normalized:
             output[:, :, r] /= torch.where(total == 0, 1.0, total)
     return output
 
@@ -65,14 +60,14 @@ def masks(length):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_form_is_the_dense_formula(length, options, kind):
     q, k, v, decay, weight = draw(length, kind)
-    given = {"key_log_weight": weight if options == "weighted" else None, "normalised": options != "raw"}
-    expected = dense(q, k, v, decay, given["key_log_weight"], normalised=given["normalised"])
+    given = {"key_log_weight": weight if options == "weighted" else None, "normalized": options != "raw"}
+    expected = dense(q, k, v, decay, given["key_log_weight"], normalized=given["normalized"])
     outputs = {
-        "naive": naive_decay_linear_attention(q, k, v, decay, **given),
-        "entry": decay_linear_attention(q, k, v, decay, **given)[0],
-        "chunk of 1": chunk_decay_linear_attention(q, k, v, decay, chunk_size=1, **given)[0],
-        "chunk of 16": chunk_decay_linear_attention(q, k, v, decay, chunk_size=16, **given)[0],
-        "recurrent": recurrent_decay_linear_attention(q, k, v, decay, **given)[0],
+        "naive": naive_linear_attention(q, k, v, log_decay=decay, is_causal=True, **given),
+        "entry": forms.attend(q, k, v, log_decay=decay, **given)[0],
+        "chunks of 1": forms.traced(q, k, v, log_decay=decay, chunk=1, **given)[0],
+        "chunks of 16": forms.traced(q, k, v, log_decay=decay, chunk=16, **given)[0],
+        "token by token": forms.token_by_token(q, k, v, log_decay=decay, **given)[0],
     }
     for name, output in outputs.items():
         torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
@@ -84,7 +79,7 @@ def test_no_decay_is_linear_attention(weighted, kind):
     q, k, v, decay, weight = draw(130, kind)
     weight = weight if weighted else None
     expected = linear_attention(q, k, v, key_log_weight=weight, is_causal=True)[0]
-    output, _ = decay_linear_attention(q, k, v, torch.zeros_like(decay), key_log_weight=weight)
+    output, _ = forms.attend(q, k, v, log_decay=torch.zeros_like(decay), key_log_weight=weight)
     torch.testing.assert_close(output, expected)
 
 
@@ -94,13 +89,13 @@ def test_no_decay_is_linear_attention(weighted, kind):
 def test_padded_tokens_neither_decay_nor_add(side, options, kind):
     q, k, v, decay, weight = draw(40, kind)
     padding = masks(40)[side]
-    given = {"key_log_weight": weight if options == "weighted" else None, "normalised": options != "raw"}
-    expected = dense(q, k, v, decay, given["key_log_weight"], padding, given["normalised"])
+    given = {"key_log_weight": weight if options == "weighted" else None, "normalized": options != "raw"}
+    expected = dense(q, k, v, decay, given["key_log_weight"], padding, given["normalized"])
     v = v.masked_fill(~padding[:, None, :, None], torch.nan)
     k = k.masked_fill(~padding[:, None, :, None], 1e9)
     decay = decay.masked_fill(~padding[:, None, :].view(2, 1, 40, *[1] * (decay.ndim - 3)), torch.nan)
     for form in FORMS:
-        output = form(q, k, v, decay, token_mask=padding, **given)[0]
+        output = form(q, k, v, log_decay=decay, token_mask=padding, **given)[0]
         torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-9)
 
 
@@ -109,32 +104,32 @@ def test_padded_tokens_neither_decay_nor_add(side, options, kind):
 @pytest.mark.parametrize("split", [(1,) * 70, (70,), (33, 1, 1, 35), (7,) * 10])
 def test_any_split_with_a_state_is_the_whole(split, options, kind):
     q, k, v, decay, weight = draw(70, kind)
-    weight, normalised = weight if options == "weighted" else None, options != "raw"
+    weight, normalized = weight if options == "weighted" else None, options != "raw"
     padding = masks(70)["interior"]
-    expected = dense(q, k, v, decay, weight, padding, normalised)
+    expected = dense(q, k, v, decay, weight, padding, normalized)
     for form in FORMS:
-        state, outputs = init_decay_state(2, 3, 5, 4, F64, q.device, normalised=normalised), []
+        state, outputs = init_linear_state(2, 3, 5, 4, F64, q.device, normalized=normalized), []
         for part in torch.arange(70).split(split):
             w = None if weight is None else weight[:, :, part]
-            rows = (x[:, :, part] for x in (q, k, v, decay))
-            options_now = {"key_log_weight": w, "token_mask": padding[:, part], "normalised": normalised}
-            output, state = form(*rows, **options_now, state=state)
+            q_part, k_part, v_part, decay_part = (x[:, :, part] for x in (q, k, v, decay))
+            options_now = {"key_log_weight": w, "token_mask": padding[:, part], "normalized": normalized}
+            output, state = form(q_part, k_part, v_part, log_decay=decay_part, **options_now, state=state)
             outputs.append(output)
-        assert set(state) == ({"kv", "z", "log_scale"} if normalised else {"kv"})
+        assert set(state) == ({"kv", "z", "log_scale"} if normalized else {"kv"})
         torch.testing.assert_close(torch.cat(outputs, 2), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("queries", [1, 7, 64])
 def test_fewer_queries_than_keys_are_the_last(queries, kind, monkeypatch):
-    monkeypatch.setattr(linear_sums, "_CPU_BLOCK_ROWS", 1)
-    monkeypatch.setattr(linear_sums, "_MIN_BLOCK", 16)  # and blocks join exactly
+    monkeypatch.setattr(layout, "_CPU_BLOCK_ROWS", 1)
+    monkeypatch.setattr(layout, "_MIN_BLOCK", 16)  # and blocks join exactly
     q, k, v, decay, weight = draw(70, kind)
-    whole = decay_linear_attention(q, k, v, decay, key_log_weight=weight)[0]
+    whole = forms.attend(q, k, v, log_decay=decay, key_log_weight=weight)[0]
     torch.testing.assert_close(whole, dense(q, k, v, decay, weight))
-    output = decay_linear_attention(q[:, :, -queries:], k, v, decay, key_log_weight=weight)[0]
+    output = forms.attend(q[:, :, -queries:], k, v, log_decay=decay, key_log_weight=weight)[0]
     torch.testing.assert_close(output, whole[:, :, -queries:])
-    naive = naive_decay_linear_attention(q[:, :, -queries:], k, v, decay, key_log_weight=weight)
+    naive = naive_linear_attention(q[:, :, -queries:], k, v, log_decay=decay, key_log_weight=weight, is_causal=True)
     torch.testing.assert_close(naive, whole[:, :, -queries:])
 
 
@@ -146,7 +141,8 @@ def test_strong_decay_and_large_weights_stay_accurate_in_float32(strength, kind)
     decay = torch.where(torch.rand(decay.shape, generator=torch.Generator().manual_seed(1)) < 0.1, -strength, decay)
     expected = dense(q, k, v, decay, weight)
     for form in FORMS:
-        output = form(*(x.float() for x in (q, k, v, decay)), key_log_weight=weight.float())[0]
+        q32, k32, v32, decay32, weight32 = (x.float() for x in (q, k, v, decay, weight))
+        output = form(q32, k32, v32, log_decay=decay32, key_log_weight=weight32)[0]
         torch.testing.assert_close(output.double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -155,7 +151,7 @@ def test_a_weight_that_has_decayed_no_longer_counts():
     q, k, v, _, weight = draw(130, dtype=torch.float32)
     weight[:, :, 0] = 300.0
     decay = torch.full_like(weight, -5.0)
-    output = decay_linear_attention(q, k, v, decay, key_log_weight=weight)[0]
+    output = forms.attend(q, k, v, log_decay=decay, key_log_weight=weight)[0]
     expected = dense(q, k, v, decay, weight)
     torch.testing.assert_close(output[:, :, 100:].double(), expected[:, :, 100:], atol=1e-5, rtol=1e-5)
 
@@ -165,19 +161,19 @@ def test_a_weight_that_has_decayed_no_longer_counts():
 def test_gradients(options, kind):
     q, k, v, decay, weight = (x.requires_grad_() for x in draw(10, kind))
     padding = masks(10)["interior"]
-    normalised = options != "raw"
-    state = init_decay_state(2, 3, 5, 4, F64, q.device, normalised=normalised)
+    normalized = options != "raw"
+    state = init_linear_state(2, 3, 5, 4, F64, q.device, normalized=normalized)
     state["kv"] = torch.randn_like(state["kv"]).requires_grad_()
 
     def run(form, *tensors):
         q, k, v, decay, kv, *weight = tensors
         now = {**state, "kv": kv}
-        options_now = {"key_log_weight": weight[0] if weight else None, "normalised": normalised, "state": now}
-        output, after = form(q, k, v, decay, token_mask=padding, **options_now)
-        return output, after["kv"] * after["log_scale"].exp()[..., None, None] if normalised else after["kv"]
+        options_now = {"key_log_weight": weight[0] if weight else None, "normalized": normalized, "state": now}
+        output, after = form(q, k, v, log_decay=decay, token_mask=padding, **options_now)
+        return output, after["kv"] * after["log_scale"].exp()[..., None, None] if normalized else after["kv"]
 
     inputs = (q, k, v, decay, state["kv"], *([weight] if options == "weighted" else []))
-    for form in (decay_linear_attention, recurrent_decay_linear_attention):
+    for form in FORMS:
         assert torch.autograd.gradcheck(lambda *x, form=form: run(form, *x), inputs, fast_mode=True, atol=1e-6)
 
 
@@ -185,7 +181,7 @@ def test_gradients(options, kind):
 def test_gradients_are_finite_where_gates_close(kind):
     q, k, v, decay, weight = (x.requires_grad_() for x in draw(80, kind, dtype=torch.float32))
     closed = torch.where(torch.arange(80).view(-1, *[1] * (decay.ndim - 3)) % 9 == 0, -torch.inf, decay)
-    decay_linear_attention(q, k, v, closed, key_log_weight=weight)[0].square().sum().backward()
+    forms.attend(q, k, v, log_decay=closed, key_log_weight=weight)[0].square().sum().backward()
     for x in (q, k, v, decay, weight):
         assert x.grad.isfinite().all()
 
@@ -195,7 +191,7 @@ def test_rows_without_keys_are_zero():
     padding = torch.ones(2, 40, dtype=torch.bool)
     padding[0], padding[1, :9] = False, False
     for w in (None, weight):
-        output = decay_linear_attention(q, k, v, decay, key_log_weight=w, token_mask=padding)[0]
+        output = forms.attend(q, k, v, log_decay=decay, key_log_weight=w, token_mask=padding)[0]
         assert output.isfinite().all()
         assert not output[0].any()
         assert not output[1, :, :9].any()
@@ -203,22 +199,22 @@ def test_rows_without_keys_are_zero():
 
 def test_half_precision_is_summed_in_full():
     q, k, v, decay, _ = draw(300, strength=0.1, dtype=torch.bfloat16)
-    output = decay_linear_attention(q, k, v, decay)[0]
+    output = forms.attend(q, k, v, log_decay=decay)[0]
     assert output.dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(decay_linear_attention(q, k, v, decay)[0], output)
-    expected = decay_linear_attention(*(x.double() for x in (q, k, v, decay)))[0]
+        assert torch.equal(forms.attend(q, k, v, log_decay=decay)[0], output)
+    expected = forms.attend(*(x.double() for x in (q, k, v)), log_decay=decay.double())[0]
     torch.testing.assert_close(output.double(), expected, atol=0.01, rtol=0.01)
 
 
 def test_impossible_calls_say_so():
     q, k, v, decay, weight = draw(8)
     with pytest.raises(ValueError, match="is_causal must be True"):
-        decay_linear_attention(q, k, v, decay, is_causal=False)
+        linear_attention(q, k, v, log_decay=decay, is_causal=False)
     with pytest.raises(ValueError, match="got 8 > 5"):
-        decay_linear_attention(q, k[:, :, :5], v[:, :, :5], decay[:, :, :5])
-    state = init_decay_state(2, 3, 5, 4, F64, q.device)
-    with pytest.raises(ValueError, match="got 4 and 8"):
-        decay_linear_attention(q[:, :, :4], k, v, decay, state=state)
-    with pytest.raises(ValueError, match="normalised=True"):
-        decay_linear_attention(q, k, v, decay, key_log_weight=weight, normalised=False)
+        forms.attend(q, k[:, :, :5], v[:, :, :5], log_decay=decay[:, :, :5])
+    state = init_linear_state(2, 3, 5, 4, F64, q.device)
+    with pytest.raises(ValueError, match="4 queries and 8 keys"):
+        forms.attend(q[:, :, :4], k, v, log_decay=decay, state=state)
+    with pytest.raises(ValueError, match="normalized=True"):
+        forms.attend(q, k, v, log_decay=decay, key_log_weight=weight, normalized=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from hf_linear_attn.ops.linear import sums as linear_sums
+from hf_linear_attn.ops.linear import layout
 from hf_linear_attn.ops.prefix import attention as prefix_softmax
 from hf_linear_attn.ops.prefix.attention import init_prefix_softmax_state, prefix_softmax_attention
 from tests.ops.references import naive_prefix_softmax
@@ -16,9 +16,9 @@ CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", 
 def form(request, monkeypatch):
     """Bidirectional calls as a whole or in blocks of 16 tokens; causal ones in one block or in such."""
     if request.param == "blocks":
-        monkeypatch.setattr(linear_sums, "_CPU_BLOCK_ROWS", 1)
-        monkeypatch.setattr(linear_sums, "_MIN_BLOCK", 16)
-        monkeypatch.setattr(linear_sums, "CHUNK", 4)
+        monkeypatch.setattr(layout, "_CPU_BLOCK_ROWS", 1)
+        monkeypatch.setattr(layout, "_MIN_BLOCK", 16)
+        monkeypatch.setattr(layout, "CHUNK", 4)
         monkeypatch.setattr(prefix_softmax, "_WHOLE", 0)
 
 
@@ -199,7 +199,7 @@ def test_gradients_reach_the_state():
 def test_training_keeps_its_inputs_and_little_else(causal, form, monkeypatch):
     """In blocks: no shares and logits of 64 features for all tokens, nor anything of tokens times tokens."""
     monkeypatch.setattr(prefix_softmax, "_WHOLE", 0)
-    monkeypatch.setattr(linear_sums, "_MIN_BLOCK", 256)
+    monkeypatch.setattr(layout, "_MIN_BLOCK", 256)
     tokens = [x.requires_grad_() for x in draw(1024, dtype=torch.float32)]
     weights = draw_weights(features=64, dtype=torch.float32)
     saved = []

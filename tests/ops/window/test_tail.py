@@ -83,7 +83,7 @@ def test_blocks_and_chunks_agree_with_the_dense_form(side, length):
 def test_segments_of_blocks_change_nothing(monkeypatch):
     q, k, v = draw(300)
     whole = window_softmax(q, k, v, left=9, right=9, scaling=SCALING)
-    monkeypatch.setattr("hf_linear_attn.ops.linear.sums._CPU_BLOCK_ROWS", 1)
+    monkeypatch.setattr("hf_linear_attn.ops.linear.layout._CPU_BLOCK_ROWS", 1)
     for actual, expected in zip(window_softmax(q, k, v, left=9, right=9, scaling=SCALING), whole, strict=True):
         torch.testing.assert_close(actual, expected)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the form that is traced
