@@ -25,7 +25,6 @@ __all__ = [
     "DEFAULT_LEARNING_RATE",
     "Recording",
     "calibrate",
-    "check_batches",
     "layers_to_keep",
     "output_errors",
     "record",
@@ -45,36 +44,6 @@ class Recording:
 
     inputs: list[AttentionInputs] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
-
-
-def check_batches(calibration: Iterable[Mapping[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
-    """The batches without their labels.
-
-    Raises:
-        ValueError: for something else than a list of mappings, none at all, a batch of nothing but padding, or token
-            ids that a model with so many embeddings does not have.
-    """
-    if isinstance(calibration, str) or not isinstance(calibration, Iterable):
-        raise ValueError(f"calibration={calibration!r}; allowed: a list of batches, argument names to tensors each.")
-    if isinstance(calibration, Mapping):
-        raise ValueError("calibration takes a list of batches; got one batch. Pass [batch].")
-    batches = []
-    for batch in calibration:
-        if not isinstance(batch, Mapping):
-            raise ValueError(f"A calibration batch must map argument names to tensors, got {type(batch).__name__}.")
-        mask = batch.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and not bool(mask.any()):
-            raise ValueError("A calibration batch holds nothing but padding (its attention_mask is all 0).")
-        ids = batch.get("input_ids")
-        if isinstance(ids, torch.Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise ValueError(
-                f"input_ids of a calibration batch go from {int(ids.min())} to {int(ids.max())}; allowed: 0 to "
-                f"{vocab_size - 1}, the model's vocabulary. Is the tokenizer this model's?"
-            )
-        batches.append({name: value for name, value in batch.items() if name != "labels"})
-    if not batches:
-        raise ValueError("calibration holds no batch.")
-    return batches
 
 
 def record(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[int, Recording]:
