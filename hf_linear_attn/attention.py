@@ -98,7 +98,7 @@ def linear_attention_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | SequencePlan | None:
-    """Mask function: the bool padding mask `[B, kv_length]` (True = real), or None when everything is real.
+    """Mask function: the bool padding mask `[B, kv_length]` (True = real), or None if it was seen to be all real.
 
     Rows that Transformers takes for packed, which have no mask, come as the plan of their sequences.
 
@@ -116,11 +116,17 @@ def linear_attention_mask(
             f"attention_mask has shape {given}, but the call needs {(batch_size, kv_length)} [batch, tokens] (with a "
             "cache, the mask covers past tokens as well; converted layers work with a DynamicCache, not a static one)."
         )
-    # Masks cost time, and most are all ones. Not while tracing: the answer depends on the data. Without a cache the
-    # keys are counted by the mask itself, so that one of another length has to reach the layers, which know better.
-    if not is_traced() and kv_length == q_offset + q_length and bool(attention_mask.all()):
-        return None
-    return attention_mask
+    # Masks cost time in every layer, and most are all ones. Not while tracing: the answer depends on the data. Without
+    # a cache the keys are counted by the mask itself, so that one of another length has to reach the layers, which know
+    # better; and what lies on a GPU was read when the call was planned: to read it again would wait for the device.
+    if is_traced() or kv_length != q_offset + q_length or (q_offset == 0 and not _is_on_host(attention_mask)):
+        return attention_mask
+    return None if bool(attention_mask.all()) else attention_mask
+
+
+def _is_on_host(x: torch.Tensor) -> bool:
+    """Whether to read `x` waits for no device."""
+    return x.device.type == "cpu"
 
 
 def _mask_message(mask: torch.Tensor) -> str:
@@ -150,7 +156,8 @@ def linear_attention_forward(
 
     Packed sequences do not see one another: `cu_seq_lens_q` or `seq_idx` say where they begin, or the plan in place of
     a mask, which is what Transformers made of a decoder's `position_ids`. A batch that is mostly padding runs without
-    most of it. `linear_attn_plan` is what `with_sequence_plan` made of these keywords for all layers.
+    most of it. `linear_attn_plan` and `linear_attn_all_real` are what `with_sequence_plan` made of these keywords for
+    all layers.
 
     At masked positions self-attention gives 0, whatever the method, the layout and the batch, as flash attention does.
     One of them is read nevertheless, the last place of a decoder's prompt that is padded on the right: there stands
@@ -171,6 +178,9 @@ def linear_attention_forward(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     packed, mask = (attention_mask, None) if isinstance(attention_mask, SequencePlan) else (None, attention_mask)
+    own_tokens = _is_self_attention(module)
+    if own_tokens and kwargs.get("linear_attn_all_real"):
+        mask = None
     inputs = AttentionInputs(
         query=query,
         key=key,
@@ -181,7 +191,7 @@ def linear_attention_forward(
         hidden_states=None if of_layer is None else of_layer.hidden_states,
         global_mask=None if of_layer is None else _global_mask(kwargs.get("global_attention_mask"), query),
     )
-    if not _is_self_attention(module):  # every packed sequence may see all of the encoder's tokens
+    if not own_tokens:  # every packed sequence may see all of the encoder's tokens
         return _softmax(inputs, dropout).transpose(1, 2), None
 
     plan = _plan(packed, inputs, kwargs)
@@ -376,7 +386,8 @@ def _check_listed_as_softmax(module: nn.Module) -> None:
 def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a model's call, with the plan of its sequences for all layers if this is the base model.
 
-    Layers make the plan themselves when it is not given, every one again. Of `position_ids` they learn by their mask
+    Also `linear_attn_all_real`, whether its mask has no padding: a mask is read once, here, wherever it lies. Layers
+    make the plan themselves when it is not given, every one again. Of `position_ids` they learn by their mask
     (`seam.masks.packed_rows`).
     """
     if model.base_model is not model or "linear_attn_plan" in kwargs or is_traced():
@@ -389,17 +400,18 @@ def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return kwargs  # refused later on
     if not isinstance(mask, torch.Tensor) or mask.shape != of_tokens.shape:
         mask = None  # with a cache it covers past tokens, and nothing is regrouped; else it is refused later on
+    all_real = mask is not None and bool(mask.all())
     if given.get("attention_mask") is None:
         _warn_of_positions(model, given)
     batch, length = of_tokens.shape[:-1].numel(), of_tokens.shape[-1]
-    plan = plan_call(batch, length, mask, given.get("cu_seq_lens_q"), given.get("seq_idx"))
-    return {**kwargs, "linear_attn_plan": plan}
+    plan = plan_call(batch, length, None if all_real else mask, given.get("cu_seq_lens_q"), given.get("seq_idx"))
+    return {**kwargs, "linear_attn_plan": plan, "linear_attn_all_real": all_real}
 
 
 def _warn_of_positions(model: Any, given: dict[str, Any]) -> None:
     """Say that positions which look like packing are none, as a cache is in use."""
     at, uses_cache = given.get("position_ids"), given.get("use_cache")
-    if at is None or not get_patcher(model.config.base_model_type).is_causal(model.config):
+    if at is None or at.shape[-1] < 2 or not get_patcher(model.config.base_model_type).is_causal(model.config):
         return
     if uses_cache is None:
         uses_cache = getattr(model.config, "use_cache", False)
