@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
-from hf_linear_attn.convert import convert_model
 from hf_linear_attn.data import load_config
-from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers, list_variants
+from hf_linear_attn.measure.methods import Method, RefusedError, converted_copy, out_of_memory, parse_methods
+from hf_linear_attn.measure.profile import time_interleaved
+from hf_linear_attn.registry import PATCHERS, get_patcher, list_patchers
 
 __all__ = [
-    "FEWEST_ROUNDS",
     "FORWARD",
     "SDPA",
     "STEP",
@@ -39,7 +39,6 @@ FORWARD, STEP = "forward", "step"
 Times = dict[str, dict[str, list[float]]]
 """Contender to kind of work to seconds, one for each round."""
 
-FEWEST_ROUNDS = 3
 _VOCABULARY = 1024  # the layers are given embeddings: no token is looked up
 
 
@@ -60,29 +59,16 @@ def read_config(model: Any) -> Any:
     return config
 
 
-def choose_variants(config: Any, asked: Iterable[Any] | None) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name to (key, options): those asked for, or all without quadratic cost that serve this kind of model."""
+def choose_variants(config: Any, asked: Iterable[Any] | None) -> list[Method]:
+    """Those asked for, or all without quadratic cost that serve this kind of model."""
     causal = get_patcher(config.model_type).is_causal(config)
     if asked is None:
-        keys = list_variants(decoder=True) if causal else list_variants(encoder=True)
-        return {key: (key, {}) for key in keys if get_variant(key).claims_linear_cost({})}
-    chosen: dict[str, tuple[str, dict[str, Any]]] = {}
-    for entry in [asked] if isinstance(asked, str) else asked:
-        given: Any = {}
-        if isinstance(entry, str):
-            key = entry
-        elif isinstance(entry, Mapping) and len(entry) == 1:
-            key, given = next(iter(entry.items()))
-        elif isinstance(entry, (tuple, list)) and len(entry) == 2:
-            key, given = entry
-        else:
-            raise ValueError(f"A variant is 'key', (key, options) or {{key: options}}; got {entry!r}.")
-        options, spec = dict(given or {}), get_variant(key)
-        spec.config_class.from_dict(options)  # type: ignore[attr-defined]
-        if not (spec.decoder if causal else spec.encoder):
+        return [method for method in parse_methods([], rest=True) if method.serves(causal) and not method.quadratic()]
+    chosen = parse_methods([asked] if isinstance(asked, str) else asked)
+    for method in chosen:
+        if not method.serves(causal):
             side = "a decoder" if causal else "an encoder"
-            raise ValueError(f"{key!r} does not serve {side} such as {config.model_type}: {spec.refusal}")
-        chosen[key + "".join(f" {name}={value}" for name, value in options.items())] = (key, options)
+            raise ValueError(f"{method.key!r} does not serve {side} such as {config.model_type}: {method.spec.refusal}")
     if not chosen:
         raise ValueError("variants is empty; name at least one, or leave it out for all that serve this model.")
     return chosen
@@ -111,21 +97,18 @@ def layer_config(config: Any, length: int, layers: int) -> Any:
 
 
 def build_contenders(
-    shape: Any, asked: Mapping[str, tuple[str, dict[str, Any]]], device: torch.device, dtype: torch.dtype
+    shape: Any, asked: Iterable[Method], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """SDPA first, then the variants; they share the weights of one model. And those that refuse, with the reason."""
     base: Any = AutoModel.from_config(copy.deepcopy(shape), attn_implementation=SDPA)
     base = base.to(device, dtype).eval()
     models: dict[str, nn.Module] = {SDPA: base}
     left_out = {}
-    for name, (key, options) in asked.items():
-        twin = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    for method in asked:
         try:
-            converted: Any = convert_model(twin, key, **options)
-        except ValueError as error:  # a shape that the variant does not serve
-            left_out[name] = str(error)
-        else:
-            models[name] = converted.to(device).eval()
+            models[method.name] = converted_copy(base, method).to(device).eval()  # type: ignore[arg-type]
+        except RefusedError as error:  # a shape that the variant does not serve
+            left_out[method.name] = str(error)
     return models, left_out
 
 
@@ -154,17 +137,6 @@ def _step(model: nn.Module, data: Embeddings) -> None:
 WORK: dict[str, Callable[[nn.Module, Embeddings], None]] = {FORWARD: _forward, STEP: _step}
 
 
-def _seconds(work: str, model: nn.Module, data: Embeddings) -> float:
-    on_cuda = data.tensor.is_cuda
-    if on_cuda:
-        torch.cuda.synchronize(data.tensor.device)
-    start = time.perf_counter()
-    WORK[work](model, data)
-    if on_cuda:
-        torch.cuda.synchronize(data.tensor.device)
-    return time.perf_counter() - start
-
-
 def take_turns(
     models: Mapping[str, nn.Module],
     data: Embeddings,
@@ -172,36 +144,36 @@ def take_turns(
     *,
     budget: float,
     repeats: int,
-    fewest: int = FEWEST_ROUNDS,
     on_step: Callable[[str, int], None] | None = None,
 ) -> tuple[Times, list[str]]:
     """Times of each contender and kind of work over rounds, the first of which is not kept; and who ran out of memory.
 
-    Rounds are made until `budget` seconds are spent: at least `fewest`, at most `repeats`.
+    Rounds are made until `budget` seconds are spent, as `time_interleaved` does.
     """
-    times: Times = {name: {kind: [] for kind in work} for name in models}
-    failed = []
-    end = time.perf_counter() + budget
-    for turn in range(1 + repeats):
-        if turn > fewest and time.perf_counter() >= end:
-            break
-        for kind in work:
-            for name in list(times):
-                try:
-                    seconds = _seconds(kind, models[name], data)
-                except RuntimeError as error:
-                    if name == SDPA or not _out_of_memory(error):
-                        raise
-                    failed.append(name)
-                    del times[name]
-                    models[name].zero_grad(set_to_none=True)
-                    continue
-                if turn:
-                    times[name][kind].append(seconds)
-                if on_step is not None:
-                    on_step(name, data.length)
+    failed: list[str] = []
+    calls: dict[str, tuple[str, str]] = {f"{kind} {name}": (kind, name) for kind in work for name in models}
+
+    def run(kind: str, name: str) -> None:
+        if name in failed:
+            return
+        try:
+            WORK[kind](models[name], data)
+        except RuntimeError as error:
+            if name == SDPA or not out_of_memory(error):
+                raise
+            failed.append(name)
+            models[name].zero_grad(set_to_none=True)
+
+    def tell(call: str) -> None:
+        if on_step is not None and (name := calls[call][1]) not in failed:
+            on_step(name, data.length)
+
+    found = time_interleaved(
+        {call: partial(run, *place) for call, place in calls.items()},
+        repeats=repeats,
+        seconds=budget,
+        device=data.tensor.device,
+        on_step=tell,
+    )
+    times = {name: {kind: found[f"{kind} {name}"] for kind in work} for name in models if name not in failed}
     return times, failed
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the CPU's wording

@@ -233,10 +233,8 @@ def advise(
     for index, n in enumerate(measured):
         data = timing.Embeddings(shape, n, batch_size, place, kind)
         start, share = time.perf_counter(), (budget_seconds - spent) * n / sum(measured[index:])
-        fewest = timing.FEWEST_ROUNDS if spent <= budget_seconds else 1
-        times, failed = timing.take_turns(
-            models, data, work, budget=share, repeats=repeats, fewest=fewest, on_step=on_step
-        )
+        rounds = repeats if spent <= budget_seconds else 1
+        times, failed = timing.take_turns(models, data, work, budget=share, repeats=rounds, on_step=on_step)
         left_out.update({f"{name} at {n}": "out of memory" for name in failed})
         spent += time.perf_counter() - start
         rows += _rows(times, n)
@@ -254,7 +252,7 @@ def advise(
         work=work,
         rows=rows,
         peak_bytes=peaks,
-        options={name: options for name, (_, options) in asked.items() if name in models},
+        options={method.name: method.options for method in asked if method.name in models},
         left_out=left_out,
         scatter=max(_scatter(times[SDPA][kind]) for kind in work),
         machine=_machine(shape, place, kind),

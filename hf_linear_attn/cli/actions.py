@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,29 +66,26 @@ def check_options(variant: str, options: dict[str, Any]) -> None:
 
 def run_training(recipe: Recipe) -> TrainResult | None:
     """Train; the result on the main process, None on the others."""
-    from accelerate import PartialState
-
-    from hf_linear_attn.training.setup import reuse_freed_memory
     from hf_linear_attn.training.trainer import train
 
-    reuse_freed_memory()
-    result = train(recipe)
-    state = PartialState()
-    main = state.is_main_process
-    state.destroy_process_group()
-    return result if main else None
+    return _on_main_process(partial(train, recipe))
 
 
 def run_comparison(recipe: Recipe, variants: list[str] | None, title: str, command: str) -> Comparison | None:
     """Compare; the comparison on the main process, None on the others."""
+    from hf_linear_attn.compare.run import compare
+
+    return _on_main_process(partial(compare, recipe, variants, title=title, command=command))
+
+
+def _on_main_process(run: Callable[[], Any]) -> Any:
     from accelerate import PartialState
 
-    from hf_linear_attn.compare.run import compare
     from hf_linear_attn.training.setup import reuse_freed_memory
 
     reuse_freed_memory()
-    comparison = compare(recipe, variants, title=title, command=command)
+    result = run()
     state = PartialState()
     main = state.is_main_process
     state.destroy_process_group()
-    return comparison if main else None
+    return result if main else None

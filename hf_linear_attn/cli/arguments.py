@@ -25,6 +25,7 @@ __all__ = [
     "pairs",
     "plain_errors",
     "read_device",
+    "shipped_recipe",
 ]
 
 # distribution-independent: what the commands import
@@ -127,6 +128,18 @@ def _check_parents(path: Path) -> None:
         raise ValueError(f"The output {str(path)!r} lies below {str(there)!r}, which is a file")
     if not os.access(there, os.W_OK):
         raise ValueError(f"The output {str(path)!r} cannot be made: {str(there)!r} is not writable")
+
+
+def shipped_recipe(name: str) -> Path:
+    """A recipe of the repository; the recipes lie beside the package, not in it.
+
+    Raises:
+        FileNotFoundError: where only the package is installed.
+    """
+    path = Path(__file__).resolve().parents[2] / "recipes" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"The recipes are part of the repository, not of the package: no {path}. Clone it.")
+    return path
 
 
 def need_train_extra(command: str) -> None:

@@ -6,24 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_linear_attn.cli.arguments import shipped_recipe
 from hf_linear_attn.saving import to_json
 
 if TYPE_CHECKING:
     from hf_linear_attn.bench.speed.recipe import BenchRecipe
 
-__all__ = ["load_bench_recipe", "run_bench", "shipped_recipe"]
+__all__ = ["load_bench_recipe", "run_bench"]
 
 _SHIPPED = {"cpu": "cpu.yaml", "cuda": "gpu.yaml"}
-
-
-def shipped_recipe(device: str) -> Path:
-    """The repository's recipe for a kind of device; it lies beside the package, not in it."""
-    path = Path(__file__).resolve().parents[2] / "recipes" / "bench" / _SHIPPED[device]
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"The bench's own recipes are part of the repository, not of the package: no {path}. Name a recipe."
-        )
-    return path
 
 
 def load_bench_recipe(path: Path | None, device: str | None, threads: int | None) -> BenchRecipe:
@@ -38,7 +29,7 @@ def load_bench_recipe(path: Path | None, device: str | None, threads: int | None
     from hf_linear_attn.bench.speed.recipe import BenchRecipe
 
     if path is None:
-        path = shipped_recipe(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        path = shipped_recipe(f"bench/{_SHIPPED[device or ('cuda' if torch.cuda.is_available() else 'cpu')]}")
     recipe = BenchRecipe.from_yaml(path)
     changes: dict[str, Any] = {"device": device, "threads": threads}
     return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})

@@ -18,6 +18,7 @@ from hf_linear_attn.cli.arguments import (
     numbers,
     pairs,
     plain_errors,
+    shipped_recipe,
 )
 
 if TYPE_CHECKING:
@@ -174,8 +175,7 @@ def demo_command(
     """
     with plain_errors():
         need_train_extra("demo")
-        path = _demo_recipe() if recipe is None else recipe
-        loaded = _load_recipe(path, changes)
+        loaded = _load_recipe(recipe or shipped_recipe("minilm/sotu_demo.yaml"), changes)
         check_output(loaded.training.output_dir, overwrite)
         _run_comparison(loaded, None, "Four attention variants on documents longer than the checkpoint reads")
 
@@ -199,16 +199,6 @@ def _run_comparison(recipe: Recipe, variants: list[str] | None, title: str) -> N
         typer.echo(f"Picture: {comparison.paths.png}")
     if comparison.failed:
         raise typer.Exit(code=1)
-
-
-def _demo_recipe() -> Path:
-    """The demo's recipe lies in the repository beside the package."""
-    path = Path(__file__).resolve().parents[2] / "recipes" / "minilm" / "sotu_demo.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"The demo's recipe is part of the repository, not of the package: no {path}. Clone it."
-        )
-    return path
 
 
 def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:

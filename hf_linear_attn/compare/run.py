@@ -17,16 +17,10 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from hf_linear_attn.compare.report import ReportPaths, write_report
-from hf_linear_attn.compare.systems import (
-    PlannedBar,
-    System,
-    make_folds,
-    parse_variants,
-    spell_options,
-    with_recipe_options,
-)
+from hf_linear_attn.compare.systems import PlannedBar, System, make_folds, with_recipe_options
 from hf_linear_attn.data import bag_of_words_correct
 from hf_linear_attn.measure.bootstrap import bootstrap_statistic
+from hf_linear_attn.measure.methods import Method, parse_methods, spell_options
 from hf_linear_attn.measure.metrics import macro_f1
 from hf_linear_attn.measure.profile import forward_time_against_length
 from hf_linear_attn.registry import get_patcher
@@ -84,7 +78,7 @@ def compare(
 
     Args:
         recipe: `conversion` gives layers, extension and calibration (and options, for its own variant).
-        variants: see `hf_linear_attn.compare.systems.parse_variants`; the recipe's `evaluation.variants` when
+        variants: see `hf_linear_attn.measure.methods.parse_methods`; the recipe's `evaluation.variants` when
             None. A variant named without options takes those that the recipe gives it.
         title: of the report.
         command: what to write down as the command that made it.
@@ -100,8 +94,8 @@ def compare(
     for metric in recipe.evaluation.metrics:
         if metric not in _SCORES:
             raise ValueError(f"compare takes the metrics {', '.join(_SCORES)}; got {metric!r}")
-    own = parse_variants(recipe.evaluation.variants)
-    parsed = own if variants is None else with_recipe_options(parse_variants(variants), own)
+    own = parse_methods(recipe.evaluation.variants)
+    parsed = own if variants is None else with_recipe_options(parse_methods(variants), own)
     return _Comparison(recipe, parsed, title, command, show_progress).run()
 
 
@@ -109,7 +103,7 @@ class _Comparison:
     def __init__(
         self,
         recipe: Recipe,
-        variants: list[tuple[str, dict[str, Any]]],
+        variants: list[Method],
         title: str,
         command: str,
         show_progress: bool,
@@ -136,7 +130,7 @@ class _Comparison:
         self.document_tokens = self._document_tokens()
         self.failed: dict[str, str] = {}
 
-    def _systems(self, variants: list[tuple[str, dict[str, Any]]], truncated: int) -> list[System]:
+    def _systems(self, variants: list[Method], truncated: int) -> list[System]:
         base = self.recipe.conversion
         keep = {} if base is None else {"layers": base.layers, "extend": base.extend}
         plans: list[tuple[str, str, dict[str, Any], int, dict[str, Any] | None]] = [
@@ -145,7 +139,8 @@ class _Comparison:
         if self.recipe.evaluation.softmax_long and self.max_length > truncated:
             plans.append(("softmax-long", "softmax", {}, self.max_length, None))
         names: set[str] = set()
-        for key, options in variants:
+        for method in variants:
+            key, options = method.key, method.options
             if not options and base is not None and base.variant == key:
                 options = base.options
             name = key if key not in names or not options else f"{key} {spell_options(options)}"

@@ -11,10 +11,10 @@ from datasets import concatenate_datasets
 from sklearn.model_selection import StratifiedGroupKFold
 
 from hf_linear_attn.data.task import DocumentTask
-from hf_linear_attn.registry import get_variant
+from hf_linear_attn.measure.methods import Method
 from hf_linear_attn.training.recipe import Recipe
 
-__all__ = ["PlannedBar", "System", "make_folds", "parse_variants", "spell_options", "with_recipe_options"]
+__all__ = ["PlannedBar", "System", "make_folds", "with_recipe_options"]
 
 
 @dataclass(frozen=True)
@@ -28,46 +28,13 @@ class System:
 
     def full_options(self) -> dict[str, Any]:
         """The variant's options with the defaults written out; none for softmax attention."""
-        if self.recipe.conversion is None:
-            return {}
-        return get_variant(self.variant).config_class.from_dict(self.options).to_dict()  # type: ignore[attr-defined]
+        return {} if self.recipe.conversion is None else Method(self.variant, self.options).config().to_dict()
 
 
-def parse_variants(entries: Sequence[Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Variants as a recipe or a caller writes them: `"linear"`, `("linear", {...})` or `{"linear": {...}}`.
-
-    Raises:
-        ValueError: for another form, an unknown variant or an unknown option.
-    """
-    parsed: list[tuple[str, dict[str, Any]]] = []
-    for entry in entries:
-        if isinstance(entry, str):
-            key, options = entry, None
-        elif isinstance(entry, dict) and len(entry) == 1:
-            key, options = next(iter(entry.items()))
-        elif isinstance(entry, (tuple, list)) and len(entry) == 2:
-            key, options = entry
-        else:
-            raise ValueError(f"A variant is 'key', {{key: options}} or (key, options); got {entry!r}")
-        chosen: dict[str, Any] = dict(options or {})
-        get_variant(key).config_class.from_dict(chosen)  # type: ignore[attr-defined]
-        parsed.append((key, chosen))
-    return parsed
-
-
-def with_recipe_options(
-    asked: list[tuple[str, dict[str, Any]]], own: list[tuple[str, dict[str, Any]]]
-) -> list[tuple[str, dict[str, Any]]]:
+def with_recipe_options(asked: Sequence[Method], own: Sequence[Method]) -> list[Method]:
     """Give variants that were asked for without options those of `own`."""
-    defaults: dict[str, dict[str, Any]] = {}
-    for key, options in own:
-        defaults.setdefault(key, options)
-    return [(key, options or defaults.get(key, {})) for key, options in asked]
-
-
-def spell_options(options: dict[str, Any]) -> str:
-    """Options as part of a name: `window_size=64`."""
-    return ",".join(f"{name}={value}" for name, value in options.items())
+    defaults = {method.key: method for method in reversed(own)}
+    return [method if method.options else defaults.get(method.key, method) for method in asked]
 
 
 def make_folds(task: DocumentTask, folds: int, seed: int) -> list[DocumentTask]:

@@ -1,1 +1,1 @@
-"""What every measurement uses: metrics, time and memory, bootstrap, result rows, crossovers, the style of pictures."""
+"""What every measurement uses: methods, metrics, time and memory, bootstrap, rows, crossovers, the style of figures."""

@@ -21,20 +21,23 @@ __all__ = ["BUNDLED_METRICS", "Accuracy", "ExactMatchF1", "MacroF1", "Perplexity
 
 logger = logging.getLogger(__name__)
 
-_CLASSES = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+
+def _of_classes(name: str, description: str) -> evaluate.MetricInfo:
+    """Of a metric, in [0, 1], that compares class indices."""
+    return evaluate.MetricInfo(
+        description=description,
+        citation="",
+        inputs_description="predictions: list of class indices; references: list of class indices. "
+        f"Returns {name}, in [0, 1].",
+        features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+    )
 
 
 class Accuracy(evaluate.Metric):
     """Share of predicted classes that equal the reference."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of predictions that equal the reference.",
-            citation="",
-            inputs_description="predictions: list of class indices; references: list of class indices. "
-            "Returns accuracy, in [0, 1].",
-            features=_CLASSES,
-        )
+        return _of_classes("accuracy", "Share of predictions that equal the reference.")
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
@@ -44,13 +47,7 @@ class MacroF1(evaluate.Metric):
     """Mean over classes of the F1 score, each class counting the same."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Mean of 2 TP / (2 TP + FP + FN) over the classes in predictions or references.",
-            citation="",
-            inputs_description="predictions: list of class indices; references: list of class indices. "
-            "Returns macro_f1, in [0, 1].",
-            features=_CLASSES,
-        )
+        return _of_classes("macro_f1", "Mean of 2 TP / (2 TP + FP + FN) over the classes in predictions or references.")
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"macro_f1": macro_f1(np.asarray(predictions), np.asarray(references))}

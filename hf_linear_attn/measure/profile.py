@@ -238,7 +238,7 @@ def time_interleaved(
     begin = time.perf_counter()
     for turn in range(warmup + repeats):
         done = turn - warmup
-        if seconds is not None and done >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+        if seconds is not None and done >= _LEAST_ROUNDS and time.perf_counter() - begin >= seconds:
             break
         draw.shuffle(order)
         for name in order:

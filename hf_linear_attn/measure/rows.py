@@ -1,14 +1,31 @@
-"""Rows of a long measurement on disk, so that a run that is cut off goes on where it stopped."""
+"""Rows of a long measurement on disk, so that a run that is cut off goes on where it stopped, and where it was made."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from hf_linear_attn.saving import to_json
 
-__all__ = ["RowFile"]
+__all__ = ["RowFile", "about_machine"]
+
+
+def about_machine(command: str) -> dict[str, Any]:
+    """What a run writes down of itself: the command, the machine and the versions that ran it."""
+    return {
+        "command": command,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 class RowFile:

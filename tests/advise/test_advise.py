@@ -21,6 +21,7 @@ from hf_linear_attn.advise.run import (
     default_lengths,
     format_advice,
 )
+from hf_linear_attn.measure.methods import Method
 from hf_linear_attn.measure.profile import PeakMemory
 from hf_linear_attn.registry import get_patcher, get_variant
 from tests.tiny import tiny_config
@@ -188,13 +189,14 @@ def test_every_family_is_measured_from_its_config(family, monkeypatch):
 
 def test_contenders_share_the_weights_of_one_model():
     shape = advise_layers.layer_config(tiny_config("bert"), 200, 1)
+    sparse = Method("sparse", {"heads": ("far", "near")})
     models, refused = advise_layers.build_contenders(
         shape,
-        {"t2r": ("t2r", {}), "sparse": ("sparse", {"heads": ("far", "near")})},
+        [Method("t2r"), sparse],
         torch.device("cpu"),
         torch.float32,
     )
-    assert refused["sparse"].startswith("heads names 2 heads, the layer has 4")
+    assert refused[sparse.name].startswith("heads names 2 heads, the layer has 4")
     assert list(models) == [SDPA, "t2r"]
     own = {id(p) for name, p in models["t2r"].named_parameters() if "linear_attn" not in name}
     assert own == {id(p) for p in models[SDPA].parameters()}
@@ -207,7 +209,7 @@ def test_default_variants_are_those_of_the_side_that_are_not_quadratic():
     for family in ("bert", "gpt2"):
         config = tiny_config(family)
         causal = get_patcher(family).is_causal(config)
-        keys = set(advise_layers.choose_variants(config, None))
+        keys = {method.key for method in advise_layers.choose_variants(config, None)}
         sides = list_variants(decoder=True) if causal else list_variants(encoder=True)
         assert keys == {key for key in sides if get_variant(key).claims_linear_cost({})}
 

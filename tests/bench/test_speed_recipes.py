@@ -50,7 +50,7 @@ def test_the_shipped_recipes_cover_what_they_are_for() -> None:
         ({"variants": ["lineer"], "layers": [replace(LAYER, variants=None)]}, "Did you mean 'linear'"),
         ({"variants": [{"longformer": {"window": 3}}], "layers": [replace(LAYER, variants=None)]}, "Allowed:"),
         ({"variants": ["linear", "linear"], "layers": [replace(LAYER, variants=None)]}, "named twice: linear"),
-        ({"variants": [["linear", {}]], "layers": [replace(LAYER, variants=None)]}, "'key' or {key: options}"),
+        ({"variants": [["linear"]], "layers": [replace(LAYER, variants=None)]}, "'key', {key: options} or"),
     ],
 )
 def test_a_bad_recipe_is_refused(changes: dict[str, Any], message: str) -> None:

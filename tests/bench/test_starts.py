@@ -17,7 +17,6 @@ from hf_linear_attn.bench.starts.recipe import (
     UNIFORM,
     CostsRecipe,
     DocumentsRecipe,
-    Method,
     MethodsRecipe,
     ModelRecipe,
     RegressionRecipe,
@@ -31,6 +30,7 @@ from hf_linear_attn.bench.starts.tables import (
     summarise_starts,
     worse_starts,
 )
+from hf_linear_attn.measure.methods import Method
 from tests.small_runs import save_checkpoint, save_documents
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,9 @@ import pytest
 from hf_linear_attn.compare import run as module
 from hf_linear_attn.compare.report import check_results
 from hf_linear_attn.compare.run import BASELINE, compare
-from hf_linear_attn.compare.systems import make_folds, parse_variants
+from hf_linear_attn.compare.systems import make_folds
 from hf_linear_attn.measure.bootstrap import paired_bootstrap_difference
+from hf_linear_attn.measure.methods import Method, parse_methods
 from hf_linear_attn.training.recipe import Recipe
 from hf_linear_attn.training.trainer import TrainResult
 from tests.small_runs import small_recipe
@@ -120,16 +121,16 @@ def test_calibrated_variants_run_in_folds(recipe: Recipe) -> None:
 
 
 def test_variants_are_read_in_every_form_and_checked_before_anything_runs(recipe: Recipe) -> None:
-    expected = [("linear", {}), ("longformer", {"window_size": 8})]
-    assert parse_variants(["linear", {"longformer": {"window_size": 8}}]) == expected
-    assert parse_variants(["linear", ("longformer", {"window_size": 8})]) == expected
+    expected = [Method("linear"), Method("longformer", {"window_size": 8})]
+    assert parse_methods(["linear", {"longformer": {"window_size": 8}}]) == expected
+    assert parse_methods(["linear", ("longformer", {"window_size": 8})]) == expected
     with pytest.raises(ValueError, match="Did you mean 'linear'"):
         compare(recipe, ["liner"])
     with pytest.raises(ValueError, match="window"):
         compare(recipe, [("longformer", {"windw": 8})])
     with pytest.raises(ValueError, match="accuracy, macro_f1"):
         compare(recipe.replace(evaluation={"metrics": ["bleu"]}), ["linear"])
-    with pytest.raises(ValueError, match="asked for twice"):
+    with pytest.raises(ValueError, match="named twice: linear"):
         compare(recipe, ["linear", "linear"])
     assert not Path(recipe.training.output_dir).exists()
 

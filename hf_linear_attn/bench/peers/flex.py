@@ -1,4 +1,4 @@
-"""Our block patterns as flex_attention masks: the same tokens see each other, through PyTorch's compiled kernel."""
+"""flex_attention with the masks of our block patterns, or of softmax: the same tokens see each other, compiled."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hf_linear_attn.bench.peers.layers import LayerShape, ProjectedAttention, build_variant
+from hf_linear_attn.measure.methods import RefusedError
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = ["MASKS", "Visible", "flex_block_mask", "flex_layer"]
@@ -107,19 +108,24 @@ def _lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return counts, blocks.int().argsort(dim=-1, descending=True, stable=True).int()[None]
 
 
-def _call_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, scale: float) -> torch.Tensor:
+def _call_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask | None, scale: float) -> torch.Tensor:
     return flex_attention(q, k, v, block_mask=mask, scale=scale)  # type: ignore[return-value]
 
 
 class FlexCore(nn.Module):
-    """flex_attention with the mask of one of our variants, as an attention of `[B, H, T, D]` tensors.
+    """flex_attention as an attention of `[B, H, T, D]` tensors.
 
     It compiles, and makes its block mask, in the first call: leave that one out of timings.
+
+    Args:
+        shape: of the layer.
+        key: our variant whose mask it has; None for softmax over all tokens, or over the past ones.
+        variant: the variant itself.
     """
 
-    def __init__(self, key: str, variant: AttentionVariant, shape: LayerShape) -> None:
+    def __init__(self, shape: LayerShape, key: str | None = None, variant: AttentionVariant | None = None) -> None:
         super().__init__()
-        self.key, self.variant, self.shape = key, variant, shape
+        self.shape, self.key, self.variant = shape, key, variant
         self.mask: BlockMask | None = None
         # A code object of its own: dynamo counts recompilations by it, and past a few of them it would run the dense
         # uncompiled form instead.
@@ -127,14 +133,28 @@ class FlexCore(nn.Module):
         self._compiled = torch.compile(own, dynamic=False, fullgraph=True)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        if q.requires_grad and q.device.type == "cpu":  # what PyTorch says of it gets lost in the compiler
+            raise RefusedError("flex_attention has no backward pass on a CPU")
         if self.mask is None or self.mask.kv_num_blocks.device != q.device:
-            visible, heads = MASKS[self.key](self.variant, self.shape, q.device)
-            size = getattr(self.variant.config, "block_size", 128)
-            self.mask = flex_block_mask(visible, heads, self.shape.length, size, q.device)
+            self.mask = self._block_mask(q.device)
         return self._compiled(q, k, v, self.mask, q.shape[-1] ** -0.5)
 
+    def _block_mask(self, device: torch.device) -> BlockMask | None:
+        if self.key is not None:
+            visible, heads = MASKS[self.key](self.variant, self.shape, device)
+        elif self.shape.is_causal:
+            visible, heads = _past, 1
+        else:
+            return None
+        size = getattr(self.variant.config, "block_size", 128) if self.variant is not None else 128
+        return flex_block_mask(visible, heads, self.shape.length, size, device)
 
-def flex_layer(shape: LayerShape, key: str, options: dict[str, Any]) -> ProjectedAttention:
-    """A layer that runs flex_attention with the mask of our variant `key`, in evaluation mode."""
-    variant = build_variant(shape, key, options)
-    return ProjectedAttention(shape, FlexCore(key, variant, shape)).eval()
+
+def _past(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return q >= k
+
+
+def flex_layer(shape: LayerShape, key: str | None = None, options: dict[str, Any] | None = None) -> ProjectedAttention:
+    """A layer that runs flex_attention with the mask of our variant `key`, or of softmax, in evaluation mode."""
+    variant = None if key is None else build_variant(shape, key, options or {})
+    return ProjectedAttention(shape, FlexCore(shape, key, variant)).eval()

@@ -6,24 +6,21 @@ are to pay for it where the variants do not.
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from hf_linear_attn.bench.peers.flex import flex_layer
 from hf_linear_attn.bench.peers.layers import LayerShape, ProjectedAttention, our_layer, softmax_layer
 from hf_linear_attn.bench.peers.registry import SOFTMAX as SOFTMAX_METHOD
 from hf_linear_attn.bench.peers.registry import Peer, available_peers, get_peer, list_peers, unavailable_peers
 from hf_linear_attn.bench.speed.recipe import (
     SDPA,
-    BenchMethod,
     BenchRecipe,
     DecodeBench,
     LayerBench,
@@ -31,15 +28,13 @@ from hf_linear_attn.bench.speed.recipe import (
     PeerBench,
     bench_methods,
 )
-from hf_linear_attn.convert import convert_model
 from hf_linear_attn.data import load_config
-from hf_linear_attn.registry import get_patcher, get_variant
+from hf_linear_attn.measure.methods import Method, RefusedError, converted_copy, sharing_copy
+from hf_linear_attn.registry import get_patcher
 
 __all__ = [
     "Contender",
-    "RefusedError",
     "Trial",
-    "converted",
     "layer_groups",
     "model_groups",
     "peer_groups",
@@ -51,10 +46,6 @@ __all__ = [
 TOGETHER = 5  # contenders that take turns with SDPA; so many are in memory at once, and lost by an interruption
 PAIRS_TOGETHER = 3  # peers that take turns, each with ours
 OURS = "ours for "
-
-
-class RefusedError(ValueError):
-    """A contender that does not serve what is asked of it."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +99,10 @@ class Trial:
             tensor.grad = None
 
 
-def variant_reason(recipe: BenchRecipe, method: BenchMethod, length: int, is_causal: bool) -> dict[str, str]:
+def variant_reason(recipe: BenchRecipe, method: Method, length: int, is_causal: bool) -> dict[str, str]:
     """Why a variant is not measured at this length; empty if it is."""
-    spec = get_variant(method.key)
-    if not (spec.decoder if is_causal else spec.encoder):
-        return {"refused": f"serves {'encoders' if is_causal else 'decoders'} only. {spec.refusal}"}
+    if not method.serves(is_causal):
+        return {"refused": f"serves {'encoders' if is_causal else 'decoders'} only. {method.spec.refusal}"}
     if method.quadratic() and length > recipe.quadratic_up_to:
         return {"left_out": f"not of linear cost, run up to {recipe.quadratic_up_to:,} tokens"}
     return {}
@@ -124,7 +114,7 @@ def softmax_limit(recipe: BenchRecipe, name: str, length: int) -> dict[str, str]
     return {"left_out": f"run up to {limit:,} tokens"} if length > limit else {}
 
 
-def _facts(method: BenchMethod) -> dict[str, Any]:
+def _facts(method: Method) -> dict[str, Any]:
     return {"key": method.key, "options": method.options}
 
 
@@ -167,23 +157,8 @@ def shaped_model(part: ModelBench | DecodeBench, max_length: int) -> PreTrainedM
     return AutoModel.from_config(config, attn_implementation=SDPA).eval()
 
 
-def converted(model: PreTrainedModel, method: BenchMethod) -> PreTrainedModel:
-    """A converted model that shares the weights of `model`; `RefusedError` if the conversion is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return convert_model(_sharing_copy(model), method.key, **method.options)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
-
-
-def _sharing_copy(model: PreTrainedModel) -> Any:
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
-
-
 def _with_softmax(model: PreTrainedModel, implementation: str) -> nn.Module:
-    other = _sharing_copy(model)
+    other = sharing_copy(model)
     other.set_attn_implementation(implementation)
     return other
 
@@ -203,7 +178,7 @@ def model_groups(
     others = []
     for method in bench_methods(recipe, part, only):
         reason = variant_reason(recipe, method, length, causal)
-        build = None if reason else partial(converted, model, method)
+        build = None if reason else partial(converted_copy, model, method)
         others.append(Contender(method.name, build, _facts(method), reason))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (part.batch_size, length), generator=generator).to(device)
@@ -215,43 +190,12 @@ def model_groups(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _FlexCore(nn.Module):
-    """flex_attention without a block mask but for causality; compiled in the first call."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        super().__init__()
-        self._length, self._is_causal = shape.length, shape.is_causal
-        self._mask: Any = None
-        # A code object of its own: dynamo counts recompilations by it, and stops compiling past a few.
-        own = FunctionType(_call_flex.__code__.replace(), _call_flex.__globals__)
-        self._compiled: Any = torch.compile(own, dynamic=False, fullgraph=True)
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        if q.requires_grad and q.device.type == "cpu":  # what PyTorch says of it gets lost in the compiler
-            raise RefusedError("flex_attention has no backward pass on a CPU")
-        if self._is_causal and self._mask is None:
-            self._mask = create_block_mask(_causal, None, None, self._length, self._length, device=q.device)
-        return self._compiled(q, k, v, self._mask)
-
-
-def _causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    return q >= k
-
-
-def _call_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention(q, k, v, block_mask=mask)
-
-
 def _softmax(name: str, shape: LayerShape) -> nn.Module:
     if name == SDPA:
         return softmax_layer(shape)
     if name == "eager":
         return get_peer("eager causal" if shape.is_causal else "eager").build(shape)
-    return ProjectedAttention(shape, _FlexCore(shape)).eval()
+    return flex_layer(shape)
 
 
 def _attention_of(layer: nn.Module) -> nn.Module:
@@ -306,7 +250,7 @@ def layer_groups(
     return _in_turns(softmax, others), _LayerTrials(recipe, shape, part.projections)
 
 
-def _our_layer(shape: LayerShape, method: BenchMethod) -> nn.Module:
+def _our_layer(shape: LayerShape, method: Method) -> nn.Module:
     try:
         return our_layer(shape, method.key, method.options)
     except ValueError as error:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hf_linear_attn.bench.speed.contenders import TOGETHER, converted, shaped_model, variant_reason
-from hf_linear_attn.bench.speed.recipe import SDPA, BenchMethod, BenchRecipe, DecodeBench, bench_methods
+from hf_linear_attn.bench.speed.contenders import TOGETHER, shaped_model, variant_reason
+from hf_linear_attn.bench.speed.recipe import SDPA, BenchRecipe, DecodeBench, bench_methods
+from hf_linear_attn.measure.methods import Method, converted_copy, failures, not_measured
 from hf_linear_attn.measure.profile import median_ratio, time_interleaved
 from hf_linear_attn.measure.rows import RowFile
-from hf_linear_attn.registry import get_patcher, get_variant
+from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import cache_keyword
 
 __all__ = ["cache_bytes", "measure_decode"]
@@ -66,7 +66,6 @@ def measure_decode(
     only: list[str] | None,
     file: RowFile,
     say: Callable[[str], None],
-    failures: Callable[[dict[str, Any]], AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Softmax attention (SDPA with a growing cache) and the variants, every context of each taking turns.
 
@@ -98,7 +97,7 @@ def measure_decode(
     for start in range(0, max(len(methods), 1), TOGETHER):
         yield
         group = methods[start : start + TOGETHER]
-        rows, sessions = _open(recipe, part, model, group, ids, failures)
+        rows, sessions = _open(recipe, part, model, group, ids)
         sessions |= {(SDPA, context): session for context, session in softmax.items()}
         steps = {f"{name} {context}": session.step for (name, context), session in sessions.items()}
         times = time_interleaved(
@@ -135,27 +134,25 @@ def _open(
     recipe: BenchRecipe,
     part: DecodeBench,
     model: Any,
-    group: list[BenchMethod],
+    group: list[Method],
     ids: torch.Tensor,
-    failures: Callable[[dict[str, Any]], AbstractContextManager[None]],
 ) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[tuple[str, int], _Session]]:
     """A session of every method at every context; (method, context) to its row, and to its session if there is one."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     sessions = {}
     for method in group:
         for context in part.contexts:
-            facts = {"key": method.key, "options": method.options, "state": get_variant(method.key).state}
+            facts = {"key": method.key, "options": method.options, "state": method.spec.state}
             row = rows[method.name, context] = {**facts, **variant_reason(recipe, method, context, is_causal=True)}
             if row.keys() == facts.keys():
                 with failures(row):
-                    sessions[method.name, context] = _Session(converted(model, method), ids[:, :context])
+                    sessions[method.name, context] = _Session(converted_copy(model, method), ids[:, :context])
     return rows, sessions
 
 
 def _line(row: dict[str, Any]) -> str:
     place = f"{row['part']} decode {row['length']:>6,} {row['contender']}"
-    for kind in ("failure", "refused", "left_out"):
-        if kind in row:
-            return f"{place}: {kind.replace('_', ' ')}: {row[kind]}"
+    if reason := not_measured(row):
+        return f"{place}: {reason}"
     speed, size = row["tokens_per_second"], row["cache_bytes"]
     return f"{place}: {speed:.1f} tokens/s, {row['ratio']:.2f}x SDPA, cache {size / 1e6:,.2f} MB"

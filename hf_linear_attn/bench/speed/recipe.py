@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_linear_attn.registry import get_variant, list_variants
+from hf_linear_attn.measure.methods import Method, parse_methods
 
 __all__ = [
     "DTYPES",
     "MODES",
     "SDPA",
     "SOFTMAX",
-    "BenchMethod",
     "BenchRecipe",
     "DecodeBench",
     "LayerBench",
@@ -262,53 +261,11 @@ class BenchRecipe:
         return {"dtype": self.dtype, "repeats": self.repeats, "parts": parts}
 
 
-@dataclass(frozen=True)
-class BenchMethod:
-    """A variant with options.
-
-    Attributes:
-        key: of the variant.
-        options: that differ from its defaults.
-    """
-
-    key: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Key and options in one line."""
-        return " ".join([self.key, ",".join(f"{name}={value}" for name, value in self.options.items())]).strip()
-
-    def quadratic(self) -> bool:
-        """Whether these options do not claim a cost that grows in proportion to the length."""
-        spec = get_variant(self.key)
-        return not spec.claims_linear_cost(self.options)
-
-
-def bench_methods(recipe: BenchRecipe, part: Any, only: list[str] | None = None) -> list[BenchMethod]:
+def bench_methods(recipe: BenchRecipe, part: Any, only: list[str] | None = None) -> list[Method]:
     """The variants of a part: its own list as it stands, or the recipe's and every other one with its defaults.
 
     Raises:
-        ValueError: for an unknown variant or option, one that is named twice, or a list in another form.
+        ValueError: as `parse_methods`.
     """
     own = getattr(part, "variants", None)
-    methods = [_method(entry) for entry in (recipe.variants if own is None else own)]
-    if own is None:
-        named = {method.key for method in methods}
-        methods += [BenchMethod(key) for key in list_variants() if key not in named]
-    names = [method.name for method in methods]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Variants that are named twice: {', '.join(repeated)}.")
-    for key in only or ():
-        get_variant(key)
-    return [method for method in methods if only is None or method.key in only]
-
-
-def _method(entry: Any) -> BenchMethod:
-    if isinstance(entry, str):
-        entry = {entry: {}}
-    if not isinstance(entry, dict) or len(entry) != 1:
-        raise ValueError(f"A variant is 'key' or {{key: options}}; got {entry!r}.")
-    key, options = next(iter(entry.items()))
-    get_variant(key).config_class.from_dict(dict(options or {}))  # type: ignore[attr-defined]
-    return BenchMethod(key, dict(options or {}))
+    return parse_methods(recipe.variants if own is None else own, rest=own is None, only=only)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import math
-import os
 import platform
 import re
 import statistics
@@ -23,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from hf_linear_attn.bench.speed.contenders import (
     OURS,
     Contender,
-    RefusedError,
     Trial,
     layer_groups,
     model_groups,
@@ -38,10 +35,11 @@ from hf_linear_attn.bench.speed.contenders import (
 from hf_linear_attn.bench.speed.decode import measure_decode
 from hf_linear_attn.bench.speed.recipe import SDPA, BenchRecipe, LayerBench, ModelBench, PeerBench
 from hf_linear_attn.measure.crossover import summarise
+from hf_linear_attn.measure.methods import failures, not_measured
 from hf_linear_attn.measure.profile import median_ratio, peak_memory, time_interleaved
-from hf_linear_attn.measure.rows import RowFile
+from hf_linear_attn.measure.rows import RowFile, about_machine
 
-__all__ = ["copy_bandwidth", "device_slug", "failures", "measure_bench"]
+__all__ = ["copy_bandwidth", "device_slug", "measure_bench"]
 
 Say = Callable[[str], None]
 _PACKAGES = (
@@ -132,16 +130,11 @@ def _meta(recipe: BenchRecipe, slug: str, command: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": command,
+        **about_machine(command),
         "title": recipe.title,
         "device": slug,
         "device_name": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
         "dtype": recipe.dtype,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "packages": versions,
         # What the byte floor of an attention is divided by.
         "bandwidth": copy_bandwidth(recipe.device) if cuda else None,
@@ -160,19 +153,6 @@ def _small_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-@contextmanager
-def failures(row: dict[str, Any]) -> Iterator[None]:
-    """A contender that cannot run is a row that says so: the others go on."""
-    try:
-        yield
-    except RefusedError as error:
-        row["refused"] = str(error)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0][:300]
-        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        row["failure"] = "out of memory" if memory else f"{type(error).__name__}: {first}"
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Groups
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,7 +165,7 @@ def _groups(recipe: BenchRecipe, only: list[str] | None, file: RowFile, say: Say
     for peers in recipe.peers:
         yield from _measure_peers(recipe, peers, only, file, say)
     for decode in recipe.decode:
-        yield from measure_decode(recipe, decode, only, file, say, failures)
+        yield from measure_decode(recipe, decode, only, file, say)
     for model in recipe.models:
         yield from _measure_part(recipe, "model", model, model_groups, only, file, say)
 
@@ -340,9 +320,8 @@ def _floor(row: dict[str, Any], recipe: BenchRecipe, part: Any) -> None:
 def _line(row: dict[str, Any]) -> str:
     """A row for the terminal."""
     place = f"{row['part']} {row['mode']} {row['length']:>6,} {row['contender']}"
-    for kind in ("failure", "refused", "left_out", "missing"):
-        if kind in row:
-            return f"{place}: {kind.replace('_', ' ')}: {row[kind]}"
+    if reason := not_measured(row):
+        return f"{place}: {reason}"
     if "seconds" not in row:
         return f"{place}: not measured"
     parts = [f"{1000 * row['seconds']:.3g} ms", f"{row['peak_mb']:,.0f} MB"]

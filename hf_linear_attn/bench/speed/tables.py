@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_linear_attn.measure.crossover import over_floor, spell_crossover
 from hf_linear_attn.measure.markdown import markdown_table
+from hf_linear_attn.measure.methods import not_measured
 
 __all__ = ["about_run", "describe_shape", "reasons", "render_bench", "render_performance"]
 
@@ -71,11 +72,8 @@ def reasons(rows: Sequence[Row]) -> list[str]:
     """Why contenders were not measured: one line for each reason, with the places."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        for kind in ("failure", "refused", "missing", "left_out"):
-            if kind in row:
-                text = f"{'failed' if kind == 'failure' else kind.replace('_', ' ')}: {row[kind]}"
-                found.setdefault((row["contender"], text), []).append(f"{row['part']} {row['mode']} {row['length']:,}")
-                break
+        if text := not_measured(row):
+            found.setdefault((row["contender"], text), []).append(f"{row['part']} {row['mode']} {row['length']:,}")
     return [
         f"`{contender}`, {text.rstrip('.')} ({', '.join(places[:4])}{', ...' if len(places) > 4 else ''})"
         for (contender, text), places in found.items()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_linear_attn.compare.systems import parse_variants, spell_options
-from hf_linear_attn.registry import VariantSpec, get_variant, list_variants
+from hf_linear_attn.measure.methods import Method, parse_methods
 from hf_linear_attn.training.recipe import build_strictly, read_yaml
 
 __all__ = [
     "UNIFORM",
     "CostsRecipe",
     "DocumentsRecipe",
-    "Method",
     "MethodsRecipe",
     "ModelRecipe",
     "RegressionRecipe",
+    "Yardstick",
     "chosen_methods",
     "leading_methods",
 ]
@@ -130,53 +129,29 @@ class MethodsRecipe:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A variant with options, or uniform attention, the yardstick."""
+class Yardstick(Method):
+    """Uniform attention, which a method must beat."""
 
-    key: str
-    options: dict[str, Any] = field(default_factory=dict)
+    key: str = UNIFORM
 
-    @property
-    def name(self) -> str:
-        """Key and options in one line."""
-        return " ".join([self.key, spell_options(self.options)]).strip()
+    def __post_init__(self) -> None:
+        """There is no such variant."""
 
-    @property
-    def spec(self) -> VariantSpec | None:
-        """The registered variant; None for the yardstick."""
-        return None if self.key == UNIFORM else get_variant(self.key)
-
-    def serves(self, causal: bool) -> bool:
-        """Whether it can run on a decoder (causal) or an encoder."""
-        return self.spec is None or (self.spec.decoder if causal else self.spec.encoder)
+    def serves(self, is_causal: bool) -> bool:
+        return True
 
     def quadratic(self) -> bool:
-        """Whether it holds a matrix of length by length."""
-        return self.spec is not None and not self.spec.claims_linear_cost(self.options)
-
-    def seeded(self, seed: int) -> dict[str, Any]:
-        """The options, with the run's seed for a method that has one."""
-        names = [] if self.spec is None else [f.name for f in fields(self.spec.config_class)]
-        return {"seed": seed, **self.options} if "seed" in names else self.options
+        return False
 
 
 def chosen_methods(recipe: MethodsRecipe, only: list[str] | None = None) -> list[Method]:
     """The recipe's methods, every other registered variant with its defaults, and the yardstick in front.
 
     Raises:
-        ValueError: for an unknown variant or option, or a method that is named twice.
+        ValueError: as `parse_methods`.
     """
-    wanted = only if only is not None else list_variants()
-    for key in wanted:
-        get_variant(key)
-    keys = [entry if isinstance(entry, str) else next(iter(entry)) for entry in recipe.methods]
-    entries = [entry for key, entry in zip(keys, recipe.methods, strict=True) if only is None or key in wanted]
-    methods = [Method(key, options) for key, options in parse_variants(entries)]
-    methods += [Method(key) for key in wanted if key not in keys]
-    names = [method.name for method in methods]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Methods that are named twice: {', '.join(repeated)}.")
-    return [Method(UNIFORM), *sorted(methods, key=lambda method: method.key)]
+    methods = parse_methods(recipe.methods, rest=True, only=only)
+    return [Yardstick(), *sorted(methods, key=lambda method: method.key)]
 
 
 def leading_methods(methods: list[Method]) -> list[Method]:

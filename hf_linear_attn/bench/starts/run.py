@@ -6,21 +6,15 @@ off goes on where it stopped. `hf_linear_attn.bench.starts.tables` makes tables 
 
 from __future__ import annotations
 
-import copy
 import gc
-import os
-import platform
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from hf_linear_attn.analysis.recordings import (
     build_layers,
@@ -31,17 +25,17 @@ from hf_linear_attn.analysis.recordings import (
 )
 from hf_linear_attn.bench.starts.recipe import (
     CostsRecipe,
-    Method,
     MethodsRecipe,
     ModelRecipe,
+    Yardstick,
     chosen_methods,
     leading_methods,
 )
 from hf_linear_attn.calibration import Recording, output_errors, regress
-from hf_linear_attn.convert import convert_model
 from hf_linear_attn.data import load_documents, load_tokenizer
+from hf_linear_attn.measure.methods import Method, RefusedError, converted_copy, failures, not_measured
 from hf_linear_attn.measure.profile import forward_time_against_length, peak_memory
-from hf_linear_attn.measure.rows import RowFile
+from hf_linear_attn.measure.rows import RowFile, about_machine
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.variants.base import AttentionVariant
 
@@ -85,14 +79,7 @@ def measure_methods(
             _measure_costs(recipe.costs, model.name, length, leading, file, say)  # type: ignore[arg-type]
     names = {method.name for method in methods}
     return {
-        "meta": {
-            "command": command,
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "meta": about_machine(command),
         "recipe": asdict(recipe),
         "methods": [{"name": m.name, "key": m.key, "options": m.options, "leading": m in leading} for m in methods],
         "rows": [row for row in file.rows if row["method"] in names],
@@ -138,31 +125,16 @@ def _measure_starts(
             begin = time.perf_counter()
             row = {**identity, "key": method.key, "options": method.options}
             if not method.serves(causal):
-                row["refused"] = method.spec.refusal  # type: ignore[union-attr]
+                row["refused"] = method.spec.refusal
             elif method.quadratic() and length > recipe.quadratic_up_to:
                 row["left_out"] = "quadratic"
             else:
-                with _failures(row):
+                with failures(row):
                     fit = steps if method in fitted and not method.quadratic() else 0
                     row |= _starts(model, method, seed, length, *recorded, steps=fit)
             row["seconds"] = round(time.perf_counter() - begin, 2)
             file.append(row)
             say(_line(row))
-
-
-class RefusedError(ValueError):
-    """Options of a method that one side, encoder or decoder, refuses."""
-
-
-@contextmanager
-def _failures(row: dict[str, Any]) -> Iterator[None]:
-    """A method that cannot run is a row that says so: the others go on."""
-    try:
-        yield
-    except RefusedError as error:
-        row["refused"] = str(error)
-    except Exception as error:
-        row["failure"] = f"{type(error).__name__}: {error}"
 
 
 def _starts(
@@ -176,7 +148,7 @@ def _starts(
     steps: int,
 ) -> dict[str, Any]:
     """Errors of one method: as published, calibrated, and after the regression."""
-    if method.spec is None:
+    if isinstance(method, Yardstick):
         return {"published": _errors(dict.fromkeys(test, _uniform), test), "calibrated": None, "regressed": None}
     try:
         built = build_layers(model, method.key, method.seeded(seed), test, max_length=length)
@@ -223,7 +195,7 @@ def _measure_costs(
 ) -> None:
     """Time a forward of each method's model and of SDPA, taking turns, and measure its peak memory."""
     place: dict[str, Any] = {"kind": "cost", "model": name, "length": length}
-    missing = [m for m in methods if m.spec is not None and not file.has(**place, method=m.name)]
+    missing = [m for m in methods if not isinstance(m, Yardstick) and not file.has(**place, method=m.name)]
     if not missing:
         return
     sdpa: Any = load_model(name, max_length=length, num_layers=costs.layers)
@@ -235,16 +207,16 @@ def _measure_costs(
         for method in group:
             row = rows[method.name] = {**place, "method": method.name, "key": method.key, "options": method.options}
             if not method.serves(causal):
-                row["refused"] = method.spec.refusal  # type: ignore[union-attr]
+                row["refused"] = method.spec.refusal
             elif method.quadratic() and length > costs.quadratic_up_to:
                 row["left_out"] = "quadratic"
             else:
-                with _failures(row):
-                    models[method.name] = _converted_copy(sdpa, method)
+                with failures(row):
+                    models[method.name] = converted_copy(sdpa, method)
         peaks = {}
         ids = torch.randint(sdpa.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
         for label, model in models.items():
-            with _failures(rows.get(label, {})), torch.inference_mode():
+            with failures(rows.get(label, {})), torch.inference_mode():
                 model(input_ids=ids[:, :64])  # what is made on first use is not the forward's
                 peaks[label] = peak_memory(partial(model, input_ids=ids)).megabytes
         able = {label: model for label, model in models.items() if label in peaks}
@@ -265,26 +237,11 @@ def _measure_costs(
         gc.collect()
 
 
-def _converted_copy(model: Any, method: Method) -> Any:
-    """A converted model that shares the weights of `model`."""
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return convert_model(copy.deepcopy(model, shared), method.key, **method.options)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
-
-
 def _line(row: dict[str, Any]) -> str:
     """A row for the terminal."""
     place = f"{row['model']} {row['length']:>5,} " + (f"seed {row['seed']} " if "seed" in row else "cost   ")
-    if "failure" in row:
-        return f"{place} {row['method']}: FAILED: {row['failure']}"
-    if "refused" in row:
-        return f"{place} {row['method']}: refused"
-    if "left_out" in row:
-        return f"{place} {row['method']}: left out ({row['left_out']})"
+    if reason := not_measured(row):
+        return f"{place} {row['method']}: {reason}"
     if row["kind"] == "cost":
         return f"{place} {row['method']}: {row['seconds']:.3f} s, {row['ratio']:.2f}x SDPA, {row['peak_mb']:.0f} MB"
     stages = [row[stage] for stage in ("published", "calibrated", "regressed") if row.get(stage)]
