@@ -1,6 +1,7 @@
 """Write the generated sections of README.md and docs/ from the registry, the results under recipes/ and .ci/times.json.
 
-`python .ci/readme.py` rewrites the files; `--check` only says whether they are up to date (exit status 1 if not).
+`python .ci/readme.py` rewrites the files; `--check` only says whether they are up to date (exit status 1 if not);
+`--pictures` draws the pictures beside the results anew as well, from the same numbers.
 A section lies between `<!-- name:begin ... -->` and `<!-- name:end -->`.
 """
 
@@ -29,6 +30,7 @@ LONGER = RESULTS / "minilm_sotu_truncated.json"
 BENCH = ROOT / "recipes" / "bench"
 METHODS = ROOT / "recipes" / "methods" / "results"
 TIMES = ROOT / ".ci" / "times.json"
+PICTURES = {"": "cost of a token", "_peers": "other implementations", "_generation": "generation"}  # of a bench
 LIMIT_LENGTH = 128  # the length at which the table writes out an exact limit
 
 
@@ -185,11 +187,12 @@ def performance() -> str:
 
 
 def device_results(path: Path, data: dict[str, Any]) -> str:
-    """The tables of one device, its picture, and where the rest is."""
+    """The tables of one device, its pictures, and where the rest is."""
     title = f"**{data['meta']['title']}**"
     parts = [f"{title}. {render_performance(data)}"]
-    if (picture := path.with_suffix(".png")).is_file():
-        parts.append(f"![{data['meta']['title']}]({picture.relative_to(ROOT).as_posix()})")
+    for name, about in PICTURES.items():
+        if (picture := path.with_name(f"{path.stem}{name}.png")).is_file():
+            parts.append(f"![{data['meta']['title']}: {about}]({picture.relative_to(ROOT).as_posix()})")
     tables = path.with_suffix(".md").relative_to(ROOT).as_posix()
     return "\n\n".join([*parts, f"Times, memory and exponents of every contender: [{tables}]({tables})."])
 
@@ -234,6 +237,19 @@ def times() -> str:
     )
 
 
+def pictures() -> None:
+    """Draw every committed picture anew from the results file beside it; nothing is measured."""
+    from hf_linear_attn.bench.speed.pictures import draw_bench
+    from hf_linear_attn.bench.starts.pictures import draw_starts
+    from hf_linear_attn.compare.charts import results_png
+
+    draw_starts(json.loads((METHODS / "methods.json").read_text(encoding="utf-8")), METHODS / "methods.png")
+    for draw, folder in ((results_png, RESULTS), (draw_bench, BENCH / "results")):
+        for picture in sorted(folder.glob("*.png")):
+            if (path := picture.with_suffix(".json")).is_file():
+                draw(json.loads(path.read_text(encoding="utf-8")), picture)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "short": short,
@@ -271,7 +287,11 @@ def main() -> int:
     """Write the files, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if out of date")
-    check = parser.parse_args().check
+    parser.add_argument("--pictures", action="store_true", help="draw the pictures anew as well")
+    arguments = parser.parse_args()
+    if arguments.pictures:
+        pictures()
+    check = arguments.check
     old = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
     begun = [name for text in old.values() for name in re.findall(r"<!-- (\w+):begin", text)]
     if sorted(begun) != sorted(SECTIONS):

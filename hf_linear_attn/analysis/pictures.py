@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from hf_linear_attn.analysis.spectrum import LOW_RANK_OPTIONS
-from hf_linear_attn.measure.style import COLORS, GREY, INK, MARKERS, new_figure, save_figure, style
+from hf_linear_attn.measure.style import COLORS, GRAY, INK, MARKERS, new_figure, save_figure, style
 from hf_linear_attn.report import OutputErrors
 
 __all__ = ["draw_heads", "draw_patterns", "draw_sizes", "draw_spectrum"]
@@ -55,7 +55,7 @@ def draw_heads(
             for line, layer in enumerate(layers):  # the layer as a whole, beside its heads
                 row = rows[layer]
                 axes.text(heads - 0.2, line, f"{row.error:.2f} / {row.cosine:.2f}", va="center", fontsize=8.5)
-            axes.text(heads - 0.2, -0.75, "layer:\nerror / cosine", fontsize=8, color=GREY, va="bottom")
+            axes.text(heads - 0.2, -0.75, "layer:\nerror / cosine", fontsize=8, color=GRAY, va="bottom")
             mean = sum(rows[layer].error for layer in layers) / len(layers)
             axes.set_title(f"{name}: mean error {mean:.3f}", loc="left", fontsize=11)
             axes.set_xticks(range(heads), [str(head) for head in range(heads)])
@@ -101,9 +101,9 @@ def draw_spectrum(curves: Mapping[int, Any], path: str | Path, *, title: str, su
                 left.plot(x, head, color=shade, linewidth=0.5, alpha=0.25)
             few = len(arrays) <= 12 or layer in (min(arrays), max(arrays))
             left.plot(x, curve.mean(0), color=shade, linewidth=2.0, label=f"layer {layer}" if few else None)
-        left.axvline(index, color=GREY, linewidth=1.0, linestyle=(0, (4, 3)))
-        left.annotate(f"{index} = n / 4", (index, 0.03), xytext=(5, 0), textcoords="offset points", color=GREY)
-        left.plot([0, length], [0, 1], color=GREY, linewidth=1.0, linestyle=":", label="full rank, all equal")
+        left.axvline(index, color=GRAY, linewidth=1.0, linestyle=(0, (4, 3)))
+        left.annotate(f"{index} = n / 4", (index, 0.03), xytext=(5, 0), textcoords="offset points", color=GRAY)
+        left.plot([0, length], [0, 1], color=GRAY, linewidth=1.0, linestyle=":", label="full rank, all equal")
         left.set_xlim(0, length)
         left.set_ylim(0, 1.01)
         left.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -37,8 +37,12 @@ def load_bench_recipe(path: Path | None, device: str | None, threads: int | None
 
 def run_bench(
     recipe: BenchRecipe, output: Path, only: list[str] | None, fresh: bool, command: str, say: Any
-) -> tuple[dict[str, Any], Path]:
-    """Measure what is missing and write <device>.json, .md and .png beside the rows; the results, and the table."""
+) -> tuple[dict[str, Any], Path, list[Path]]:
+    """Measure what is missing; write <device>.json, .md and pictures beside the rows.
+
+    Returns:
+        the results, the table and the pictures.
+    """
     from hf_linear_attn.bench.speed.pictures import draw_bench
     from hf_linear_attn.bench.speed.run import measure_bench
     from hf_linear_attn.bench.speed.tables import render_bench
@@ -47,9 +51,8 @@ def run_bench(
     slug = results["meta"]["device"]
     (output / f"{slug}.json").write_text(_lines_of_rows(results), encoding="utf-8")
     (output / f"{slug}.md").write_text(render_bench(results), encoding="utf-8")
-    if any("seconds" in row for row in results["rows"]):
-        draw_bench(results, output / f"{slug}.png")
-    return results, output / f"{slug}.md"
+    measured = any("seconds" in row for row in results["rows"])
+    return results, output / f"{slug}.md", draw_bench(results, output / f"{slug}.png") if measured else []
 
 
 def _lines_of_rows(results: dict[str, Any]) -> str:

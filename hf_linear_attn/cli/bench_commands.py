@@ -58,14 +58,15 @@ def bench_command(
         only = names(variants, "--variants")
         command = " ".join(["hf-linear-attn", *sys.argv[1:]])
         loaded = load_bench_recipe(recipe, read_device(device), threads)
-        results, table = run_bench(loaded, output, only, fresh, command, typer.echo)
+        results, table, pictures = run_bench(loaded, output, only, fresh, command, typer.echo)
     failed = [row for row in results["rows"] if "failure" in row]
     for row in failed:
         typer.echo(
             f"Failed: {row['contender']} ({row['part']}, {row['mode']}, n = {row['length']:,}): {row['failure']}"
         )
     typer.echo(f"Tables: {table}")
-    typer.echo(f"Picture: {table.with_suffix('.png')}")
+    for picture in pictures:
+        typer.echo(f"Picture: {picture}")
     typer.echo(f"Numbers: {table.with_suffix('.json')}")
     # Too little memory is a result, and so is what other people's code cannot do.
     if any(row["kind"] != "peer" and "key" in row and row["failure"] != "out of memory" for row in failed):

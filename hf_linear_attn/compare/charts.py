@@ -9,31 +9,28 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from hf_linear_attn.measure.style import COLORS, MARKERS, style
+from hf_linear_attn.measure.style import COLORS, MARKERS, label_ends, new_figure, plain_numbers, save_figure, style
 
 __all__ = ["draw_results", "results_png", "results_svg"]
 
-_GREYS = ("#8A8A8A", "#5F6B7A", "#A9A9A9")
-# Colours that the SVG's reader replaces by the page's own.
+_GRAYS = ("#8A8A8A", "#5F6B7A", "#A9A9A9")
+# Colors that the SVG's reader replaces by the page's own.
 _SVG_INK, _SVG_FAINT = "#010203", "#010204"
 
 
-def results_png(results: Mapping[str, Any], path: str | Path, dpi: int = 160) -> None:
+def results_png(results: Mapping[str, Any], path: str | Path) -> None:
     """Draw the picture into a PNG file on a white ground."""
     with matplotlib.rc_context(style()):
-        figure = draw_results(results)
-        FigureCanvasAgg(figure).print_figure(str(path), dpi=dpi, facecolor="white", format="png")
+        save_figure(draw_results(results), path)
 
 
 def results_svg(results: Mapping[str, Any]) -> str:
     """The picture as an SVG element on no ground: ink in `currentColor`, grid in `var(--grid)`."""
-    with matplotlib.rc_context(style(_SVG_INK, _SVG_FAINT)):
+    with matplotlib.rc_context(style(_SVG_INK, _SVG_FAINT, ground="none")):
         figure = draw_results(results)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
@@ -55,138 +52,96 @@ def draw_results(results: Mapping[str, Any]) -> Figure:
         )
         if any(row[key] is not None for row in rows)
     ]
-    bar_height = 0.42 * len(rows) + 0.9
-    heights = [max(3.4, bar_height + 0.6)] + ([bar_height] if costs else [])
-    figure = Figure(figsize=(12.5, sum(heights) + 1.1))
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, wspace=0.05, hspace=0.06)
-    figure.suptitle(results["meta"]["title"], fontsize=14, fontweight="bold", x=0.012, ha="left")
+    others = [other for other in results["baselines"] if other["metric"] == results["primary_metric"]]
+    heights = [max(2.8, 0.42 * (len(rows) + len(others)) + 0.9)] + [0.32 * len(rows) + 0.7] * bool(costs)
+    figure = new_figure(10.5, sum(heights) + 0.7, results["meta"]["title"])
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-
-    _quality(figure.add_subplot(grid[0, 0] if timed else grid[0, :]), results, colors)
-    if timed:
-        _forward(figure.add_subplot(grid[0, 1]), rows, colors)
+    _quality(figure.add_subplot(grid[0, 0] if timed else grid[0, :]), results, others, colors)
+    forward = figure.add_subplot(grid[0, 1]) if timed else None
     for column, (key, title) in enumerate(costs):
         axes = figure.add_subplot(grid[1, column] if len(costs) == 2 else grid[1, :])
         _bars(axes, rows, key, title, colors)
         if column:  # the rows are those of the panel to the left
             axes.set_yticklabels([])
+    if forward is not None:
+        _forward(forward, rows, colors)
     return figure
 
 
 def _row_colors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    colors, greys, hues = [], 0, 0
+    colors, grays, hues = [], 0, 0
     for row in rows:
         if row["variant"] == "softmax":
-            colors.append(_GREYS[greys % len(_GREYS)])
-            greys += 1
+            colors.append(_GRAYS[grays % len(_GRAYS)])
+            grays += 1
         else:
             colors.append(COLORS[hues % len(COLORS)])
             hues += 1
     return colors
 
 
-def _row_labels(axes: Axes, rows: Sequence[Mapping[str, Any]], with_length: bool) -> None:
-    labels = [f"{row['name']}\n{row['max_length']:,} tokens" if with_length else row["name"] for row in rows]
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+def _row_labels(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)  # the first row on top
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
 
 
-def _quality(axes: Axes, results: Mapping[str, Any], colors: Sequence[str]) -> None:
+def _quality(
+    axes: Axes, results: Mapping[str, Any], others: Sequence[Mapping[str, Any]], colors: Sequence[str]
+) -> None:
+    """A row for each system, with its interval, and one for each other baseline, without."""
     rows, metric = results["rows"], results["primary_metric"]
     label = metric.replace("_", " ").replace("f1", "F1")
     axes.set_title(f"Quality: {label} on {rows[0]['eval_documents']:,} test documents", loc="left", fontsize=11)
     values = [row["quality"][metric] for row in rows]
-    lines = [
-        (other["value"], f"{other['name']} {other['value']:.2f}")
-        for other in results["baselines"]
-        if other["metric"] == metric
-    ]
-    for position, (row, value, color) in enumerate(zip(rows, values, colors, strict=True)):
+    for position, (value, color) in enumerate(zip(values, colors, strict=True)):
         axes.plot([value["low"], value["high"]], [position] * 2, color=color, linewidth=2.2, solid_capstyle="round")
         for end in (value["low"], value["high"]):
             axes.plot([end] * 2, [position - 0.13, position + 0.13], color=color, linewidth=2.2)
-        marker = MARKERS[position % len(MARKERS)]
-        axes.plot(value["mean"], position, marker=marker, color=color, markersize=8, zorder=4)
+        axes.plot(value["mean"], position, marker=MARKERS[position % len(MARKERS)], color=color, markersize=8, zorder=4)
+    for position, other in enumerate(others, start=len(rows)):
+        axes.plot(other["value"], position, marker="D", mfc="none", color=_GRAYS[1], markersize=6, zorder=4)
+    means = [value["mean"] for value in values] + [other["value"] for other in others]
+    for position, mean in enumerate(means):
         axes.annotate(
-            f"{value['mean']:.3f}",
-            (1.0, position),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold" if row["name"] == results["baseline"] else "normal",
-        )
+            f"{mean:.3f}", (1.0, position), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            textcoords="offset points", va="center",
+        )  # fmt: skip
     baseline = next(v["mean"] for row, v in zip(rows, values, strict=True) if row["name"] == results["baseline"])
-    axes.axvline(
-        baseline,
-        color=matplotlib.rcParams["text.color"],
-        linewidth=1.1,
-        linestyle=(0, (5, 3)),
-        zorder=1,
-        label=f"{results['baseline']} {baseline:.2f}",
-    )
-    styles = ((0, (1, 2)), (0, (3, 2, 1, 2)), (0, (1, 4)), (0, (6, 2, 1, 2, 1, 2)))
-    for index, (value, text) in enumerate(lines):
-        axes.axvline(value, color=_GREYS[1], linewidth=1.1, linestyle=styles[index % len(styles)], zorder=1, label=text)
-    ends = [v["low"] for v in values] + [v["high"] for v in values] + [value for value, _ in lines]
+    axes.axvline(baseline, color=_GRAYS[1], linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
+    ends = [v["low"] for v in values] + [v["high"] for v in values] + means
     margin = max(0.03, 0.08 * (max(ends) - min(ends)))
     axes.set_xlim(min(ends) - margin, max(ends) + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(7))
-    _row_labels(axes, rows, with_length=True)
-    axes.set_xlabel(f"{label}, bars: 95% bootstrap interval")
-    _legend_below(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    names = [f"{row['name']}\n{row['max_length']:,} tokens" for row in rows]
+    _row_labels(axes, [*names, *(other["name"].replace(", ", "\n", 1) for other in others)])
+    axes.set_xlabel(f"bars: 95% intervals; dashed: {results['baseline']}")
 
 
 def _forward(axes: Axes, rows: Sequence[Mapping[str, Any]], colors: Sequence[str]) -> None:
-    axes.set_title("Forward time against length (lower is better)", loc="left", fontsize=11)
+    axes.set_title("Forward time against length (s)", loc="left", fontsize=11)
     lengths: set[int] = set()
+    ends = []
+    least = min(2, max(len(row["forward"]) for row in rows))  # one point is no curve
     for position, (row, color) in enumerate(zip(rows, colors, strict=True)):
-        points = sorted(row["forward"], key=lambda point: point["length"])
-        if not points:
+        points = sorted((point["length"], point["seconds"]) for point in row["forward"])
+        if len(points) < least:
             continue
-        lengths.update(point["length"] for point in points)
+        lengths.update(length for length, _ in points)
         axes.plot(
-            [point["length"] for point in points],
-            [point["seconds"] for point in points],
-            color=color,
-            marker=MARKERS[position % len(MARKERS)],
-            markersize=5.5,
-            linewidth=1.8,
-            linestyle="--" if row["variant"] == "softmax" else "-",
-            label=row["name"],
-        )
+            *zip(*points, strict=True), color=color, marker=MARKERS[position % len(MARKERS)], markersize=5.5,
+            linewidth=1.8, linestyle="--" if row["variant"] == "softmax" else "-",
+        )  # fmt: skip
+        ends.append((row["name"], *points[-1], color))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("tokens of one sequence (log scale)")
-    axes.set_ylabel("seconds (log scale)")
-    _legend_below(axes)
+    plain_numbers(axes.yaxis)
+    axes.set_xlabel("tokens of one sequence")
     axes.grid(axis="both")
-
-
-def _legend_below(axes: Axes) -> None:
-    """A legend under the axis label, where it covers no data; placed in inches."""
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(0.0, 0.0),
-        bbox_transform=axes.transAxes + ScaledTranslation(-0.1, -0.55, axes.figure.dpi_scale_trans),
-        frameon=False,
-        fontsize=8.5,
-        ncols=2 if max(len(text) for text in axes.get_legend_handles_labels()[1]) <= 30 else 1,
-        handlelength=3.0,
-        columnspacing=1.4,
-        borderaxespad=0.0,
-    )
-
-
-def _seconds(value: float) -> str:
-    return f"{value:g}"
+    label_ends(axes, ends)
 
 
 def _bars(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, title: str, colors: Sequence[str]) -> None:
@@ -203,4 +158,4 @@ def _bars(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, title: str, c
     axes.set_xlim(0, highest * 1.15 if highest > 0 else 1)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    _row_labels(axes, rows, with_length=False)
+    _row_labels(axes, [row["name"] for row in rows])

@@ -411,7 +411,9 @@ def test_the_readme_names_who_grows_faster_than_the_length() -> None:
 
 
 def test_the_picture_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
-    draw_bench(results, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").stat().st_size > 20000
+    drawn = draw_bench(results, tmp_path / "bench.png")
+    peers = ["bench_peers.png"] if any("ours_ratio" in row for row in results["rows"]) else []
+    assert [path.name for path in drawn] == ["bench.png", *peers, "bench_generation.png"]
+    assert all(path.stat().st_size > 20000 for path in drawn)
     with pytest.raises(ValueError, match="Nothing was measured"):
         draw_bench({**results, "rows": []}, tmp_path / "none.png")

@@ -2,73 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 
 from hf_linear_attn.bench.starts.recipe import UNIFORM
 from hf_linear_attn.bench.starts.tables import summarise_starts, why_missing
-from hf_linear_attn.measure.style import COLORS, FAINT, GREY, new_figure, save_figure, style
+from hf_linear_attn.measure.style import COLORS, FAINT, GRAY, new_figure, save_figure, style
 
 __all__ = ["draw_starts"]
 
 _STAGES: dict[str, tuple[dict[str, Any], str]] = {  # stage -> how it is drawn, what it is called
-    "published": ({"marker": "o", "mfc": "white", "color": GREY}, "as published"),
+    "published": ({"marker": "o", "mfc": "white", "color": GRAY}, "as published"),
     "calibrated": ({"marker": "o", "color": COLORS[0]}, "calibrated"),
-    "regressed": ({"marker": "D", "color": COLORS[1], "markersize": 4.5}, "fitted layer by layer"),
+    "regressed": ({"marker": "D", "color": COLORS[1], "markersize": 5.0}, "fitted layer by layer"),
 }
+_YARDSTICK: dict[str, Any] = {"color": GRAY, "linewidth": 1.1, "linestyle": (0, (4, 3))}
+_RIGHT = 1.35  # errors beyond it are written at the edge
 
 
 def draw_starts(results: Mapping[str, Any], path: str | Path) -> None:
-    """Errors of every method's starts: one panel for each model and length, the best start on top.
+    """Errors of the starts: one row for each method with its leading options, one panel for each model and length.
 
     Args:
         results: what `measure_methods` returns.
         path: of the PNG.
     """
-    summary = summarise_starts(results["rows"])
+    rows = results["rows"]
+    summary = summarise_starts(rows)
+    leading = [entry["name"] for entry in results["methods"] if entry["leading"] and entry["name"] != UNIFORM]
     places = list(dict.fromkeys((model, length) for model, length, _ in summary))
-    names = dict.fromkeys(method for _, _, method in summary if method != UNIFORM)
-    best = {
-        name: min(s["error"] for (_, _, m), st in summary.items() if m == name for s in st.values()) for name in names
-    }
-    order = sorted(names, key=lambda name: _first(summary, places, name, best))
-    right = 1.35  # errors beyond it are written at the edge
+    order = sorted(leading, key=lambda name: [_best(summary.get((*place, name))) for place in places])
+    seeds = ", ".join(map(str, results["recipe"]["seeds"]))
+    title = "How far each method starts from softmax attention"
+    subtitle = (
+        f"Relative error of the output on test documents, mean over seeds {seeds}; left is better.\n"
+        "n²: holds a matrix of length by length, not run here; refused: the method serves the other side only."
+    )
     with matplotlib.rc_context(style()):
-        seeds = ", ".join(map(str, results["recipe"]["seeds"]))
-        figure = new_figure(
-            3.0 + 3.1 * len(places),
-            0.25 * len(order) + 2.3,
-            "How far each method starts from softmax attention",
-            f"relative output error on test documents, mean over seeds {seeds}; left is better",
-        )
+        figure = new_figure(10.0, 0.25 * len(order) + 2.0, title, subtitle)
         panels = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
         for axes, (model, length) in zip(panels, places, strict=True):
             for line, name in enumerate(order):
                 stages = summary.get((model, length, name), {})
-                errors = [entry["error"] for entry in stages.values()]
                 if not stages:
-                    reason = why_missing(results["rows"], model, length, name)
-                    axes.text(0.02, line, reason, va="center", fontsize=7.5, color=GREY)
-                    continue
-                axes.plot(
-                    [min(min(errors), right), min(max(errors), right)], [line] * 2, color=FAINT, linewidth=2.5, zorder=1
-                )
-                for stage, entry in stages.items():
-                    look = {"linestyle": "none", "markersize": 6.0, "zorder": 3, **_STAGES[stage][0]}
-                    axes.plot(min(entry["error"], right), line, clip_on=False, **look)
-                    if entry["error"] > right:
-                        axes.annotate(
-                            f"{entry['error']:.1f}", (right, line), xytext=(-6, 0), textcoords="offset points",
-                            ha="right", va="center", fontsize=7.5, color=GREY,
-                        )  # fmt: skip
+                    axes.text(0.02, line, why_missing(rows, model, length, name), va="center", fontsize=8, color=GRAY)
+                _row(axes, line, stages)
             uniform = summary.get((model, length, UNIFORM))
             if uniform:
-                axes.axvline(uniform["published"]["error"], color=GREY, linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
+                axes.axvline(uniform["published"]["error"], zorder=0, **_YARDSTICK)
             axes.set_title(f"{model}, n = {length:,}", loc="left", fontsize=10.5)
-            axes.set_xlim(-0.03, right)
+            axes.set_xlim(-0.03, _RIGHT)
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
             axes.grid(axis="x")
             axes.spines["left"].set_visible(False)
         panels[0].set_yticks(range(len(order)), order, fontsize=8.5)
@@ -77,16 +66,26 @@ def draw_starts(results: Mapping[str, Any], path: str | Path) -> None:
         handles: list[Any] = [
             panels[0].plot([], [], linestyle="none", label=_STAGES[stage][1], **_STAGES[stage][0])[0] for stage in used
         ]
-        handles.append(panels[0].plot([], [], color=GREY, linewidth=1.1, linestyle=(0, (4, 3)), label=UNIFORM)[0])
+        handles.append(panels[0].plot([], [], label=f"{UNIFORM}, the yardstick", **_YARDSTICK)[0])
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
         save_figure(figure, path)
 
 
-def _first(
-    summary: Mapping[Any, Any], places: Sequence[tuple[str, int]], name: str, best: Mapping[str, float]
-) -> float:
-    """What a method is ordered by: its best start at the first place that it serves."""
-    for model, length in places:
-        if stages := summary.get((model, length, name)):
-            return min(stage["error"] for stage in stages.values())
-    return best[name]
+def _row(axes: Axes, line: int, stages: Mapping[str, Any]) -> None:
+    """The errors of one method; what lies beyond the edge is written there."""
+    shown = [min(entry["error"], _RIGHT) for entry in stages.values()]
+    if shown:
+        axes.plot([min(shown), max(shown)], [line] * 2, color=FAINT, linewidth=2.5, zorder=1)
+    for stage, entry in stages.items():
+        look = {"linestyle": "none", "markersize": 6.5, "zorder": 3, **_STAGES[stage][0]}
+        axes.plot(min(entry["error"], _RIGHT), line, clip_on=False, **look)
+        if entry["error"] > _RIGHT:
+            axes.annotate(
+                f"{entry['error']:.1f}", (_RIGHT, line), xytext=(-6, 0), textcoords="offset points", ha="right",
+                va="center", fontsize=8, color=GRAY,
+            )  # fmt: skip
+
+
+def _best(stages: Mapping[str, Any] | None) -> float:
+    """The least error of a method's starts; one that has none comes last."""
+    return min((stage["error"] for stage in (stages or {}).values()), default=math.inf)
