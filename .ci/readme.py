@@ -151,19 +151,21 @@ def headline() -> str:
     """The picture that makes the case, and its numbers."""
     data = json.loads(HEADLINE.read_text(encoding="utf-8"))
     title, task, metric = data["meta"]["title"], data["task"], data["primary_metric"]
-    rows = [[f"`{row['name']}`", f"{row['max_length']:,}", interval(row["quality"][metric])] for row in data["rows"]]
     longer = json.loads(LONGER.read_text(encoding="utf-8"))
-    times, row = longer["budget"]["steps"] // data["budget"]["steps"], longer["rows"][0]
-    quality = interval(row["quality"][metric])
-    rows.insert(1, [f"`{row['name']}`, {times} times the steps", f"{row['max_length']:,}", quality])
-    rows += [[*line["name"].split(", ", 1), number(line["value"], 3)] for line in data["baselines"]]
+    times = longer["budget"]["steps"] // data["budget"]["steps"]
+
+    def cells(row: dict[str, Any], more: str = "") -> list[str]:
+        quality, minutes = interval(row["quality"][metric]), f"{row['train_seconds'] / 60:.0f} minutes"
+        return [f"`{row['name']}`{more}", f"{row['max_length']:,}", quality, minutes]
+
+    rows = [cells(row) for row in data["rows"]]
+    rows.insert(1, cells(longer["rows"][0], f", {times} times the steps"))
+    rows += [[*line["name"].split(", ", 1), number(line["value"], 3), "-"] for line in data["baselines"]]
     picture = HEADLINE.with_suffix(".png").relative_to(ROOT).as_posix()
     parts = [
         f"**{title}.** {task['description'].rstrip('.')}. {task['test_documents']} test documents.",
-        table(["model", "tokens read", f"{metric} [95% interval]"], rows),
-        f"{data['budget']['description'].split('; learning rate')[0]}: "
-        + ", ".join(f"{row['train_seconds'] / 60:.0f} minutes for `{row['name']}`" for row in data["rows"])
-        + f" a fold on {data['meta']['device']}.",
+        table(["model", "tokens read", f"{metric} [95% interval]", "training, all folds"], rows),
+        f"{data['budget']['description'].split('; learning rate')[0]}. Measured on {data['meta']['device']}.",
         f"![{title}]({picture})",
     ]
     return "\n\n".join(parts)
@@ -231,10 +233,8 @@ def methods() -> str:
 def times() -> str:
     """What .ci/time.py measured."""
     measured = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() else {}
-    return "\n".join(
-        f"- `make {target}`, installation included: {entry['seconds'] / 60:.0f} minutes on {entry['machine']}"
-        for target, entry in sorted(measured.items())
-    )
+    each = [f"`make {t}` {e['seconds'] / 60:.0f} minutes ({e['machine']})" for t, e in sorted(measured.items())]
+    return f"Installation included: {', '.join(each)}." if each else ""
 
 
 def pictures() -> None:
