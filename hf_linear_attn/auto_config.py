@@ -56,7 +56,7 @@ def converted_name(name: str) -> str:
 
 
 class LinearAttnConfigMixin:
-    """Behaviour shared by every `LinearAttn...Config`; `linear_attn` is `LinearAttentionConfig.to_dict()`."""
+    """Behavior shared by every `LinearAttn...Config`; `linear_attn` is `LinearAttentionConfig.to_dict()`."""
 
     base_model_type: str
     linear_attn: dict[str, Any] | None
@@ -72,7 +72,7 @@ class LinearAttnConfigMixin:
         kwargs.pop("auto_map", None)
         self.linear_attn = kwargs.pop("linear_attn", None)
         if self.linear_attn is not None:
-            # Validated here so that a bad checkpoint fails before any weight is read, and normalised so that what
+            # Validated here so that a bad checkpoint fails before any weight is read, and normalized so that what
             # is saved is what is run.
             self.linear_attn = _checked(self.linear_attn, kwargs.get("name_or_path"))
             # Model classes are registered when such a config is first built: early enough for every Auto class and

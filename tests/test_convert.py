@@ -402,7 +402,7 @@ def test_output_attentions_is_refused(family: str, cls: type) -> None:
     assert len(out.attentions) == 2
 
 
-def test_global_attention_mask_needs_a_variant_that_honours_it() -> None:
+def test_global_attention_mask_needs_a_variant_that_honors_it() -> None:
     batch = token_batch()
     mask = torch.zeros_like(batch["input_ids"])
     mask[:, 3] = 1
@@ -449,8 +449,8 @@ def test_dropout_is_announced_once() -> None:
 def test_calibration_and_global_tokens_reach_the_layers_of_every_head(family: str, cls: type) -> None:
     model = build(cls, tiny_config(family))
     batch = inputs_for(model, token_batch())
-    labelled = {**batch, "labels": torch.zeros(2, dtype=torch.long)}
-    convert_model(model, "longformer", window_size=4, num_global_tokens=1, calibration=[labelled])
+    labeled = {**batch, "labels": torch.zeros(2, dtype=torch.long)}
+    convert_model(model, "longformer", window_size=4, num_global_tokens=1, calibration=[labeled])
     assert all(row.output_error is not None for row in model.conversion_report.rows)
     chosen = torch.zeros_like(batch["input_ids"])
     chosen[..., 3] = 1

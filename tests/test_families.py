@@ -75,7 +75,7 @@ def test_a_patcher_names_what_is_there(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_give_what_the_attention_function_receives(family: str) -> None:
-    """For every query head; only values are as projected in families that rotate (or normalise) queries and keys."""
+    """For every query head; only values are as projected in families that rotate (or normalize) queries and keys."""
     patcher = get_patcher(family)
     model = convert_model(base_model(family), "linear")
     for module, inputs in recorded(model, token_batch()):

@@ -1,8 +1,9 @@
-"""The shape of the repository: its top level, and how long a file may be. Imports nothing of the package."""
+"""The shape of the repository: its top level, how long a file may be, its spelling. Imports nothing of the package."""
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,36 @@ TOP_LEVEL = {
 CODE = {".py", ".jinja", ".yaml", ".yml", ".toml", ".md", ".sh", ""}
 # Most lines a file may have; an extension that is not in CODE marks data. A base.py is no method, no family.
 LIMITS = {"hf_linear_attn/variants": 200, "hf_linear_attn/patchers": 80, "": 500}
+
+# American spelling: words of these forms are British, unless they end in -ise in America as well.
+BRITISH = re.compile(
+    r"(?P<stem>\w+)is(e|ed|es|er|ers|ing|ation|ations)|(ana|cata|para)lys(e|ed|er|ing)|cent(re|red|res|ring)|greys?|spelt"
+    r"|\w*(behavi|col|endeav|fav|harb|hon|hum|lab|neighb)our\w*|\w*(cancel|channel|label|level|model|signal|travel)l(ed|er|ing)"
+    r"|(ageing|artefact|burnt|defence|fibre|fulfil|judgement|learnt|licence|metre|offence|programme|whilst)s?"
+)
+ISE = re.compile(r".*(adv|ar|compr|comprom|conc|cr|dev|exerc|no|prec|prem|prom|ra|rev|superv|surpr|w)|r")
+# Where such words still stand: no file joins, and one that is rid of them leaves.
+STILL_BRITISH = (
+    "CHANGELOG.md",
+    "hf_linear_attn/auto.py",
+    "hf_linear_attn/ops/linear/",
+    "hf_linear_attn/ops/lsh/blocks.py",
+    "hf_linear_attn/ops/sparse/",
+    "hf_linear_attn/ops/starts/calibration.py",
+    "hf_linear_attn/ops/window/attention.py",
+    "hf_linear_attn/ops/window/taylor.py",
+    "hf_linear_attn/registry.py",
+    "hf_linear_attn/variants/gated.py",
+    "hf_linear_attn/variants/lolcats.py",
+    "hf_linear_attn/variants/retention.py",
+    "hf_linear_attn/variants/rfa.py",
+    "tests/conformance/test_gated.py",
+    "tests/conformance/test_linear.py",
+    "tests/conformance/test_retention.py",
+    "tests/conformance/test_rfa.py",
+    "tests/ops/linear/",
+    "tests/ops/references.py",
+)
 
 
 def repository_files() -> Iterator[Path]:
@@ -70,3 +101,19 @@ def test_every_folder_of_code_is_a_package() -> None:
     """Setuptools leaves out a folder without `__init__.py`, and the installed package lacks it silently."""
     folders = {path.parent for path in repository_files() if path.suffix == ".py" and path.parts[0] == "hf_linear_attn"}
     assert {str(folder) for folder in folders if not (ROOT / folder / "__init__.py").is_file()} == set()
+
+
+def test_spelling_is_american() -> None:
+    found = {}
+    for path in repository_files():
+        if path.suffix not in CODE or path.name in ("LICENSE", Path(__file__).name) or "results" in path.parts:
+            continue
+        if path.as_posix().startswith(STILL_BRITISH):
+            continue
+        text = (ROOT / path).read_text(encoding="utf-8")
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", text)}
+        matches = {match for word in words if (match := BRITISH.fullmatch(word))}
+        british = sorted(match[0] for match in matches if not ISE.fullmatch(match["stem"] or ""))
+        if british:
+            found[path.as_posix()] = british
+    assert found == {}

@@ -122,7 +122,7 @@ def thorough_pairs() -> list[tuple[str, str]]:
 
 
 def over(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
-    """Parametrises a test over (variant, family) pairs."""
+    """Parametrizes a test over (variant, family) pairs."""
     return pytest.mark.parametrize(("variant", "family"), cases, ids=[f"{v}-{f}" for v, f in cases])
 
 

@@ -148,7 +148,7 @@ def analyze_model(
 ) -> dict[str, Any]:
     """Spectrum, error against size and patterns; writes analysis.json, spectrum.png, sizes.png, patterns_layer_<i>.png.
 
-    A converted model is analysed as the checkpoint that it was. Sizes and patterns are measured on `layers`; by default
+    A converted model is analyzed as the checkpoint that it was. Sizes and patterns are measured on `layers`; by default
     on the first, the middle and the last.
     """
     from hf_linear_attn.analysis import pictures

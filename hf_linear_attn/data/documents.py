@@ -31,7 +31,7 @@ def load_documents(
     max_test_documents: int | None = None,
     **options: Any,
 ) -> DocumentTask:
-    """Load a labelled set of long documents.
+    """Load a labeled set of long documents.
 
     Args:
         source: `"sotu"` (State of the Union addresses by era, fetched with npm), `"matching"` (generated: the

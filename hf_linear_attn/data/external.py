@@ -140,6 +140,6 @@ def _to_documents(
 ) -> Dataset:
     kept = [i for i, value in enumerate(part[label_column]) if lookup.get(value) is not None]
     if len(kept) < len(part):
-        part = part.select(np.asarray(kept))  # test splits of the Hub mark unlabelled rows with -1
+        part = part.select(np.asarray(kept))  # test splits of the Hub mark unlabeled rows with -1
     groups = [str(value) for value in part[group_column]] if group_column else [f"document {i}" for i in kept]
     return documents_to_dataset(part[text_column], [lookup[value] for value in part[label_column]], groups)

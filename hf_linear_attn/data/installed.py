@@ -1,4 +1,4 @@
-"""Long documents that any installation has: source files of the installed packages, labelled by package."""
+"""Long documents that any installation has: source files of the installed packages, labeled by package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MIN_FILES = 20
 _MAX_BYTES = 300_000
 
 _IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+\S+[ \t]+import\b|import[ \t]).*", re.MULTILINE)
-# A parenthesised or backslashed import goes on over the next lines.
+# A parenthesized or backslashed import goes on over the next lines.
 _LONG_IMPORT = re.compile(
     r"^[ \t]*(?:from[ \t]+\S+[ \t]+import[ \t]*\([^)]*\)|(?:from|import)[ \t][^\n]*\\\n[^\n]*)", re.MULTILINE
 )
@@ -32,7 +32,7 @@ _LEADING_COMMENTS = re.compile(r"\A(?:[ \t]*#[^\n]*\n|\s*\n)+")
 
 
 def clean_source(source: str, package_names: Sequence[str]) -> str:
-    """Python source without what names its package: leading comments (licences), imports, and the names
+    """Python source without what names its package: leading comments (licenses), imports, and the names
     themselves.
 
     The names of all candidate packages become the word `package`, so that none gives a label away.
@@ -100,7 +100,7 @@ def installed_sources_task(
         train=data.select(train),
         test=data.select(test),
         label_names=used,
-        description="The installed Python package a source file comes from; import lines, licence headers "
+        description="The installed Python package a source file comes from; import lines, license headers "
         "and the packages' own names are removed, and folders in the test part are not in the training part.",
         generated=False,
         source="source files of the installed packages " + ", ".join(used),

@@ -1,4 +1,4 @@
-"""A labelled set of long documents, and how documents are split and thinned without leaking."""
+"""A labeled set of long documents, and how documents are split and thinned without leaking."""
 
 from __future__ import annotations
 

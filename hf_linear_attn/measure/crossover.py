@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Place", "crossover", "exponent", "fitted_lengths", "over_floor", "series", "spell_crossover", "summarise"]
+__all__ = ["Place", "crossover", "exponent", "fitted_lengths", "over_floor", "series", "spell_crossover", "summarize"]
 
 Rows = Sequence[Mapping[str, Any]]
 Place = tuple[str, str, str, str]
@@ -83,7 +83,7 @@ def over_floor(row: Mapping[str, Any], bandwidth: float | None) -> float | None:
     return row["seconds"] * bandwidth / row["floor_bytes"]
 
 
-def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
     """Exponents and crossovers of models and layers, and how flat generation is.
 
     Returns:

@@ -31,7 +31,7 @@ class Projection(NamedTuple):
 
 
 class ModelPatcher:
-    """Translates one family's names. Subclasses state facts; behaviour is here unless the family differs.
+    """Translates one family's names. Subclasses state facts; behavior is here unless the family differs.
 
     Importing a patcher must stay light: modeling code is imported when a model is at hand, not before.
     """

@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 with normalised queries and keys in place of biases."""
+"""Qwen3: Qwen2 with normalized queries and keys in place of biases."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def freeze_dropout(model: nn.Module) -> None:
 
 
 def optimizer_groups(model: Any, recipe: TrainingRecipe) -> list[dict[str, Any]]:
-    """AdamW parameter groups: the head's learning rate apart, no decay on biases and normalisation."""
+    """AdamW parameter groups: the head's learning rate apart, no decay on biases and normalization."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = {id(parameter) for parameter in head_parameters(base).values()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

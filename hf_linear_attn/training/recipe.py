@@ -130,7 +130,7 @@ class TrainingRecipe:
         gradient_accumulation_steps: forwards per optimizer step.
         learning_rate: of every trained parameter but the head's.
         head_learning_rate: of the head (classifier and pooler), which starts untrained; `learning_rate` when null.
-        weight_decay: of matrices; biases and normalisation parameters get none.
+        weight_decay: of matrices; biases and normalization parameters get none.
         warmup_ratio: share of the steps over which the learning rate rises.
         scheduler: `linear`, `cosine`, `constant` or `constant_with_warmup`.
         max_grad_norm: gradients are clipped to this norm.

@@ -186,7 +186,7 @@ class AttentionVariant(nn.Module):
     """Base class of the variants: an `nn.Module` that owns every new parameter and buffer of its layer.
 
     A subclass sets parameters and *persistent* buffers in `reset_parameters` (called on construction, and again
-    when a model is materialised from the meta device), computes in `forward`, and overrides the hooks it needs.
+    when a model is materialized from the meta device), computes in `forward`, and overrides the hooks it needs.
     A forward never changes the module: all per-call state is in `inputs` and `state`.
 
     Attributes:
@@ -238,7 +238,7 @@ class AttentionVariant(nn.Module):
         return error_meter(attend, rows, is_causal=self.context.is_causal, scaling=scaling)
 
     def regression_loss(self, inputs: AttentionInputs, target: torch.Tensor) -> torch.Tensor:
-        """What the per-layer regression minimises over this variant's parameters: here the output's relative error.
+        """What the per-layer regression minimizes over this variant's parameters: here the output's relative error.
 
         Args:
             inputs: real inputs of this layer (detached, no state).

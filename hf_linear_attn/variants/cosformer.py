@@ -6,7 +6,7 @@ sequence: with the length of each call, as the authors have it, decoding would n
 Cost n 2d d; decode state 2d (d + 1) numbers a head and a counter.
 
 With calibration, keys are weighted by exp(scaling * a . k), a the head's mean query or a part of it, and
-queries and keys may be centred. Each head keeps what lowers its output error.
+queries and keys may be centered. Each head keeps what lowers its output error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CosformerConfig(VariantConfig):
     """Options of `cosformer`.
 
     Attributes:
-        variance_reducer: use the calibrated key weights and centres; without calibration they change nothing.
+        variance_reducer: use the calibrated key weights and centers; without calibration they change nothing.
     """
 
     variance_reducer: bool = True
@@ -71,13 +71,13 @@ class CosformerAttention(AttentionVariant):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published form: means and centres 0."""
+        """The published form: means and centers 0."""
         for buffer in self.buffers():
             buffer.zero_()
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
-        """Choose each head's means and centres by its output error against softmax on these inputs."""
+        """Choose each head's means and centers by its output error against softmax on these inputs."""
         if not self.config.variance_reducer:
             return
         rows, present = measure.collect_rows(batches, self.context.max_length), dict(self.named_buffers())

@@ -2,7 +2,7 @@
 
 y = rho_q(Q) (rho_k(K)^T V): rho_q is a softmax over the features of each query, rho_k a softmax over the positions of
 each feature. Features are W_q q + b and W_k k (own form); published are the coordinates of q and k, without scaling.
-Every feature is a query shared by all, whose attention is exact. Decoders (own form) normalise rho_k over each prefix.
+Every feature is a query shared by all, whose attention is exact. Decoders (own form) normalize rho_k over each prefix.
 Cost n f d; decode state f (d + 2) numbers a head.
 
 With calibration, the rows of W_k are scaling times centroids of the head's queries, drawn apart a little, and rho_q

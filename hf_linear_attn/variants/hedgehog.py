@@ -6,7 +6,7 @@ head. Train it as the paper does: first the maps alone on `regression_loss`, the
 
 With calibration a head starts from centroids C: of its keys, phi(q) = softmax(s C q), phi(k) = softmax(-b |k - C|^2),
 or of its queries, phi(q) = softmax(-b |q - C|^2), phi(k) = exp(s C (k - c)), c the mean of the attended keys. All are
-maps W x + b under another normaliser; each head keeps what lowers its output error.
+maps W x + b under another normalizer; each head keeps what lowers its output error.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class HedgehogAttention(FeatureMapVariant):
     """Attention through learned softmax features.
 
     Parameters: `query_weight`, `key_weight [H, F, D]`, `query_bias`, `key_bias [H, F]`. Buffer (persistent): `form
-    [H]`, how each head's features are normalised (see `ops.features.softmax_map`).
+    [H]`, how each head's features are normalized (see `ops.features.softmax_map`).
     """
 
     form: torch.Tensor

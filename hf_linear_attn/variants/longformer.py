@@ -34,7 +34,7 @@ class LongformerConfig(VariantConfig):
 
     Attributes:
         window_size: w in tokens (even on encoders, half on each side), or one per layer of the model.
-        dilation: distance between neighbouring keys of the window in tokens, or one per head.
+        dilation: distance between neighboring keys of the window in tokens, or one per head.
         num_global_tokens: so many first real tokens are global unless the call names others; None means 1 on
             encoders and on decoders with rotary embeddings, 0 on other decoders. With 0, or rotary embeddings, the
             layer has no global projections and takes no global mask.

@@ -40,7 +40,7 @@ class NystromformerConfig(VariantConfig):
     Attributes:
         num_landmarks: m, in tokens; inputs up to that length are exact.
         conv_kernel_size: tokens (odd) under the convolution of the values, which starts at 0; None for none.
-        num_iterations: of the pseudo-inverse. More are not better: six also regularise.
+        num_iterations: of the pseudo-inverse. More are not better: six also regularize.
         seed: of the centroids that calibration may choose.
     """
 

@@ -163,7 +163,7 @@ class PerformerAttention(FeatureMapVariant):
         return (0 if shared is None else shared) - 0.5 * scaling * x.square().sum(-1)
 
     def _balanced(self, x: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Centred and balanced keys, and what the reducer takes out of all logits of a key."""
+        """Centered and balanced keys, and what the reducer takes out of all logits of a key."""
         x = x.to(accumulation_dtype(x.dtype))
         if not self.config.variance_reducer:
             return x, None

@@ -9,7 +9,7 @@ are, and a token may attend to itself; `share_qk=True` is the paper's form. In a
 depend on later tokens and leak even when masked: each bucket is cut into chunks from its first key on, which no later
 token moves, and one more round goes by position alone, so that a query always sees c + 1 to 2 c tokens up to itself.
 
-With calibration a head may centre its keys, or queries and keys, balance their second moments, and take normalized
+With calibration a head may center its keys, or queries and keys, balance their second moments, and take normalized
 keys of its own for the directions R: what lowers its output error on the calibration data.
 """
 
@@ -126,15 +126,15 @@ class ReformerAttention(AttentionVariant):
         q, k = head_tokens(rows)
         a, c = q.mean(1), k.mean(1)
         zero, identity = torch.zeros_like(a), torch.eye(q.shape[-1], device=q.device).expand_as(self.query_map)
-        centred = k - c[:, None]
+        centered = k - c[:, None]
         generator = torch.Generator("cpu").manual_seed(self.config.seed)
         drawn = torch.randint(k.shape[1], self.rotations[0, 0].shape, generator=generator).to(k.device)
         starts = []
         for query_mean, key_mean, query_map, key_map in (
             (zero, zero, identity, identity),
-            (a, c, *balancing_maps(q - a[:, None], centred)),
+            (a, c, *balancing_maps(q - a[:, None], centered)),
             # Without their mean, queries would look for other keys: it changes the logits by more than a constant.
-            (zero, c, *balancing_maps(q, centred)),
+            (zero, c, *balancing_maps(q, centered)),
         ):
             start = {"query_mean": query_mean, "key_mean": key_mean, "query_map": query_map, "key_map": key_map}
             directions = F.normalize((k - key_mean[:, None]) @ key_map, dim=-1)[:, drawn].movedim(-1, 1)

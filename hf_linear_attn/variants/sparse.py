@@ -1,4 +1,4 @@
-"""Sparse Transformer (arXiv:1904.10509): factorised patterns of stride l, in O(n sqrt(n)) for l near sqrt(n).
+"""Sparse Transformer (arXiv:1904.10509): factorized patterns of stride l, in O(n sqrt(n)) for l near sqrt(n).
 
 `strided`: A1 = {j: i - l <= j <= i}, A2 = {j: (i - j) mod l = 0}. `fixed`, in blocks of l tokens: A1 = the own block,
 A2 = the last c tokens of each block. `block_local`: A1 of `fixed`. Causal: j <= i; encoders take the patterns

@@ -4,7 +4,7 @@ o_i = phi(q_i) S / (phi(q_i) . z), S = sum_j phi(k_j) v_j^T, z = sum_j phi(k_j),
 for each head, here for queries and keys apart; start W = [I; -I], b = 0. Cost n f d; decode state f (d + 1) numbers a
 head.
 
-With calibration W becomes [P; -P] with the principal maps P of the head's logits, b centres q and k, and keys are
+With calibration W becomes [P; -P] with the principal maps P of the head's logits, b centers q and k, and keys are
 weighted by exp(scaling * a . k), a the mean query or a part of it. Each head keeps what lowers its output error.
 """
 

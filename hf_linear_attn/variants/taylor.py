@@ -1,11 +1,11 @@
 """Taylor attention: order 1 (linear attention of arXiv:2007.14902) and order 2 (Based, arXiv:2402.18668).
 
-exp(u) is replaced by its series: 1 + u with l2-normalised q and k (order 1), or 1 + u + u^2 / 2, which is always
+exp(u) is replaced by its series: 1 + u with l2-normalized q and k (order 1), or 1 + u + u^2 / 2, which is always
 positive, with u = scaling * q'.k' (order 2). q' = P q + p and k' = R k + r have `num_features` coordinates.
 Cost n f d with f = 1 + r + r (r + 1) / 2 features of r coordinates (order 1: 1 + d); decode state f (d + 1) numbers a
 head.
 
-With calibration P and R are the principal maps of the head's logits, its best rank r estimate, q and k are centred,
+With calibration P and R are the principal maps of the head's logits, its best rank r estimate, q and k are centered,
 and keys are weighted by exp(scaling * a . k), a the mean query or a part of it, which makes up for it: only
 what differs between queries is left to the series. Last, u is stretched. Each head keeps what lowers its output error.
 """

@@ -382,7 +382,7 @@ def test_a_gpu_run_shows_floors_and_out_of_memory() -> None:
         "command": "c", "title": "t", "device": "nvidia-h100", "device_name": "NVIDIA H100", "machine": "m",
         "threads": 1, "dtype": "bfloat16", "torch": "2", "transformers": "5", "bandwidth": 2e12,
     }  # fmt: skip
-    run = {"meta": meta, "recipe": recipe, "rows": rows, "summary": bench.summarise({"rows": rows})}
+    run = {"meta": meta, "recipe": recipe, "rows": rows, "summary": bench.summarize({"rows": rows})}
     text = render_bench(run)
     assert "NVIDIA H100 (m), 1 thread(s), bfloat16" in text
     assert "2,000 GB/s" in text
@@ -404,7 +404,7 @@ def test_the_readme_names_who_grows_faster_than_the_length() -> None:
         "title": "t", "device": "cpu", "machine": "m", "threads": 1, "dtype": "float32", "torch": "2",
         "transformers": "5", "command": "c", "bandwidth": None,
     }  # fmt: skip
-    run = {"meta": meta, "recipe": asdict(recipe), "rows": rows, "summary": bench.summarise({"rows": rows})}
+    run = {"meta": meta, "recipe": asdict(recipe), "rows": rows, "summary": bench.summarize({"rows": rows})}
     run["recipe"]["decode"] = []
     line = "*causal layer*, forward and backward, to 4,096 tokens: time grows as n^1.00 to n^1.25"
     assert f"- {line}, above n^1.10: `bigbird` 1.25." in render_performance(run)

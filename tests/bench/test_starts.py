@@ -27,7 +27,7 @@ from hf_linear_attn.bench.starts.run import RowFile, measure_methods
 from hf_linear_attn.bench.starts.tables import (
     render_methods,
     render_overview,
-    summarise_starts,
+    summarize_starts,
     worse_starts,
 )
 from hf_linear_attn.measure.methods import Method
@@ -196,7 +196,7 @@ def test_tables_hold_means_over_seeds_and_name_worse_starts() -> None:
          "ratio": 2.5, "peak_mb": 30.0, "sdpa_peak_mb": 20.0},
         {"kind": "cost", "model": "m", "length": 8192, "method": "plain", "left_out": "quadratic"},
     ]  # fmt: skip
-    summary = summarise_starts(rows)
+    summary = summarize_starts(rows)
     assert summary["m", 512, "good"]["published"]["error"] == pytest.approx(0.7)
     assert summary["m", 512, "good"]["calibrated"]["spread"] == pytest.approx(0.1)
     assert "calibrated" not in summary["m", 512, "plain"]

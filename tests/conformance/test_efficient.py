@@ -49,7 +49,7 @@ def test_padding(theirs):
 
 
 def test_their_causal_form_is_another_function_which_overflows(theirs):
-    """Theirs has one normaliser for all features and unscaled exp(k); ours a normaliser per feature and prefix."""
+    """Theirs has one normalizer for all features and unscaled exp(k); ours a normalizer per feature and prefix."""
     q, k, v = draw(40)
     ours = attend(q, k, v, causal=True)
     assert not torch.allclose(ours, theirs.causal_linear_attn(q, k, v, bucket_size=1) * DIM**0.5, atol=0.05)

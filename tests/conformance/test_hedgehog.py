@@ -1,4 +1,4 @@
-"""`hedgehog` beside flash-linear-attention's Hedgehog: the same attention, another normaliser of the features."""
+"""`hedgehog` beside flash-linear-attention's Hedgehog: the same attention, another normalizer of the features."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_attention_with_the_published_features() -> None:
 def test_their_feature_map_is_one_softmax_over_both_signs_at_twice_the_scale() -> None:
     """Theirs: softmax([2x, -2x]); the paper, and ours: [softmax(x), softmax(-x)].
 
-    Ours is theirs with W = [2 I; -2 I] in the form of one normaliser (a query's own cancels).
+    Ours is theirs with W = [2 I; -2 I] in the form of one normalizer (a query's own cancels).
     """
     call, feature_map = inputs(), HedgehogFeatureMap(DIM)
     with torch.no_grad():

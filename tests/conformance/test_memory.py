@@ -18,8 +18,8 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 @pytest.fixture(scope="module")
-def normalised_linear_attention():
-    """Their recurrence with normaliser and state, in our layout."""
+def normalized_linear_attention():
+    """Their recurrence with normalizer and state, in our layout."""
     from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
 
     def run(q, k, v, state=None):
@@ -67,7 +67,7 @@ def test_transformer_xl_is_a_segment_over_cached_keys(size, memory):
     torch.testing.assert_close(ours, torch.cat(outputs, 2), **TOLERANCE)
 
 
-def test_infini_is_a_segment_s_attention_and_linear_attention_to_those_before(normalised_linear_attention):
+def test_infini_is_a_segment_s_attention_and_linear_attention_to_those_before(normalized_linear_attention):
     q, k, v = draw(100)
     module = build(form="infini", segment_size=16)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_infini_is_a_segment_s_attention_and_linear_attention_to_those_before(no
             outputs.append(local)
         else:
             nothing = torch.zeros_like(local)  # keys and values that add nothing: only the memory is read
-            read, _ = normalised_linear_attention(q_features[:, :, part], nothing, nothing, state)
+            read, _ = normalized_linear_attention(q_features[:, :, part], nothing, nothing, state)
             outputs.append(gate * read + (1 - gate) * local)
-        _, state = normalised_linear_attention(*(x[:, :, part] for x in (q_features, k_features, v)), state)
+        _, state = normalized_linear_attention(*(x[:, :, part] for x in (q_features, k_features, v)), state)
     torch.testing.assert_close(attend(module, q, k, v), torch.cat(outputs, 2), **TOLERANCE)

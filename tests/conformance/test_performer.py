@@ -56,14 +56,14 @@ def test_positive_features(theirs, length, causal):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
 def test_relu_features(theirs, causal):
-    """The generalised kernel, whose 1e-3 on each feature both have."""
+    """The generalized kernel, whose 1e-3 on each feature both have."""
     q, k, v = draw(130)
     module = build(causal, "relu")
     expected = theirs(module.omega, causal, eps=0.0, generalized_attention=True)(q, k, v)
     torch.testing.assert_close(attend(module, q, k, v), expected, **TOLERANCE)
 
 
-def test_their_stabiliser_lets_a_later_key_change_earlier_rows_and_ours_does_not(theirs):
+def test_their_stabilizer_lets_a_later_key_change_earlier_rows_and_ours_does_not(theirs):
     q, k, v = draw(40)
     module = build(True)
     reference = theirs(module.omega, True, eps=1e-4)

@@ -86,8 +86,8 @@ class Future(DenseAttention):
         return k_len - q_len + 1
 
 
-class SequenceStabiliser(DenseAttention):
-    """FAVOR+ as published: the stabiliser is the sequence's maximum, with an epsilon inside the features."""
+class SequenceStabilizer(DenseAttention):
+    """FAVOR+ as published: the stabilizer is the sequence's maximum, with an epsilon inside the features."""
 
     def weights(self, logits, allowed):
         features = (logits - logits.amax((-1, -2), keepdim=True)).exp() + 1e-2
@@ -117,7 +117,7 @@ class LeftAligned(DenseAttention):
 
 
 class BatchDependent(DenseAttention):
-    """Normalised by the largest logit of the whole batch, as Nystromformer's pseudo-inverse is."""
+    """Normalized by the largest logit of the whole batch, as Nystromformer's pseudo-inverse is."""
 
     def logits(self, query, key, inputs):
         logits = super().logits(query, key, inputs)
@@ -243,7 +243,7 @@ class IgnoresScaling(DenseAttention):
 
 
 class OverflowsHalf(DenseAttention):
-    """The normaliser is summed in half precision."""
+    """The normalizer is summed in half precision."""
 
     def logits(self, query, key, inputs):
         return (query * 300) @ (key.transpose(-1, -2) * 300) / 300**2 * inputs.scaling
@@ -352,7 +352,7 @@ SOUND = spec_of(DenseAttention)
 # (spec, side, options, law that must catch it, what the law says)
 BROKEN = [
     (spec_of(Future), DECODER, {}, "causality", "tokens from 1 on changed"),
-    (spec_of(SequenceStabiliser), DECODER, {}, "causality", "tokens from 20 on changed"),
+    (spec_of(SequenceStabilizer), DECODER, {}, "causality", "tokens from 20 on changed"),
     (spec_of(PadBlind), ENCODER, {}, "padding", "left padding"),
     (spec_of(PadBlind), DECODER, {}, "padding", "left padding"),
     (spec_of(PadsInDenominator), ENCODER, {}, "padding", "left padding"),

@@ -24,7 +24,7 @@ def matching():
     return load_documents("matching", filler="words", num_words=60, num_train=600, num_test=400, num_keys=4)
 
 
-def test_matching_is_labelled_as_generated(matching):
+def test_matching_is_labeled_as_generated(matching):
     assert matching.generated
     assert matching.description.startswith("GENERATED")
     assert matching.source.startswith("generated")
@@ -184,7 +184,7 @@ def test_hub_dataset_columns_and_string_labels(monkeypatch):
         load_documents("org/set", text_column="body", label_column="topic")
 
 
-def test_unlabelled_rows_of_a_hub_dataset_are_dropped(monkeypatch):
+def test_unlabeled_rows_of_a_hub_dataset_are_dropped(monkeypatch):
     from datasets import ClassLabel
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})

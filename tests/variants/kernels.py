@@ -32,7 +32,7 @@ def mean_weight(query_mean, k):
     return torch.einsum("hd,bhtd->bht", SCALING * query_mean, k).exp()[:, :, None]
 
 
-def randomise(module, names, scale=0.5):
+def randomize(module, names, scale=0.5):
     """Parameters and buffers away from their start."""
     g = torch.Generator().manual_seed(3)
     state = module.state_dict()

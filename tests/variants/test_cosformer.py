@@ -17,7 +17,7 @@ from tests.variants.kernels import (
     draw,
     errors_before_and_after_calibration,
     mean_weight,
-    randomise,
+    randomize,
 )
 
 SIDES = pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
@@ -43,9 +43,9 @@ def test_is_the_dense_formula(causal):
 
 
 @SIDES
-def test_means_and_centres(causal):
+def test_means_and_centers(causal):
     module = build(causal).double()
-    module = randomise(module, list(module.state_dict()))
+    module = randomize(module, list(module.state_dict()))
     q, k, v = draw(65)
     scores = (q - module.query_center[:, None]).relu() @ (k - module.key_center[:, None]).relu().mT
     scores = scores * cosines(65, 160) * mean_weight(module.query_mean, k)

@@ -32,7 +32,7 @@ def attend(module, q, k, v, padding=None):
     return module(AttentionInputs(q, k, v, token_mask=padding, scaling=DIM**-0.5))[0]
 
 
-def randomise(module):
+def randomize(module):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
@@ -41,7 +41,7 @@ def randomise(module):
 
 @pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
 def test_full_length_is_the_formula_of_the_paper(sharing):
-    module = randomise(build(24, k=6, sharing=sharing))
+    module = randomize(build(24, k=6, sharing=sharing))
     q, k, v = draw(2, 24)
     E = module.key_projection
     F_ = E if sharing in ("key_value", "layerwise") else module.value_projection
@@ -106,7 +106,7 @@ def dense_columns(n, k, max_length):
 @pytest.mark.parametrize("n", [1, 3, 7, 13, 22, 23])
 @pytest.mark.parametrize("sharing", ["none", "headwise"])
 def test_a_trained_projection_stretches_over_the_tokens_that_are_there(n, sharing):
-    module = randomise(build(23, k=7, sharing=sharing))
+    module = randomize(build(23, k=7, sharing=sharing))
     q, k, v = draw(2, n)
     share, slots = dense_columns(n, 7, 23)
     E, F_ = (w[:, :slots] @ share.T for w in (module.key_projection, module.value_projection))
@@ -115,7 +115,7 @@ def test_a_trained_projection_stretches_over_the_tokens_that_are_there(n, sharin
 
 
 def test_a_convolution_stretches_over_the_tokens_that_are_there():
-    module = randomise(build(24, k=6, projection="conv", sharing="key_value"))
+    module = randomize(build(24, k=6, projection="conv", sharing="key_value"))
     q, k, v = draw(2, 12)  # two tokens a slot, the kernel has four columns
     kernel = module.key_projection[0].unflatten(0, (2, 2)).sum(1)  # [2, D, D]
     pooled_k, pooled_v = (x.unflatten(2, (6, 2)).flatten(3) @ kernel.flatten(0, 1) for x in (k, v))
@@ -124,7 +124,7 @@ def test_a_convolution_stretches_over_the_tokens_that_are_there():
 
 
 def test_convolution_is_torch_conv1d():
-    module = randomise(build(24, k=6, projection="conv", sharing="key_value"))
+    module = randomize(build(24, k=6, projection="conv", sharing="key_value"))
     q, k, v = draw(2, 24)
     kernel = module.key_projection[0].permute(2, 1, 0)  # [D_out, D_in, kernel]
     assert kernel.shape == (DIM, DIM, 4)

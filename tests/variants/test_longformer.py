@@ -251,7 +251,7 @@ def test_bad_options_are_named(options, is_causal, message):
         LongformerAttention(LongformerConfig.from_dict(options), LayerContext(0, 2, WIDTH, HEADS, DIM, 64, is_causal))
 
 
-def test_calls_it_cannot_honour_are_refused():
+def test_calls_it_cannot_honor_are_refused():
     hidden = draw_hidden(1, 6)
     mask = torch.ones(1, 6, dtype=torch.bool)
     layer = Layer(True, window_size=4, num_global_tokens=1)

@@ -34,7 +34,7 @@ def softmax_attention(q, k, v, causal=False):
 
 
 def paper_features(x, omega, kernel):
-    """The feature maps as the paper writes them, no stabiliser, in float64."""
+    """The feature maps as the paper writes them, no stabilizer, in float64."""
     x = x * SCALING**0.5
     projected, half = x @ omega.T, x.square().sum(-1, keepdim=True) / 2
     count = len(omega)

@@ -131,8 +131,8 @@ def test_shared_queries_and_keys_attend_to_themselves_only_when_alone():
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
-def test_calibration_makes_no_head_worse_and_helps_off_centre_keys(is_causal):
-    """Keys far from 0 fall into one bucket: the hash tells them apart once they are centred."""
+def test_calibration_makes_no_head_worse_and_helps_off_center_keys(is_causal):
+    """Keys far from 0 fall into one bucket: the hash tells them apart once they are centered."""
     inputs = draw(256, is_causal, dtype=torch.float32, dim=16)
     inputs.query, inputs.key = inputs.query * 2, inputs.key + 6
     exact = F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, is_causal=is_causal)

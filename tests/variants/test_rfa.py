@@ -18,7 +18,7 @@ from tests.variants.kernels import (
     draw,
     errors_before_and_after_calibration,
     mean_weight,
-    randomise,
+    randomize,
 )
 
 SIDES = pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
@@ -52,7 +52,7 @@ def scores_of(module, q, k):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_is_the_dense_formula(kernel, causal):
     module = build(causal, kernel=kernel, num_features=64).double()
-    module = randomise(module, ["sigma", "query_mean", "query_center", "key_center"], 0.2)
+    module = randomize(module, ["sigma", "query_mean", "query_center", "key_center"], 0.2)
     module.tau.fill_(2.0)
     for length in (1, 7, 65):
         q, k, v = draw(length)
@@ -71,7 +71,7 @@ def test_many_features_give_softmax_of_normalized_queries_and_keys(kernel, causa
 
 def test_the_gate_forgets():
     """S <- g S + (1 - g) phi(k) v^T, token by token, z likewise."""
-    module = randomise(build(True, gate=True, num_features=16).double(), ["gate_weight"])
+    module = randomize(build(True, gate=True, num_features=16).double(), ["gate_weight"])
     module.gate_bias.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
     q, k, v = draw(30)
     hidden = torch.randn(2, 30, HEADS * DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

@@ -108,7 +108,7 @@ def test_the_dense_form_starts_from_the_query_projection():
 @pytest.mark.parametrize("form", ["random", "factorized_random"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
 def test_calibration_finds_heads_that_attend_by_position(form, is_causal):
-    """Head 0 looks at its neighbours whatever they are; head 1 at tokens; head 2 at all alike."""
+    """Head 0 looks at its neighbors whatever they are; head 1 at tokens; head 2 at all alike."""
     inputs = draw(is_causal=is_causal, dtype=torch.float32)
     turn = torch.arange(LONGEST)[:, None] * torch.tensor([0.3, 0.9])
     circle = torch.cat([turn.cos(), turn.sin()], -1) * 3

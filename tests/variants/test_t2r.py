@@ -13,7 +13,7 @@ from tests.variants.kernels import (
     draw,
     errors_before_and_after_calibration,
     mean_weight,
-    randomise,
+    randomize,
 )
 
 SIDES = pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
@@ -27,7 +27,7 @@ def build(causal=False, *, layer_idx=0, **options):
 @pytest.mark.parametrize("num_features", [None, 5, 40])
 def test_is_the_dense_formula(num_features, causal):
     module = build(causal, num_features=num_features).double()
-    module = randomise(module, list(module.state_dict()))
+    module = randomize(module, list(module.state_dict()))
     for length in (1, 7, 65):
         q, k, v = draw(length)
         q_features = (q @ module.query_weight.mT + module.query_bias[:, None]).relu()

@@ -14,7 +14,7 @@ from tests.variants.kernels import (
     draw,
     errors_before_and_after_calibration,
     mean_weight,
-    randomise,
+    randomize,
 )
 
 SIDES = pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
@@ -45,7 +45,7 @@ def test_starts_as_published(order, causal):
 @pytest.mark.parametrize("options", [{"num_features": 3}, {"num_features": None}, {"order": 1}])
 def test_is_the_dense_formula_of_projected_queries_and_keys(options, causal):
     module = build(causal, **options).double()
-    module = randomise(module, list(module.state_dict()))
+    module = randomize(module, list(module.state_dict()))
     for length in (7, 65):
         q, k, v = draw(length)
         x = q @ module.query_weight.mT + module.query_bias[:, None]

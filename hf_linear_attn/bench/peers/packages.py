@@ -263,7 +263,7 @@ def _elu(x: torch.Tensor) -> torch.Tensor:
 
 
 class FlaNaiveLinear(nn.Module):
-    """flash-linear-attention's chunked reference of linear attention, with its normaliser."""
+    """flash-linear-attention's chunked reference of linear attention, with its normalizer."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         from fla.ops.linear_attn.naive import naive_chunk_linear_attn
@@ -297,7 +297,7 @@ class FlaNaiveRetention(nn.Module):
 
 
 class FlaLinear(nn.Module):
-    """flash-linear-attention's `chunk_linear_attn` with its normaliser."""
+    """flash-linear-attention's `chunk_linear_attn` with its normalizer."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         from fla.ops.linear_attn import chunk_linear_attn

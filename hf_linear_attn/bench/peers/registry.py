@@ -212,7 +212,7 @@ def _either(causal: bool) -> list[Peer]:
     if causal:
         efficient_note = (
             "Coordinates as features: it has no others. "
-            "Its causal form is another function: one normaliser for all features, which overflows."
+            "Its causal form is another function: one normalizer for all features, which overflows."
         )
     return [
         Peer(
@@ -289,7 +289,7 @@ def _flash_linear_attention() -> list[Peer]:
     gated = {"feature_map": "identity", "init": "published", "gate_rank": 16}
     core = packages.with_core
     return [
-        Peer("fla linear", "linear", linear, layer=core(packages.FlaLinear), note="With its normaliser.", **kernels),
+        Peer("fla linear", "linear", linear, layer=core(packages.FlaLinear), note="With its normalizer.", **kernels),
         Peer("fla retention", "retention", retention, layer=core(packages.FlaRetention), **kernels),
         Peer("fla gla", "gated", gated, layer=core(packages.FlaGated, takes_shape=True), **kernels),
         Peer("fla naive linear", "linear", linear, layer=core(packages.FlaNaiveLinear), note=reference, **naive),

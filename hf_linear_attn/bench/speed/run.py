@@ -34,7 +34,7 @@ from hf_linear_attn.bench.speed.contenders import (
 )
 from hf_linear_attn.bench.speed.decode import measure_decode
 from hf_linear_attn.bench.speed.recipe import SDPA, BenchRecipe, LayerBench, ModelBench, PeerBench
-from hf_linear_attn.measure.crossover import summarise
+from hf_linear_attn.measure.crossover import summarize
 from hf_linear_attn.measure.methods import failures, not_measured
 from hf_linear_attn.measure.profile import median_ratio, peak_memory, time_interleaved
 from hf_linear_attn.measure.rows import RowFile, about_machine
@@ -102,7 +102,7 @@ def measure_bench(
     parts = {part.name for part in recipe.parts()}
     rows = [row for row in file.rows if row["part"] in parts]
     results = {"meta": meta, "recipe": asdict(recipe), "rows": rows}
-    return {"meta": meta, "recipe": results["recipe"], "summary": summarise(results), "rows": rows}
+    return {"meta": meta, "recipe": results["recipe"], "summary": summarize(results), "rows": rows}
 
 
 def device_slug(device: str) -> str:

@@ -89,10 +89,10 @@ def describe_shape(part: Row) -> str:
         return f"{what}: {part['hidden_size']} wide, {part['num_heads']} heads{side}{batch}."
     shape = f"the shape of `{part['checkpoint']}`" if part["checkpoint"] else part["config"]["model_type"]
     changes = {key: value for key, value in part["config"].items() if key != "model_type"}
-    spelt = ", ".join(f"{key} {value}" for key, value in changes.items())
+    spelled = ", ".join(f"{key} {value}" for key, value in changes.items())
     tokens = f", {part['tokens']} tokens one at a time" if "tokens" in part else ""
     layers = f"{part['layers']} layer" + ("s" if part["layers"] > 1 else "")
-    return f"{layers} of {shape}{f' ({spelt})' if spelt else ''}{batch}{tokens}."
+    return f"{layers} of {shape}{f' ({spelled})' if spelled else ''}{batch}{tokens}."
 
 
 class _View:

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 
 from hf_linear_attn.bench.starts.recipe import UNIFORM
-from hf_linear_attn.bench.starts.tables import summarise_starts, why_missing
+from hf_linear_attn.bench.starts.tables import summarize_starts, why_missing
 from hf_linear_attn.measure.style import COLORS, FAINT, GRAY, new_figure, save_figure, style
 
 __all__ = ["draw_starts"]
@@ -33,7 +33,7 @@ def draw_starts(results: Mapping[str, Any], path: str | Path) -> None:
         path: of the PNG.
     """
     rows = results["rows"]
-    summary = summarise_starts(rows)
+    summary = summarize_starts(rows)
     leading = [entry["name"] for entry in results["methods"] if entry["leading"] and entry["name"] != UNIFORM]
     places = list(dict.fromkeys((model, length) for model, length, _ in summary))
     order = sorted(leading, key=lambda name: [_best(summary.get((*place, name))) for place in places])

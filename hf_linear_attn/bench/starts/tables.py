@@ -15,7 +15,7 @@ __all__ = [
     "failed",
     "render_methods",
     "render_overview",
-    "summarise_starts",
+    "summarize_starts",
     "why_missing",
     "worse_starts",
 ]
@@ -26,7 +26,7 @@ _TOLERANCE = 0.005  # a start is called worse than the published one above this 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def summarise_starts(rows: Rows) -> dict[tuple[str, int, str], dict[str, Any]]:
+def summarize_starts(rows: Rows) -> dict[tuple[str, int, str], dict[str, Any]]:
     """Means over seeds: (model, length, method) -> stage -> `{"error", "cosine", "spread", "seeds"}`.
 
     `spread` is half the range of the error over seeds. A stage that was not measured is absent, except that a method
@@ -58,7 +58,7 @@ def worse_starts(rows: Rows) -> list[str]:
     return [
         f"{method} ({model}, n = {length:,}): {stages['calibrated']['error']:.3f} after calibration, "
         f"{stages['published']['error']:.3f} as published"
-        for (model, length, method), stages in summarise_starts(rows).items()
+        for (model, length, method), stages in summarize_starts(rows).items()
         if "calibrated" in stages and stages["calibrated"]["error"] > stages["published"]["error"] + _TOLERANCE
     ]
 
@@ -85,7 +85,7 @@ def render_methods(results: Mapping[str, Any]) -> str:
         "means that the method has none, and starts as published."
         + (f" *fitted*: after {regression['steps']} steps of per-layer regression." if regression else ""),
     ]
-    summary = summarise_starts(rows)
+    summary = summarize_starts(rows)
     for model, length in dict.fromkeys((place[0], place[1]) for place in summary):
         layers = next((m["layers"] for m in recipe["models"] if m["name"] == model), None)
         which = "all layers" if layers is None else "layers " + ", ".join(map(str, layers))
@@ -123,7 +123,7 @@ def _about(results: Mapping[str, Any]) -> str:
 def render_overview(results: Mapping[str, Any]) -> str:
     """One table: the leading options of every method, errors at each model's shortest length, costs at every length."""
     recipe, rows = results["recipe"], results["rows"]
-    summary = summarise_starts(rows)
+    summary = summarize_starts(rows)
     costs = {(row["model"], row["length"], row["method"]): row for row in rows if row["kind"] == "cost"}
     shortest = {model["name"]: min(model["lengths"]) for model in recipe["models"]}
     lengths = sorted({length for _, length, _ in costs})

@@ -347,7 +347,7 @@ def _row_products(
 ) -> torch.Tensor:
     """What each query's sums contribute to the loss to first order, `[B, H, Tk]` (0 before the first query).
 
-    A quotient does not change when numerator and denominator are scaled alike, so normalised rows contribute by
+    A quotient does not change when numerator and denominator are scaled alike, so normalized rows contribute by
     the denominator's own gradient alone.
     """
     rows = torch.zeros_like(den)

@@ -22,7 +22,7 @@ def _has_wide_masks(head_dim: int) -> bool:
 
 
 def tiles_for(dtype: torch.dtype, head_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Tiles of lists of neighbouring keys: queries and keys of a row's entry, and of a column's.
+    """Tiles of lists of neighboring keys: queries and keys of a row's entry, and of a column's.
 
     128 rows of the output for 8 warps, and 64 of what the loop runs over; fewer in float32, for its registers.
     """

@@ -40,7 +40,7 @@ _NONE: dict[str, Any] = {
     },
 }
 _WINDOW = {"BAND": True}
-# Whether lists are of neighbouring tiles, and what calls of a pattern ask of the kernels.
+# Whether lists are of neighboring tiles, and what calls of a pattern ask of the kernels.
 _PATTERNS: dict[str, tuple[bool, dict[str, Any]]] = {
     "window": (True, _WINDOW),
     "padded window with columns": (True, {**_WINDOW, "K_POS": True, "EXTRA": True, "X_ALLOWED": True}),
@@ -62,15 +62,15 @@ def shipped_launches() -> list[Launch]:
     launches: list[Launch] = []
     dtypes = ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float32, 128))
     for target in ("sm_80", "sm_90", "gfx942"):
-        for pattern, (neighbours, flags) in _PATTERNS.items():
+        for pattern, (neighbors, flags) in _PATTERNS.items():
             for dtype, dim in dtypes:
                 for name in _KERNELS:
                     if name != "dx" or flags.get("EXTRA"):
-                        launches.append(_launch(target, pattern, neighbours, flags, dtype, dim, name))
+                        launches.append(_launch(target, pattern, neighbors, flags, dtype, dim, name))
         for dim in (16, 60, 65):  # narrow and masked tiles; long_short adds a channel to keys
             pattern = "padded window with columns"
-            neighbours, flags = _PATTERNS[pattern]
-            launches += [_launch(target, pattern, neighbours, flags, torch.bfloat16, dim, name) for name in _KERNELS]
+            neighbors, flags = _PATTERNS[pattern]
+            launches += [_launch(target, pattern, neighbors, flags, torch.bfloat16, dim, name) for name in _KERNELS]
         # With dropout a kernel computes a random number for each weight: it may spill.
         for name in _KERNELS:
             flags = {**_WINDOW, "EXTRA": True, "X_ALLOWED": True, "DROPOUT": True}
@@ -80,10 +80,10 @@ def shipped_launches() -> list[Launch]:
 
 
 def _launch(
-    target: str, pattern: str, neighbours: bool, flags: dict[str, Any], dtype: torch.dtype, dim: int, name: str
+    target: str, pattern: str, neighbors: bool, flags: dict[str, Any], dtype: torch.dtype, dim: int, name: str
 ) -> Launch:
     kernel, options = _KERNELS[name], launch_options(target, name, dim, dtype)
-    tile = tiles_for(dtype, dim)[int(name == "dkv")] if neighbours else (block_tile(dtype, dim),) * 2
+    tile = tiles_for(dtype, dim)[int(name == "dkv")] if neighbors else (block_tile(dtype, dim),) * 2
     precision = "tf32x3" if dtype == torch.float32 and target != "gfx942" else "ieee"
     sizes: dict[str, Any] = {"D": dim, "D_PAD": 1 << (dim - 1).bit_length(), "TILE_M": tile[0], "TILE_N": tile[1]}
     sizes |= {"TILE_X": column_tile(dtype, dim), "PRECISION": precision}

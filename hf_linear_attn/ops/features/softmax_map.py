@@ -2,7 +2,7 @@
 
 Features u = W x + b `[B, H, T, F]` of a head take one of three forms:
 
-- `PUBLISHED`: each half of them is normalised, `[softmax(u_1), softmax(u_2)]` (arXiv:2402.04347, u_2 = -u_1).
+- `PUBLISHED`: each half of them is normalized, `[softmax(u_1), softmax(u_2)]` (arXiv:2402.04347, u_2 = -u_1).
 - `KEY_CENTROIDS`: e^{s q . k} ~ sum_c e^{s q . C_c} p(c | k) for centroids C of the keys.
 - `QUERY_CENTROIDS`: e^{s q . k} ~ sum_c p(c | q) e^{s C_c . k} for centroids C of the queries.
 

@@ -1,8 +1,8 @@
 """Attention through feature-wise softmax over positions: o_i = sum_f a_if sum_j softmax_j(l_jf) v_j.
 
 a_i = softmax(W_q q_i + b) are the shares of the features, l_j = W_k k_j the logits of the keys.
-Every feature f is a query shared by all rows: its attention over the keys has its own normaliser. Bidirectional rows
-see all keys; causal rows see the keys up to their own, so that each feature needs a normaliser per prefix. Sums are
+Every feature f is a query shared by all rows: its attention over the keys has its own normalizer. Bidirectional rows
+see all keys; causal rows see the keys up to their own, so that each feature needs a normalizer per prefix. Sums are
 kept relative to a maximum of each feature: no exponential overflows, and no later key reaches a row.
 
 blocks.py computes causal calls and full_blocks.py bidirectional ones, both in blocks of tokens; what

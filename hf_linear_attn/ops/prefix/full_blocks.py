@@ -1,7 +1,7 @@
 """Bidirectional feature-wise softmax over positions in blocks of tokens, with a backward pass of its own.
 
 c_f = sum_j softmax_j(l_jf) v_j is summed once over all keys, relative to a running maximum of each feature, and read by
-every query: o_i = sum_f a_if c_f. The forward pass keeps its inputs, c and each feature's log normaliser; the backward
+every query: o_i = sum_f a_if c_f. The forward pass keeps its inputs, c and each feature's log normalizer; the backward
 pass computes shares and weights again, block by block, and needs one pass over the keys: what all keys have in common,
 sum_j softmax_j(l_jf) v_j . d_f, is c_f . d_f for the gradient d_f of c_f.
 

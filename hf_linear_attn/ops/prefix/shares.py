@@ -92,7 +92,7 @@ def _softmax(x: torch.Tensor) -> torch.Tensor:
     """Over the last dimension of `[B, H, T, F]`; laid out in memory as x."""
     if x.device.type != "cpu":
         return x.softmax(-1)
-    if x.stride(1) < x.stride(2):  # heads of a token are neighbours: so have to be the sums, which are laid out anew
+    if x.stride(1) < x.stride(2):  # heads of a token are neighbors: so have to be the sums, which are laid out anew
         return _softmax(x.transpose(1, 2)).transpose(1, 2)
     shares = exp_(x - x.amax(-1, keepdim=True))
     return shares.div_(shares.sum(-1, keepdim=True))

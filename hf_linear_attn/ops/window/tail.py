@@ -1,4 +1,4 @@
-"""Softmax over a window and linear attention over every other key, in one normaliser (LoLCATs, arXiv:2410.10254).
+"""Softmax over a window and linear attention over every other key, in one normalizer (LoLCATs, arXiv:2410.10254).
 
     o_i = (sum_{j in W(i)} g e^{l_ij} v_j + sum_{j not in W(i)} phi(q_i) . phi(k_j) v_j)
         / (sum_{j in W(i)} g e^{l_ij}     + sum_{j not in W(i)} phi(q_i) . phi(k_j))
@@ -223,11 +223,11 @@ def centered_features(
     q . k = (q - a) . (k - c) + a . k + (q - a) . c: the keys carry scaling * a . k, the queries the last term.
 
     Args:
-        feature_map: of the centred tokens `[B, H, T, D]`.
+        feature_map: of the centered tokens `[B, H, T, D]`.
         center: what is taken off, a or c, `[H, D]`.
         other: the center of the other side, `[H, D]`.
         scaling: factor of the logits.
-        raw: whether x is multiplied by `other` before it is centred: once in the pair, here for the keys.
+        raw: whether x is multiplied by `other` before it is centered: once in the pair, here for the keys.
     """
 
     given = feature_map.parameters if isinstance(feature_map, ParametricMap) else ()

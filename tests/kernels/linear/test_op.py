@@ -241,7 +241,7 @@ def test_fused_feature_maps(monkeypatch: pytest.MonkeyPatch, feature_map: str, i
 
 
 @pytest.mark.parametrize("decay", [False, True], ids=["", "decay"])
-def test_without_a_normaliser(monkeypatch: pytest.MonkeyPatch, decay: bool) -> None:
+def test_without_a_normalizer(monkeypatch: pytest.MonkeyPatch, decay: bool) -> None:
     _cut(monkeypatch, 16, 2)
     x = make(40, 40, 16, 16, positive=False, decay=decay, state=True)
     compare(x, torch.float32, "cpu", LIMITS, is_causal=True, normalized=False)
@@ -408,7 +408,7 @@ def test_gpu_fused_feature_maps(feature_map: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(GPU_LIMITS), ids=str)
-@pytest.mark.parametrize("normalized", [False, True], ids=["sums", "normalised"])
+@pytest.mark.parametrize("normalized", [False, True], ids=["sums", "normalized"])
 @pytest.mark.parametrize(("q_len", "k_len"), [(200, 200), (1, 200), (70, 200)])
 def test_gpu_decay(q_len: int, k_len: int, normalized: bool, dtype: torch.dtype) -> None:
     x = make(q_len, k_len, 64, 64, heads=2, scale=True, decay=True, state=q_len == k_len)

@@ -15,7 +15,7 @@ def draw(length, seed=0):
     return torch.randn(3, 1, HEADS, length, DIM, generator=g, dtype=torch.float64).unbind(0)
 
 
-def test_features_are_normalised_by_form():
+def test_features_are_normalized_by_form():
     x = draw(7)[0]
     g = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(HEADS, 6, DIM, generator=g).double(), torch.randn(HEADS, 6, generator=g).double()

@@ -75,7 +75,7 @@ def test_the_first_start_wins_ties_and_what_a_start_leaves_out_stays():
 
 
 @pytest.mark.parametrize("centered", [True, False])
-def test_the_reducer_tries_shares_of_the_mean_query_with_and_without_centring(centered):
+def test_the_reducer_tries_shares_of_the_mean_query_with_and_without_centering(centered):
     q, k = draw(2, 3, 20, 4).unbind(0)
     starts = reducer_starts(q, k, centered=centered)
     assert not any(x.any() for x in starts[0])

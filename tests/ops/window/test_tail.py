@@ -126,7 +126,7 @@ def test_logits_of_hundreds_do_not_overflow():
 
 
 def test_centering_restores_the_logits():
-    """With e^u itself as kernel, centred features give e^{s q.k} again."""
+    """With e^u itself as kernel, centered features give e^{s q.k} again."""
     q, k, _ = draw(10)
     a, c = torch.randn(2, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind(0)
 
