@@ -114,14 +114,26 @@ def softmax_limit(recipe: BenchRecipe, name: str, length: int) -> dict[str, str]
     return {"left_out": f"run up to {limit:,} tokens"} if length > limit else {}
 
 
-def _facts(method: Method) -> dict[str, Any]:
-    return {"key": method.key, "options": method.options}
-
-
-def _in_turns(softmax: list[Contender], others: list[Contender]) -> list[list[Contender]]:
-    """Groups that are timed together, each led by SDPA."""
-    sdpa = next(contender for contender in softmax if contender.name == SDPA)
-    rest = [contender for contender in softmax if contender.name != SDPA] + others
+def _in_turns(
+    recipe: BenchRecipe,
+    part: ModelBench | LayerBench,
+    length: int,
+    only: list[str] | None,
+    is_causal: bool,
+    build_softmax: Callable[[str], nn.Module],
+    build_variant: Callable[[Method], nn.Module],
+) -> list[list[Contender]]:
+    """Softmax and the variants of a part in groups that are timed together, each led by SDPA."""
+    everyone = []
+    for name in part.softmax:
+        reason = softmax_limit(recipe, name, length)
+        everyone.append(Contender(name, None if reason else partial(build_softmax, name), reason=reason))
+    for method in bench_methods(recipe, part, only):
+        reason = variant_reason(recipe, method, length, is_causal)
+        facts = {"key": method.key, "options": method.options}
+        everyone.append(Contender(method.name, None if reason else partial(build_variant, method), facts, reason))
+    sdpa = next(contender for contender in everyone if contender.name == SDPA)
+    rest = [contender for contender in everyone if contender.name != SDPA]
     able = [contender for contender in rest if contender.build is not None]
     groups = [[sdpa, *able[i : i + TOGETHER]] for i in range(0, len(able), TOGETHER)] or [[sdpa]]
     groups[0] += [contender for contender in rest if contender.build is None]
@@ -171,18 +183,11 @@ def model_groups(
     model: Any = shaped_model(part, length)
     model.to(device, dtype)
     causal = get_patcher(model.config.model_type).is_causal(model.config)
-    softmax = []
-    for name in part.softmax:
-        reason = softmax_limit(recipe, name, length)
-        softmax.append(Contender(name, None if reason else partial(_with_softmax, model, name), reason=reason))
-    others = []
-    for method in bench_methods(recipe, part, only):
-        reason = variant_reason(recipe, method, length, causal)
-        build = None if reason else partial(converted_copy, model, method)
-        others.append(Contender(method.name, build, _facts(method), reason))
+    builders = partial(_with_softmax, model), partial(converted_copy, model)
+    groups = _in_turns(recipe, part, length, only, causal, *builders)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (part.batch_size, length), generator=generator).to(device)
-    return _in_turns(softmax, others), lambda module: Trial(module.to(device, dtype), input_ids=ids)
+    return groups, lambda module: Trial(module.to(device, dtype), input_ids=ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -190,7 +195,7 @@ def model_groups(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _softmax(name: str, shape: LayerShape) -> nn.Module:
+def _softmax(shape: LayerShape, name: str) -> nn.Module:
     if name == SDPA:
         return softmax_layer(shape)
     if name == "eager":
@@ -238,23 +243,12 @@ def layer_groups(
 ) -> tuple[list[list[Contender]], Callable[[nn.Module], Trial]]:
     """As `model_groups`, for single layers."""
     shape = LayerShape(part.batch_size, length, part.hidden_size, part.num_heads, part.is_causal)
-    softmax = []
-    for name in part.softmax:
-        reason = softmax_limit(recipe, name, length)
-        softmax.append(Contender(name, None if reason else partial(_softmax, name, shape), reason=reason))
-    others = []
-    for method in bench_methods(recipe, part, only):
-        reason = variant_reason(recipe, method, length, part.is_causal)
-        build = None if reason else partial(_our_layer, shape, method)
-        others.append(Contender(method.name, build, _facts(method), reason))
-    return _in_turns(softmax, others), _LayerTrials(recipe, shape, part.projections)
 
+    def ours(method: Method) -> nn.Module:
+        return _checked(our_layer, shape, method.key, method.options)
 
-def _our_layer(shape: LayerShape, method: Method) -> nn.Module:
-    try:
-        return our_layer(shape, method.key, method.options)
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
+    groups = _in_turns(recipe, part, length, only, part.is_causal, partial(_softmax, shape), ours)
+    return groups, _LayerTrials(recipe, shape, part.projections)
 
 
 def peer_groups(
@@ -295,7 +289,7 @@ def peer_groups(
     groups: list[tuple[list[Contender], Callable[[nn.Module], Trial]]] = []
     for shape, found in pairs.items():
         make_trial = _LayerTrials(recipe, shape, part.projections)
-        sdpa = Contender(SDPA, None if limit else partial(_softmax, SDPA, shape), reason=limit)
+        sdpa = Contender(SDPA, None if limit else partial(_softmax, shape, SDPA), reason=limit)
         for start in range(0, len(found), PAIRS_TOGETHER):
             contenders = [contender for pair in found[start : start + PAIRS_TOGETHER] for contender in pair]
             anyone = any(contender.build is not None for contender in contenders)
@@ -310,8 +304,8 @@ def _peers(part: PeerBench) -> list[Peer]:
     return [peer for peer in map(get_peer, list_peers()) if peer.method != SOFTMAX_METHOD]
 
 
-def _checked(build: Callable[[LayerShape], nn.Module], shape: LayerShape) -> nn.Module:
+def _checked(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
     try:
-        return build(shape)
-    except ValueError as error:  # a length, say, that the peer does not take
+        return build(*arguments)
+    except ValueError as error:  # a length, say, that the layer does not take
         raise RefusedError(str(error)) from error
