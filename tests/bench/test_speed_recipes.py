@@ -11,7 +11,15 @@ import torch
 
 from hf_linear_attn import list_variants
 from hf_linear_attn.bench.speed import contenders as bench_contenders
-from hf_linear_attn.bench.speed.recipe import SDPA, BenchRecipe, LayerBench, ModelBench, PeerBench, bench_methods
+from hf_linear_attn.bench.speed.recipe import (
+    SDPA,
+    BenchRecipe,
+    DecodeBench,
+    LayerBench,
+    ModelBench,
+    PeerBench,
+    bench_methods,
+)
 from hf_linear_attn.bench.speed.run import device_slug, measure_bench
 from hf_linear_attn.measure.crossover import fitted_lengths
 
@@ -63,6 +71,10 @@ def test_a_bad_recipe_is_refused(changes: dict[str, Any], message: str) -> None:
     [
         (lambda: replace(LAYER, lengths=[]), "lengths is empty"),
         (lambda: replace(LAYER, lengths=[0]), "lengths has 0; allowed: positive integers"),
+        (lambda: replace(LAYER, num_heads=True), "num_heads has True; allowed: positive integers"),
+        (lambda: PeerBench("p", [8], 16, 2, batch_size=0), "peers 'p': batch_size has 0; allowed: positive integers"),
+        (lambda: DecodeBench("d", [], config={"model_type": "gpt2"}), "decode 'd': contexts is empty"),
+        (lambda: DecodeBench("d", [8], config={"model_type": "gpt2"}, tokens=0), "tokens has 0; allowed: positive"),
         (lambda: replace(LAYER, modes=["decode"]), "modes has 'decode'; allowed: forward, training"),
         (lambda: replace(LAYER, softmax=["eager"]), r"softmax=\['eager'\] lacks 'sdpa'"),
         (lambda: ModelBench("m", [8]), "needs `checkpoint`, or a `config` with a model_type"),

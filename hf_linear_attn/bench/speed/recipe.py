@@ -29,23 +29,34 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 
 
-def _check_list(where: str, name: str, values: list[Any], allowed: Iterable[Any] | None = None) -> None:
-    """Raise `ValueError` for an empty list, or an entry that is not allowed (by default: a positive integer)."""
+_POSITIVE = ("lengths", "contexts", "hidden_size", "num_heads", "layers", "batch_size", "tokens")
+
+
+def _check(where: str, name: str, given: Any, allowed: Iterable[str] | None = None) -> None:
+    """Raise `ValueError` for an empty list, or a value that is not allowed (by default: a positive integer)."""
+    values = given if isinstance(given, list) else [given]
     if not values:
         raise ValueError(f"{where}: {name} is empty.")
     for value in values:
-        good = isinstance(value, int) and not isinstance(value, bool) and value > 0 if allowed is None else None
-        if good is None:
-            good = value in list(allowed or ())
-        if not good:
-            wanted = "positive integers" if allowed is None else ", ".join(map(str, allowed))
+        positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not (positive if allowed is None else value in allowed):
+            wanted = "positive integers" if allowed is None else ", ".join(allowed)
             raise ValueError(f"{where}: {name} has {value!r}; allowed: {wanted}.")
 
 
-def _check_softmax(where: str, softmax: list[str]) -> None:
-    _check_list(where, "softmax", softmax, SOFTMAX)
-    if SDPA not in softmax:
-        raise ValueError(f"{where}: softmax={softmax} lacks {SDPA!r}, which every ratio refers to.")
+def _check_part(kind: str, part: Any) -> None:
+    """Raise `ValueError` for what no part of a recipe may have."""
+    where, given = f"{kind} {part.name!r}", vars(part)
+    for name in _POSITIVE:
+        if name in given:
+            _check(where, name, given[name])
+    for name, allowed in (("modes", MODES), ("softmax", SOFTMAX)):
+        if name in given:
+            _check(where, name, given[name], allowed)
+    if SDPA not in given.get("softmax", [SDPA]):
+        raise ValueError(f"{where}: softmax={part.softmax} lacks {SDPA!r}, which every ratio refers to.")
+    if "checkpoint" in given and part.checkpoint is None and "model_type" not in part.config:
+        raise ValueError(f"{where} needs `checkpoint`, or a `config` with a model_type; got {part.config}.")
 
 
 @dataclass(frozen=True)
@@ -75,17 +86,7 @@ class ModelBench:
     variants: list[Any] | None = None
 
     def __post_init__(self) -> None:
-        where = f"models {self.name!r}"
-        _check_list(where, "lengths", self.lengths)
-        _check_list(where, "layers, batch_size", [self.layers, self.batch_size])
-        _check_list(where, "modes", self.modes, MODES)
-        _check_softmax(where, self.softmax)
-        _check_shape(where, self.checkpoint, self.config)
-
-
-def _check_shape(where: str, checkpoint: str | None, config: dict[str, Any]) -> None:
-    if checkpoint is None and "model_type" not in config:
-        raise ValueError(f"{where} needs `checkpoint`, or a `config` with a model_type; got {config}.")
+        _check_part("models", self)
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,7 @@ class LayerBench:
     projections: bool = True
 
     def __post_init__(self) -> None:
-        where = f"layers {self.name!r}"
-        _check_list(where, "lengths", self.lengths)
-        _check_list(where, "hidden_size, num_heads, batch_size", [self.hidden_size, self.num_heads, self.batch_size])
-        _check_list(where, "modes", self.modes, MODES)
-        _check_softmax(where, self.softmax)
+        _check_part("layers", self)
 
 
 @dataclass(frozen=True)
@@ -149,10 +146,7 @@ class PeerBench:
     projections: bool = True
 
     def __post_init__(self) -> None:
-        where = f"peers {self.name!r}"
-        _check_list(where, "lengths", self.lengths)
-        _check_list(where, "hidden_size, num_heads, batch_size", [self.hidden_size, self.num_heads, self.batch_size])
-        _check_list(where, "modes", self.modes, MODES)
+        _check_part("peers", self)
 
 
 @dataclass(frozen=True)
@@ -180,10 +174,7 @@ class DecodeBench:
     variants: list[Any] | None = None
 
     def __post_init__(self) -> None:
-        where = f"decode {self.name!r}"
-        _check_list(where, "contexts", self.contexts)
-        _check_list(where, "layers, batch_size, tokens", [self.layers, self.batch_size, self.tokens])
-        _check_shape(where, self.checkpoint, self.config)
+        _check_part("decode", self)
 
 
 @dataclass(frozen=True)
@@ -224,11 +215,11 @@ class BenchRecipe:
     decode: list[DecodeBench] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _check_list("recipe", "device", [self.device], DEVICES)
-        _check_list("recipe", "dtype", [self.dtype], DTYPES)
-        _check_list("recipe", "repeats", [self.repeats])
+        _check("recipe", "device", self.device, DEVICES)
+        _check("recipe", "dtype", self.dtype, DTYPES)
+        _check("recipe", "repeats", self.repeats)
         if self.threads is not None:
-            _check_list("recipe", "threads", [self.threads])
+            _check("recipe", "threads", self.threads)
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"recipe: minutes must be positive or null, got {self.minutes!r}.")
         names = [part.name for part in self.parts()]
