@@ -100,7 +100,7 @@ class LinearAttnPreTrainedModel:
         if self.config._attn_implementation == IMPLEMENTATION:
             if kwargs.get("output_attentions"):
                 raise ValueError(OUTPUT_ATTENTIONS_MESSAGE)
-            if kwargs.get("global_attention_mask") is not None and not _honours_global_mask(self.config):
+            if kwargs.get("global_attention_mask") is not None and not _honors_global_mask(self.config):
                 raise ValueError(
                     "global_attention_mask was given, but no layer of this model runs a variant that has global tokens "
                     f"(its variants: {', '.join(LinearAttentionConfig.from_dict(self.config.linear_attn).variants())})."
@@ -248,7 +248,7 @@ def _saved_class(config: Any) -> type[PreTrainedModel] | None:
     return found if known and found.config_class is type(config) else None  # type: ignore[attr-defined,return-value]
 
 
-def _honours_global_mask(config: Any) -> bool:
+def _honors_global_mask(config: Any) -> bool:
     spec = LinearAttentionConfig.from_dict(config.linear_attn)
     return any(get_variant(key).uses_global_mask for key in spec.variants())
 

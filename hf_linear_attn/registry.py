@@ -47,7 +47,7 @@ class VariantSpec:
         decoder: whether it serves causal attention.
         refusal: why the side it does not serve is refused, with the nearest method that fits.
         exact_limit: `(length, is_causal) -> options` under which the variant equals softmax attention, or `None`.
-        uses_global_mask: whether it honours `global_attention_mask`.
+        uses_global_mask: whether it honors `global_attention_mask`.
         test_options: option sets under which the contract is run besides the defaults; the first one makes short
             inputs exercise the method (a window that does not cover them, say). Lists in them are for
             4 heads and 2 layers; a set that one side refuses with `ValueError` is run on the other only.

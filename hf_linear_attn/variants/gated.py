@@ -2,7 +2,7 @@
 
 S_i = diag(alpha_i) S_{i-1} + phi(k_i) v_i^T, z_i = alpha_i z_{i-1} + phi(k_i), o_i = phi(q_i) S_i / (phi(q_i) . z_i),
 alpha_i = sigmoid(x_i W_1 W_2 + b)^(1/16) per feature, x the layer's input. GLA's own kernel, the identity, has no
-such normaliser: o_i = scaling q_i S_i. Cost n f d; decode state f (d + 1) numbers a head, d^2 with the identity.
+such normalizer: o_i = scaling q_i S_i. Cost n f d; decode state f (d + 1) numbers a head, d^2 with the identity.
 Only the attention of GLA: its output gate and norm would change what the checkpoint's next layer receives.
 
 With calibration each head takes the decay (in b), and a mean query a that weights phi(k) by exp(scaling * a . k),
@@ -51,7 +51,7 @@ class GatedConfig(VariantConfig):
     """Options of `gated`.
 
     Attributes:
-        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, all with a normaliser, or
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, all with a normalizer, or
             `"identity"`, GLA's kernel without one: its outputs are on a scale of their own.
         gate_rank: width of the gate's low-rank map.
         init: start of the gates, `"undecayed"` (W_2 = 0 and a bias that keeps all but 1/160 over the position

@@ -1,7 +1,7 @@
 """Retention (RetNet), arXiv:2307.08621: linear attention whose memory decays by gamma per token and head.
 
 S_i = gamma S_{i-1} + phi(k_i) v_i^T, z_i = gamma z_{i-1} + phi(k_i), o_i = phi(q_i) S_i / (phi(q_i) . z_i).
-RetNet's own kernel, the identity, has no such normaliser: o_i = scaling q_i S_i. Cost n f d; decode state
+RetNet's own kernel, the identity, has no such normalizer: o_i = scaling q_i S_i. Cost n f d; decode state
 f (d + 1) numbers a head, d^2 with the identity. gamma = 1 is the linear transformer.
 
 With calibration each head takes the decay, and a mean query a that weights phi(k) by exp(scaling * a . k), that
@@ -41,7 +41,7 @@ class RetentionConfig(VariantConfig):
     """Options of `retention`.
 
     Attributes:
-        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, all with a normaliser, or
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, all with a normalizer, or
             `"identity"`, RetNet's kernel without one: its outputs are on a scale of their own.
         init: start of the decays, `"undecayed"` (gamma = 1) or `"published"` (gamma = 1 - 2^(-5-h) in head h).
         learnable: whether decays are parameters, and calibrated; False keeps them as `init` sets them.

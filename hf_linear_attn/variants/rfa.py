@@ -7,7 +7,7 @@ Decoders may have a gate g = sigmoid(w . x + b) of each token and head: S <- g S
 Cost n m d; decode state f (d + 1) numbers a head, f = m, or 2m for `sincos`.
 
 With calibration tau^2 = 1 / (scaling E|q||k|), the scale of the checkpoint's logits, or a multiple of it; keys are
-weighted by exp(scaling * a . k), a the head's mean query or a part of it, and queries and keys may be centred
+weighted by exp(scaling * a . k), a the head's mean query or a part of it, and queries and keys may be centered
 before they are normalized. Each head keeps what lowers its output error.
 """
 
@@ -45,7 +45,7 @@ class RFAConfig(VariantConfig):
         kernel: random features, `"arccos"`, `"sincos"` (of both signs: for small logits only) or `"positive"`.
         num_features: random directions m; `sincos` makes two features of each.
         gate: forget with a learned gate; decoders only.
-        variance_reducer: use the calibrated key weights and centres; without calibration they change nothing.
+        variance_reducer: use the calibrated key weights and centers; without calibration they change nothing.
         seed: of the directions, which are saved with the model.
     """
 

@@ -1,6 +1,6 @@
 """`rfa`: no package of the index has it; its parts against performer-pytorch and flash-linear-attention.
 
-On normalized queries and keys, `positive` features are FAVOR+ ones and `arccos` features the generalised ReLU
+On normalized queries and keys, `positive` features are FAVOR+ ones and `arccos` features the generalized ReLU
 kernel (without its 1e-3), on the same directions; the gate is the decay of simple gated linear attention.
 """
 
