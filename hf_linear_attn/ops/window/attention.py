@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.backend import use_triton
-from hf_linear_attn.ops.base.flash_cpu import attend_band, serves
+from hf_linear_attn.ops.base.pieces import serves
 from hf_linear_attn.ops.base.tracing import is_exported
+from hf_linear_attn.ops.window.blocks import attend_band
 from hf_linear_attn.ops.window.layout import Extra, by_dilation
 
 __all__ = [
@@ -68,7 +69,6 @@ def sliding_window_attention(
     dilation: int | tuple[int, ...] = 1,
     key_allowed: torch.Tensor | None = None,
     extra: Extra | None = None,
-    block_size: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention where query position i sees keys i + d m for -left <= m <= right (d the dilation).
@@ -86,7 +86,6 @@ def sliding_window_attention(
         dilation: tokens between neighbouring keys of the window, plus one; for all heads, or one per head.
         key_allowed: bool `[B or 1, Tk]`, False for keys that no window may contain; None when all may.
         extra: keys, values and mask of columns seen in addition to the window.
-        block_size: queries per block, in tokens; None chooses by the window. The kernels choose themselves.
         backend: what runs it, see `ops.base.backend`.
 
     Returns:
@@ -120,7 +119,7 @@ def sliding_window_attention(
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, part: Extra | None
     ) -> torch.Tensor:
-        return _band_attention(q, k, v, left, right, scaling, allowed, part, block_size)
+        return _band_attention(q, k, v, left, right, scaling, allowed, part)
 
     return by_dilation(attend, q, k, v, dilation, key_allowed, extra)
 
@@ -143,7 +142,6 @@ def _band_attention(
     scaling: float,
     key_allowed: torch.Tensor | None,
     extra: Extra | None,
-    block_size: int | None,
 ) -> torch.Tensor:
     (B, H, q_len, D), k_len, value_dim = q.shape, k.shape[2], v.shape[3]
     left, right = min(left, k_len - 1), min(right, q_len - 1)
@@ -151,10 +149,7 @@ def _band_attention(
         is_causal = right < q_len - 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scaling)
     on_views = serves(q, v)
-    if on_views and block_size is None:
-        # Windows cost nothing there, but for the gradients: the wider they are, the more passes (measured).
-        block_size = 128 if D >= 64 and left + right >= 256 else 64
-    block = min(block_size or _default_block(left + right), q_len)
+    block = min(_block_size(left + right, D, on_views), q_len)
     width = block + left + right
     if k_len <= width or not on_views:
         q, k, v = _widened(q, k, v, extra)
@@ -202,8 +197,10 @@ def _band_attention(
     return out[:, :q_len, :, :value_dim].transpose(1, 2)
 
 
-def _default_block(reach: int) -> int:
-    """Queries per block for a window of `reach` + 1 keys: half of it, 64 to 256 (measured on CPU)."""
+def _block_size(reach: int, head_dim: int, on_views: bool) -> int:
+    """Queries per block for a window of `reach` + 1 keys (measured on CPU)."""
+    if on_views:  # windows cost nothing, but for the gradients: the wider they are, the more passes
+        return 128 if head_dim >= 64 and reach >= 256 else 64
     return min(max(64, (reach // 2 + 63) // 64 * 64), 256)
 
 

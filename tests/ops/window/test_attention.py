@@ -7,10 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hf_linear_attn.ops.window.attention as ops
-from hf_linear_attn.ops.base import flash_cpu as band_attention
-from hf_linear_attn.ops.window import attention as sliding_window
-from hf_linear_attn.ops.window.attention import attend_projected, sliding_window_attention
+from hf_linear_attn.ops.window import attention, blocks
+from hf_linear_attn.ops.window.attention import (
+    attend_projected,
+    naive_sliding_window_attention,
+    sliding_window_attention,
+)
+
+
+def set_block_size(monkeypatch, size):
+    monkeypatch.setattr(attention, "_block_size", lambda *_: size)
 
 
 def draw(*shape, seed=0):
@@ -42,14 +48,14 @@ def in_band(i, j, left, right, d):
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (1, 9), (7, 7), (13, 30), (36, 36)])
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (3, 0), (2, 2), (40, 40)])
 @pytest.mark.parametrize("dilation", [1, 3, (1, 2)])
-def test_equals_the_dense_pattern(q_len, k_len, left, right, dilation):
+def test_equals_the_dense_pattern(q_len, k_len, left, right, dilation, monkeypatch):
     q, k, v = draw(2, 2, q_len, 4), draw(2, 2, k_len, 4, seed=1), draw(2, 2, k_len, 4, seed=2)
     steps = dilation if isinstance(dilation, tuple) else (dilation, dilation)
     expected = dense(q, k, v, lambda b, h, i, j: in_band(i, j, left, right, steps[h]))
-    for block_size in (1, 4, None):
-        actual = sliding_window_attention(
-            q, k, v, left=left, right=right, scaling=0.5, dilation=dilation, block_size=block_size
-        )
+    for block_size in (None, 1, 4):
+        if block_size is not None:
+            set_block_size(monkeypatch, block_size)
+        actual = sliding_window_attention(q, k, v, left=left, right=right, scaling=0.5, dilation=dilation)
         torch.testing.assert_close(actual, expected)
 
 
@@ -57,7 +63,9 @@ def test_equals_the_dense_pattern(q_len, k_len, left, right, dilation):
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("segment", [1, 1 << 22])
 def test_forbidden_keys_and_extra_columns(dilation, per_row, segment, monkeypatch):
-    monkeypatch.setattr(ops, "SEGMENT_ELEMENTS", segment)
+    for module in (blocks, attention):
+        monkeypatch.setattr(module, "SEGMENT_ELEMENTS", segment)
+    set_block_size(monkeypatch, 4)
     q, k, v = draw(2, 2, 17, 4), draw(2, 2, 21, 4, seed=1), draw(2, 2, 21, 4, seed=2)
     key_allowed = draw(2, 21, seed=3) > -0.3
     seen = draw(2, 17 if per_row else 1, 3, seed=4) > 0
@@ -72,14 +80,15 @@ def test_forbidden_keys_and_extra_columns(dilation, per_row, segment, monkeypatc
         "key_allowed": key_allowed,
         "extra": extra,
     }
-    torch.testing.assert_close(sliding_window_attention(q, k, v, block_size=4, **options), expected)
-    torch.testing.assert_close(ops.naive_sliding_window_attention(q, k, v, **options), expected)
+    torch.testing.assert_close(sliding_window_attention(q, k, v, **options), expected)
+    torch.testing.assert_close(naive_sliding_window_attention(q, k, v, **options), expected)
 
 
-def test_rows_without_a_key_are_zero_and_pass_no_gradient():
+def test_rows_without_a_key_are_zero_and_pass_no_gradient(monkeypatch):
+    set_block_size(monkeypatch, 8)
     q, k, v = (draw(1, 1, 40, 4, seed=i).requires_grad_() for i in range(3))
     allowed = torch.arange(40)[None] >= 20
-    out = sliding_window_attention(q, k, v, left=3, right=0, scaling=0.5, key_allowed=allowed, block_size=8)
+    out = sliding_window_attention(q, k, v, left=3, right=0, scaling=0.5, key_allowed=allowed)
     assert (out[:, :, :20] == 0).all()
     out.sum().backward()
     assert (q.grad[:, :, :20] == 0).all()
@@ -87,14 +96,13 @@ def test_rows_without_a_key_are_zero_and_pass_no_gradient():
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
-def test_gradients():
+def test_gradients(monkeypatch):
+    set_block_size(monkeypatch, 4)
     q, k, v, gk, gv = (draw(1, 2, t, 3, seed=t).requires_grad_() for t in (9, 11, 11, 2, 2))
 
     def run(q, k, v, gk, gv):
         extra = gk, gv, torch.ones(1, 1, 2, dtype=torch.bool)
-        return sliding_window_attention(
-            q, k, v, left=2, right=1, scaling=0.5, dilation=(1, 2), extra=extra, block_size=4
-        )
+        return sliding_window_attention(q, k, v, left=2, right=1, scaling=0.5, dilation=(1, 2), extra=extra)
 
     assert torch.autograd.gradcheck(run, (q, k, v, gk, gv))
 
@@ -164,8 +172,8 @@ def test_attend_projected_equals_projecting_first(count):
 @pytest.mark.parametrize(("left", "right"), [(9, 0), (5, 70), (230, 200)])
 def test_views_and_gathered_blocks_agree_with_the_dense_form(on_views, biased, segment, left, right, monkeypatch):
     """The first path is that of a CPU, the second one that of other devices; a bias is one more channel of extras."""
-    monkeypatch.setattr(sliding_window, "serves", lambda q, v: on_views)
-    for module in (band_attention, sliding_window):
+    monkeypatch.setattr(attention, "serves", lambda q, v: on_views)
+    for module in (blocks, attention):
         monkeypatch.setattr(module, "SEGMENT_ELEMENTS", segment)
     generator = torch.Generator().manual_seed(left)
     q, k, v = (torch.randn(2, 2, n, 6, generator=generator, dtype=torch.float64) for n in (200, 230, 230))
@@ -173,7 +181,7 @@ def test_views_and_gathered_blocks_agree_with_the_dense_form(on_views, biased, s
     seen = torch.rand(2, 200, 3, generator=generator) < 0.5
     allowed = torch.arange(230) >= torch.tensor([[60], [0]])
     results = []
-    for function in (sliding_window.sliding_window_attention, sliding_window.naive_sliding_window_attention):
+    for function in (sliding_window_attention, naive_sliding_window_attention):
         leaves = [x.clone().requires_grad_() for x in (q, k, v, *extra)]
         more = (leaves[3], F.pad(leaves[4], (0, int(biased))), seen)
         out = function(*leaves[:3], left=left, right=right, scaling=0.4, key_allowed=allowed, extra=more)
@@ -194,4 +202,4 @@ def test_the_last_channel_of_wider_extra_keys_is_a_bias():
     extra = keys, values, torch.ones(1, 1, 3, dtype=torch.bool)
     options = {"left": 3, "right": 2, "scaling": 0.5, "extra": extra}
     torch.testing.assert_close(sliding_window_attention(q, k, v, **options), expected)
-    torch.testing.assert_close(ops.naive_sliding_window_attention(q, k, v, **options), expected)
+    torch.testing.assert_close(naive_sliding_window_attention(q, k, v, **options), expected)
