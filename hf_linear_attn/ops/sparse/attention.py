@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.backend import use_triton
 from hf_linear_attn.ops.base.compaction import CompactedCall, heads_apart, take_tokens
-from hf_linear_attn.ops.base.flash_cpu import serves
 from hf_linear_attn.ops.base.memo import kept_lists
+from hf_linear_attn.ops.base.pieces import serves
 from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
-from hf_linear_attn.ops.sparse.blocks import Piece, attend_segments
+from hf_linear_attn.ops.sparse.blocks import Tiled, Tiles, attend_tiles
 from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, BlockGrid, Extra, block_grid
 from hf_linear_attn.ops.sparse.patterns import CAUSAL, EMPTY, FULL, TAIL, BlockLists
 
@@ -99,10 +99,10 @@ def block_sparse_attention(
     if on_its_own and not torch.compiler.is_compiling():
         full, step = listed.full_tiles(), segment_rows(2 * row_elements, call.q.numel())
         step = min(step, max(1, CACHED_ELEMENTS // row_elements))
-        pieces = partial(_pieces, listed, full or set(), step)
+        tiles = partial(_tiles, listed, full or set(), step)
         columns = None if extra is None else (extra.key, extra.value)
         keys, values = grid.in_blocks(call.k), grid.in_blocks(call.v)
-        out = attend_segments(q, keys, values, columns, pieces, scaling, grid.block_size)
+        out = attend_tiles(q, keys, values, columns, tiles, scaling, grid.block_size)
     else:
         out = _attend_gathered(q, call, listed, segment_rows(row_elements, call.q.numel()), scaling)
     if lists.full_rows is not None and full is None:
@@ -183,7 +183,7 @@ class _Listed:
         return seen.scatter_(-1, column, True)[..., :-1]
 
 
-def _pieces(listed: _Listed, full: set[int], step: int) -> Iterator[Piece]:
+def _tiles(listed: _Listed, full: set[int], step: int, of: Tiled) -> Iterator[Tiles]:
     """All tiles: neighbours that see every key as one, the others with their lists or, if that is cheaper, a mask."""
     size, count, tiles = listed.grid.block_size, listed.grid.count, range(listed.lists.columns.shape[2])
     real = torch.arange(listed.blocks * size, device=count.device) < count.clamp(min=1)[:, None]
@@ -196,14 +196,14 @@ def _pieces(listed: _Listed, full: set[int], step: int) -> Iterator[Piece]:
     for is_full, neighbours in itertools.groupby(tiles, key=full.__contains__):
         some = list(neighbours)
         if is_full:
-            yield Piece(slice(some[0], some[-1] + 1), None, all_real)
+            yield Tiles(of, slice(some[0], some[-1] + 1), None, all_real)
         elif seen is None:
             for given in listed.pieces(some[0], some[-1] + 1, step):
-                yield Piece(*given, listed.shift)
+                yield Tiles(of, *given, listed.shift)
         else:
             for r in some:
                 of_tile = seen[:, :, r : r + 1].repeat_interleave(size, -1) & real
-                yield Piece(slice(r, r + 1), None, of_tile | ~of_tile.any(-1, keepdim=True))
+                yield Tiles(of, slice(r, r + 1), None, of_tile | ~of_tile.any(-1, keepdim=True))
 
 
 def _attend_gathered(q: torch.Tensor, call: CompactedCall, listed: _Listed, step: int, scaling: float) -> torch.Tensor:
