@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from hf_linear_attn.ops.base.compaction import CompactedCall, take_tokens
-from hf_linear_attn.ops.base.flash_cpu import UNSEEN, attend_backward, attend_with_sums, serves
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
+from hf_linear_attn.ops.base.pieces import Piece, attend_pieces, serves
 from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.pooled.landmark_blocks import NOTHING, gated_norm, norm_by_blocks, pool_by_blocks
 from hf_linear_attn.ops.pooled.pooling import even_segment_starts, segment_of_rank
@@ -220,14 +220,11 @@ def attend_window_and_segments(
     """
     sizes = window_size, segment_size, per_segment, from_start
     if serves(q, v):
-        tensors = q, k, v, *landmarks
-        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), landmarks[0].dtype)
-        with torch.autocast("cpu", enabled=False):
-            given = (*(x.to(dtype) for x in tensors), rank, sizes, scaling)
-            out: torch.Tensor = _AttendSegments.apply(*given)  # type: ignore[no-untyped-call]
+        given = q.transpose(1, 2), k, v, *landmarks, rank
+        out = attend_pieces(partial(_Segments, sizes), *given, scaling=scaling, may_be_blind=False).transpose(1, 2)
     else:
         parts = []
-        for rows, start, seen, mask in _blocks(q, k, landmarks[0], rank, sizes):
+        for rows, start, seen, mask in _blocks(q.shape[2], k.shape[2], landmarks[0].shape[2], rank, sizes):
             end = start + mask.shape[-1] - seen
             keys, values = (
                 torch.cat([x[:, :, start:end], y[:, :, :seen]], 2) for x, y in zip((k, v), landmarks, strict=True)
@@ -239,77 +236,72 @@ def attend_window_and_segments(
 
 
 def _blocks(
-    q: torch.Tensor, k: torch.Tensor, marks: torch.Tensor, rank: torch.Tensor, sizes: tuple[int, int, int, bool]
+    q_len: int, k_len: int, landmarks: int, rank: torch.Tensor, sizes: tuple[int, int, int, bool]
 ) -> Iterator[tuple[slice, int, int, torch.Tensor]]:
     """The blocks of queries: their rows, the first key of their windows, how many landmarks are in reach, and what
     they see of these keys and landmarks, bool `[B or 1, rows, keys + landmarks]`; rows of padding see everything.
     """
     window_size, segment_size, per_segment, from_start = sizes
-    offset = k.shape[2] - q.shape[2]
-    for begin in range(offset, k.shape[2], BLOCK):
-        end = min(begin + BLOCK, k.shape[2])
+    offset = k_len - q_len
+    for begin in range(offset, k_len, BLOCK):
+        end = min(begin + BLOCK, k_len)
         start = max(begin - window_size + 1, 0)
         # Landmarks after the last that this block may see are left out where that is known without reading ranks.
-        seen = min((end - 1) // segment_size * per_segment, marks.shape[2]) if from_start else marks.shape[2]
+        seen = min((end - 1) // segment_size * per_segment, landmarks) if from_start else landmarks
         query_rank, key_rank = rank[:, begin:end, None], rank[:, None, start:end]
         distance = query_rank - key_rank
         window = (distance >= 0) & (distance < window_size) & (key_rank >= 0)
-        segment = torch.arange(seen, device=q.device) // per_segment
+        segment = torch.arange(seen, device=rank.device) // per_segment
         past = segment < query_rank.div(segment_size, rounding_mode="floor")
         yield slice(begin - offset, end - offset), start, seen, torch.cat([window, past], -1) | (query_rank < 0)
 
 
-class _AttendSegments(torch.autograd.Function):
-    """The attention kernels of the CPU a block at a time; autograd through slices fills whole tensors for each."""
+class _Segments:
+    """Blocks of queries `[B, Tq, H, D]`, with keys, values and landmarks `[B, H, T, D]` and ranks `[B or 1, Tk]`."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        more_k: torch.Tensor,
-        more_v: torch.Tensor,
-        rank: torch.Tensor,
-        sizes: tuple[int, int, int, bool],
-        scaling: float,
-    ) -> torch.Tensor:
-        out, sums = torch.empty_like(q), []
-        for rows, start, seen, mask in _blocks(q, k, more_k, rank, sizes):
-            keys, values, bias = _of_block((k, v), (more_k, more_v), start, seen, mask)
-            out[:, :, rows], lse = attend_with_sums(q[:, :, rows], keys, values, bias, scaling)
-            sums.append(lse)
-        ctx.save_for_backward(q, k, v, more_k, more_v, rank, out, torch.cat(sums, 2))
-        ctx.sizes, ctx.scaling = sizes, scaling
-        return out
+    def __init__(self, sizes: tuple[int, int, int, bool], q: torch.Tensor, *tensors: torch.Tensor) -> None:
+        self.sizes, self.q = sizes, q
+        *self.tensors, self.rank = tensors
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, more_k, more_v, rank, out, total = ctx.saved_tensors
-        dq, *grads = (torch.zeros_like(x) for x in (q, k, v, more_k, more_v))
-        for rows, start, seen, mask in _blocks(q, k, more_k, rank, ctx.sizes):
-            keys, values, bias = _of_block((k, v), (more_k, more_v), start, seen, mask)
-            given = grad[:, :, rows], q[:, :, rows], keys, values, out[:, :, rows], total[:, :, rows]
-            dq[:, :, rows], *parts = attend_backward(*given, bias, ctx.scaling)
-            width = mask.shape[-1] - seen
-            for sum_k, sum_more, part in zip(grads[:2], grads[2:], parts, strict=True):
-                sum_k[:, :, start : start + width].add_(part[:, :, :width])
-                sum_more[:, :, :seen].add_(part[:, :, width:])
-        return (dq, *grads, None, None, None)
+    def __iter__(self) -> Iterator[Piece]:
+        k, _, marks, _ = self.tensors
+        for block in _blocks(self.q.shape[1], k.shape[2], marks.shape[2], self.rank, self.sizes):
+            yield _Block(self, *block)
+
+    def zero_gradients(self) -> None:
+        self.grads = [torch.zeros_like(x) for x in self.tensors]
+
+    def gradients(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(self.grads)
 
 
-def _of_block(
-    of_keys: tuple[torch.Tensor, torch.Tensor],
-    of_landmarks: tuple[torch.Tensor, torch.Tensor],
-    start: int,
-    seen: int,
-    mask: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values of a block, landmarks last, and `mask` as a bias `[B, 1, rows, keys + landmarks]`."""
-    end = start + mask.shape[-1] - seen
-    keys, values = (
-        torch.cat([x[:, :, start:end], y[:, :, :seen]], 2) for x, y in zip(of_keys, of_landmarks, strict=True)
-    )
-    bias = mask.to(torch.promote_types(keys.dtype, torch.float32)).sub_(1).mul_(-UNSEEN)
-    return keys, values, bias[:, None].expand(keys.shape[0], -1, -1, -1)
+class _Block(Piece):
+    """A block of queries over keys from `start` on and the first `seen` landmarks, which come last."""
+
+    def __init__(self, of: _Segments, queries: slice, start: int, seen: int, mask: torch.Tensor) -> None:
+        self.of, self.tokens, self.seen, self.mask = of, queries, seen, mask
+        self.window = slice(start, start + mask.shape[-1] - seen)
+
+    def rows(self, x: torch.Tensor, fill: float | None = None) -> torch.Tensor:
+        return x[:, self.tokens].transpose(1, 2)
+
+    def place(self, total: torch.Tensor, x: torch.Tensor) -> None:
+        total[:, self.tokens] = x.transpose(1, 2)
+
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v, *marks = self.of.tensors
+        keys, values = (
+            torch.cat([x[:, :, self.window], y[:, :, : self.seen]], 2) for x, y in zip((k, v), marks, strict=True)
+        )
+        return keys, values
+
+    def add(self, part: slice, d_keys: torch.Tensor, d_values: torch.Tensor) -> None:
+        width = self.mask.shape[-1] - self.seen
+        for total, more, x in zip(self.of.grads[:2], self.of.grads[2:], (d_keys, d_values), strict=True):
+            total[:, :, self.window].add_(x[:, :, :width])
+            more[:, :, : self.seen].add_(x[:, :, width:])
+
+    def bias(self) -> torch.Tensor:
+        """`[B, 1, rows, keys + landmarks]`."""
+        bias = self.mask.to(accumulation_dtype(self.of.q.dtype)).sub_(1).mul_(-LOG_ZERO)
+        return bias[:, None].expand(len(self.of.q), -1, -1, -1)
