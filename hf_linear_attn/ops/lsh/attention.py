@@ -7,14 +7,13 @@ shown, and rounds are merged by their log-sum-exp.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
 from hf_linear_attn.ops.lsh.blocks import attend_chunks
+from hf_linear_attn.ops.lsh.plan import Rounds
 
-__all__ = ["Rounds", "hash_buckets", "naive_round_attention", "round_attention", "visible"]
+__all__ = ["hash_buckets", "naive_round_attention", "round_attention", "visible"]
 
 # Added to the logit of a token with itself where queries are keys: it counts when nothing else is there, as in the
 # paper's code.
@@ -45,33 +44,6 @@ def hash_buckets(x: torch.Tensor, rotations: torch.Tensor, mean: torch.Tensor | 
         score = score.unflatten(-1, (rounds, half))
         nearest = score.abs().argmax(-1, keepdim=True)  # direction, of either sign
         return torch.where(score.gather(-1, nearest) < 0, nearest + half, nearest)[..., 0]
-
-
-@dataclass
-class Rounds:
-    """What each query sees in each round, N = B * H: the keys of its own chunk and of the one before.
-
-    Attributes:
-        q_chunk: long `[rounds, N, Tq]`, number of each query's own chunk, 1 or more.
-        k_chunk: long `[rounds, N, Tk]`, number of the chunk that holds each key.
-        k_place: long `[rounds, N, Tk]`, place of each key among those of its chunk.
-        real: bool `[N, Tk]`, False for keys that nobody sees.
-        num_chunks: chunk numbers are below this.
-        chunk_size: places of a chunk; not all of them need have a key.
-        is_causal: whether keys after a query are left out besides.
-        by_position: whether the first round goes by position, with all keys real and as many queries.
-        same: whether queries are in the chunks of their own tokens' keys, and all keys are real.
-    """
-
-    q_chunk: torch.Tensor
-    k_chunk: torch.Tensor
-    k_place: torch.Tensor
-    real: torch.Tensor
-    num_chunks: int
-    chunk_size: int
-    is_causal: bool
-    by_position: bool = False
-    same: bool = False
 
 
 @torch.no_grad()
@@ -228,20 +200,6 @@ def round_attention(
     if is_exported() and not rounds.is_causal:
         return naive_round_attention(q, k, v, rounds, scaling=scaling, self_penalty=self_penalty)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    out = attend_chunks(
-        q.to(dtype).flatten(0, 1),
-        k.to(dtype).flatten(0, 1),
-        v.to(dtype).flatten(0, 1),
-        rounds.q_chunk,
-        rounds.k_chunk,
-        rounds.k_place,
-        rounds.real,
-        num_chunks=rounds.num_chunks,
-        chunk_size=rounds.chunk_size,
-        is_causal=rounds.is_causal,
-        by_position=rounds.by_position,
-        same=rounds.same,
-        scaling=scaling,
-        self_bias=SELF_LOGIT if self_penalty else 0.0,
-    )
-    return out.unflatten(0, q.shape[:2])
+    shape, (q, k, v) = q.shape[:2], (x.to(dtype).flatten(0, 1) for x in (q, k, v))
+    out = attend_chunks(q, k, v, rounds, scaling=scaling, self_bias=SELF_LOGIT if self_penalty else 0.0)
+    return out.unflatten(0, shape)

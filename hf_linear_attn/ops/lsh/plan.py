@@ -1,10 +1,12 @@
-"""How one round of `ops.lsh.blocks` is cut into blocks: equally many queries, and the keys of one chunk or two."""
+"""Rounds of sorting, and how one of them is cut into blocks: equally many queries, and the keys of one chunk or two."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-__all__ = ["Plan", "plan_round", "sizes_may_depend_on_numbers"]
+__all__ = ["Plan", "Rounds", "plan_round", "sizes_may_depend_on_numbers"]
 
 # Rows of a block of queries; more rows leave more of them empty (measured on CPU).
 BLOCK_ROWS = 32
@@ -12,6 +14,35 @@ BLOCK_ROWS = 32
 SPARE, SPARE_OF = 8, 9
 # Blocks without keys in the chunk before go apart where they are one of so many: few cost more than they save on CPU.
 ALONE_OF = 8
+
+
+@dataclass
+class Rounds:
+    """What each query sees in each round, N = B * H: the keys of its own chunk and of the one before.
+
+    Attributes:
+        q_chunk: long `[rounds, N, Tq]`, number of each query's own chunk, 1 or more.
+        k_chunk: long `[rounds, N, Tk]`, number of the chunk that holds each key, 1 or more.
+        k_place: long `[rounds, N, Tk]`, place of each key among those of its chunk: no two real keys share one.
+        real: bool `[N, Tk]`, False for keys that nobody sees.
+        num_chunks: chunk numbers are below this.
+        chunk_size: places of a chunk; not all of them need have a key.
+        is_causal: whether keys after a query are left out besides.
+        by_position: whether the first round goes by position, with all keys real and as many queries (causal only):
+            nothing needs to be gathered then.
+        same: whether queries are in the chunks of their own tokens' keys, which are all real and fill the first places
+            of their chunk: the order of the keys serves for the queries then.
+    """
+
+    q_chunk: torch.Tensor
+    k_chunk: torch.Tensor
+    k_place: torch.Tensor
+    real: torch.Tensor
+    num_chunks: int
+    chunk_size: int
+    is_causal: bool
+    by_position: bool = False
+    same: bool = False
 
 
 def sizes_may_depend_on_numbers(device: torch.device) -> bool:
@@ -48,7 +79,7 @@ def plan_round(
     chunk_size: int,
     same: bool,
 ) -> Plan:
-    """The blocks of one round; arguments as in `ops.lsh.blocks.attend_chunks`, without the rounds."""
+    """The blocks of one round of `Rounds`, by their fields."""
     (N, q_len), k_len, device = q_chunk.shape, k_chunk.shape[1], q_chunk.device
     first_chunk = torch.arange(N, device=device)[:, None] * num_chunks
     # A place more takes the keys that are not real.

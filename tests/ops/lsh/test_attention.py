@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from hf_linear_attn.ops.base import pieces
 from hf_linear_attn.ops.lsh import blocks as chunk_attention
 from hf_linear_attn.ops.lsh.attention import hash_buckets, naive_round_attention, round_attention, visible
-from hf_linear_attn.ops.lsh.blocks import attend_chunks
 
 
 def draw(q_len, k_len, heads=2, dim=5):
@@ -85,6 +85,7 @@ def test_blocks_equal_the_dense_form(is_causal, share, q_len, k_len, chunk_size,
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("group", [1, 1 << 20])
 def test_kernels_matmuls_and_groups_agree(is_causal, fused, group, monkeypatch):
+    monkeypatch.setattr(pieces, "serves", lambda q, v: fused)
     monkeypatch.setattr(chunk_attention, "GROUP_ELEMENTS", group)
     monkeypatch.setattr(chunk_attention, "HEAD_ELEMENTS", 1500 * group)  # 1 or 2 of 4 heads at a time, or all
     q, k, v = draw(90, 90)
@@ -92,20 +93,7 @@ def test_kernels_matmuls_and_groups_agree(is_causal, fused, group, monkeypatch):
     where = where_to_look(q, k, rotations(6, 3), real, 8, is_causal)
     expected = outcome(naive_round_attention, (q, k, v), where, scaling=0.7)
 
-    def attend(q, k, v):
-        out = attend_chunks(
-            *(x.flatten(0, 1) for x in (q, k, v)),
-            *(where.q_chunk, where.k_chunk, where.k_place, where.real),
-            num_chunks=where.num_chunks,
-            chunk_size=where.chunk_size,
-            is_causal=is_causal,
-            scaling=0.7,
-            self_bias=0.0,
-            fused=fused,
-        )
-        return out.unflatten(0, (2, 2))
-
-    for actual, wanted in zip(outcome(attend, (q, k, v)), expected, strict=True):
+    for actual, wanted in zip(outcome(round_attention, (q, k, v), where, scaling=0.7), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
 
 
