@@ -10,31 +10,14 @@ from hf_linear_attn.kernels.sparse.launch import block_tile
 from hf_linear_attn.kernels.sparse.lists import BlockCSR
 from hf_linear_attn.ops.base.compaction import CompactedCall
 from hf_linear_attn.ops.base.memo import kept_lists
+from hf_linear_attn.ops.base.pieces import merge
 from hf_linear_attn.ops.sparse.csr import blocks_csr
 from hf_linear_attn.ops.sparse.layout import BlockGrid, Extra
 from hf_linear_attn.ops.sparse.patterns import BlockLists
-from hf_linear_attn.ops.window.csr import Tiles
 from hf_linear_attn.ops.window.fused import one_dtype, plain_window
 from hf_linear_attn.ops.window.layout import from_classes, to_classes
 
-__all__ = [
-    "block_sparse_attention",
-    "column_attention",
-    "merge_by_lse",
-    "strided_attention",
-]
-
-
-def merge_by_lse(
-    o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over two sets of keys from those over each: output `[B, H, T, D]` and log-sum-exp `[B, H, T]`.
-
-    A row whose log-sum-exp is -1e30 in both has seen no key: 0, as it was.
-    """
-    lse = torch.logaddexp(lse1, lse2)
-    share = (lse1 - lse).exp()[..., None], (lse2 - lse).exp()[..., None]
-    return (o1 * share[0] + o2 * share[1]).to(o1.dtype), lse
+__all__ = ["block_sparse_attention", "column_attention", "strided_attention"]
 
 
 def block_sparse_attention(
@@ -45,9 +28,8 @@ def block_sparse_attention(
     scaling: float,
     extra: Extra | None = None,
     kept_as: tuple[object, ...] | None = None,
-    tile: int | None = None,
 ) -> torch.Tensor:
-    """`ops.sparse.attention.block_sparse_attention`: the same arguments and more. Rows of padding are 0.
+    """`ops.sparse.attention.block_sparse_attention`: the same arguments. Rows of padding are 0.
 
     Causal lists must show whole blocks of the past only, besides the own one.
 
@@ -55,12 +37,11 @@ def block_sparse_attention(
         lists: the lists, or a function that makes them.
         kept_as: a key under which the kernels' lists are kept and found, if they follow from it, the lengths and the
             device alone. It has to name the pattern and whatever else the lists come from.
-        tile: queries, and keys, of a tile; None chooses.
     """
     from hf_linear_attn.kernels.sparse.op import block_sparse_attention as attend
 
     q, k, v = one_dtype(call.q, call.k, call.v)
-    q_len, k_len, size = q.shape[2], k.shape[2], tile or block_tile(q.dtype, q.shape[-1])
+    q_len, k_len, size = q.shape[2], k.shape[2], block_tile(q.dtype, q.shape[-1])
 
     def build() -> tuple[BlockCSR, bool, torch.Tensor | None]:
         made = lists() if callable(lists) else lists
@@ -90,19 +71,18 @@ def strided_attention(
     scaling: float,
     is_causal: bool,
     key_allowed: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """`ops.sparse.strided.strided_attention`: the same arguments, but the tiles of the lists.
+    """`ops.sparse.strided.strided_attention`: the same arguments.
 
     The neighbours are a window; the columns, with tokens grouped by column, leave out the neighbouring blocks of the
     own column, whose distances the window has. Both are merged by their log-sum-exps.
     """
     q, k, v = one_dtype(q, k, v)
-    near, near_lse = plain_window(q, k, v, stride, 0 if is_causal else stride, scaling, key_allowed, None, tiles)
+    near, near_lse = plain_window(q, k, v, stride, 0 if is_causal else stride, scaling, key_allowed)
     if stride >= k.shape[2] - 1:
         return near
-    far, far_lse = _columns(q, k, v, stride, scaling, is_causal, key_allowed, (-1, 1), tiles)
-    return merge_by_lse(near, near_lse, far, far_lse)[0]
+    far, far_lse = _columns(q, k, v, stride, scaling, is_causal, key_allowed, (-1, 1))
+    return merge((near, near_lse), (far, far_lse))[0].to(q.dtype)
 
 
 def column_attention(
@@ -114,11 +94,10 @@ def column_attention(
     scaling: float,
     is_causal: bool,
     key_allowed: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """`ops.sparse.strided.column_attention`: the same arguments, but the tiles of the lists."""
+    """`ops.sparse.strided.column_attention`: the same arguments."""
     q, k, v = one_dtype(q, k, v)
-    return _columns(q, k, v, stride, scaling, is_causal, key_allowed, None, tiles)[0]
+    return _columns(q, k, v, stride, scaling, is_causal, key_allowed, None)[0]
 
 
 def _columns(
@@ -130,7 +109,6 @@ def _columns(
     is_causal: bool,
     key_allowed: torch.Tensor | None,
     hole: tuple[int, int] | None,
-    tiles: Tiles | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, q_len, k_len = q.shape[0], q.shape[2], k.shape[2]
     if key_allowed is None and k_len % stride:  # empty places in front
@@ -139,5 +117,5 @@ def _columns(
         key_allowed = to_classes(key_allowed.expand(B, -1)[:, None, :, None], stride)[:, 0, :, 0]
     q, k, v = (to_classes(x, stride) for x in (q, k, v))
     length = k.shape[2]
-    out, lse = plain_window(q, k, v, length, 0 if is_causal else length, scaling, key_allowed, None, tiles, hole)
+    out, lse = plain_window(q, k, v, length, 0 if is_causal else length, scaling, key_allowed, hole=hole)
     return from_classes(out, stride, q_len), from_classes(lse[..., None], stride, q_len)[..., 0]

@@ -14,6 +14,7 @@ from hf_linear_attn.ops.sparse import fused, strided
 from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, Extra, block_grid
 from hf_linear_attn.ops.sparse.patterns import bigbird_lists, hashed, own_block_lists, random_blocks
 from hf_linear_attn.ops.window import attention as sliding_window
+from hf_linear_attn.ops.window import fused as window_fused
 from hf_linear_attn.ops.window.csr import window_csr
 from hf_linear_attn.ops.window.fused import refusal, sliding_window_attention
 from tests.kernels.sparse.reference import dense_attention, error_ratio
@@ -190,14 +191,15 @@ def test_the_window_op_equals_its_twin(dilation):
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize(("padding", "block"), [(None, 4), ("interior", 5), ("left", 20)])
-def test_the_block_op_equals_its_twin(is_causal, padding, block):
+def test_the_block_op_equals_its_twin(is_causal, padding, block, monkeypatch):
     """BigBird's lists, other ones per head, with columns; blocks of less than a tile, odd ones, and more than one."""
+    monkeypatch.setattr(fused, "block_tile", lambda *_: 16)
     places = torch.arange(50).expand(2, -1)
     mask = {"left": places >= torch.tensor([[3], [17]]), "interior": places % 5 != 1}.get(padding)
     tensors = draw((2, 2, 50, 16), (2, 2, 50, 16), (2, 2, 50, 16), (2, 2, 4, 16), (2, 2, 4, 16))
     column_block = torch.tensor([[0, 2, ANYONE, NOBODY]])
 
-    def attend(function, **options):
+    def attend(function):
         def call(q, k, v, xk, xv):
             call = compact(q, k, v, mask)
             grid = block_grid(call, block, aligned=mask is None)
@@ -206,16 +208,17 @@ def test_the_block_op_equals_its_twin(is_causal, padding, block):
                 grid.row, grid.blocks, random_blocks(grid.row, grid.blocks, codes=codes, **numbers), 3, is_causal
             )
             extra = Extra(xk, xv, column_block, torch.tensor([-1.0, 0.5], dtype=torch.float64))
-            return (call.restore(function(call, grid, lists, scaling=0.3, extra=extra, **options)),)
+            return (call.restore(function(call, grid, lists, scaling=0.3, extra=extra)),)
 
         return call
 
-    compare(attend(fused.block_sparse_attention, tile=16), attend(naive_block_sparse_attention), tensors)
+    compare(attend(fused.block_sparse_attention), attend(naive_block_sparse_attention), tensors)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize(("q_len", "k_len", "stride"), [(36, 36, 6), (13, 37, 7), (20, 20, 25)])
-def test_the_strided_op_equals_its_twin(is_causal, q_len, k_len, stride):
+def test_the_strided_op_equals_its_twin(is_causal, q_len, k_len, stride, monkeypatch):
+    monkeypatch.setattr(window_fused, "tiles_for", lambda *_: TILES)
     tensors = draw((1, 2, q_len, 16), (1, 2, k_len, 16), (1, 2, k_len, 16))
     allowed = torch.arange(k_len)[None] >= 5 if q_len != 36 else None
     where = {"stride": stride, "scaling": 0.3, "is_causal": is_causal, "key_allowed": allowed}
@@ -224,27 +227,17 @@ def test_the_strided_op_equals_its_twin(is_causal, q_len, k_len, stride):
         return (x[:, :, 5:] if q_len == k_len else x,)
 
     compare(
-        lambda *x: rows(fused.strided_attention(*x, **where, tiles=TILES)),
+        lambda *x: rows(fused.strided_attention(*x, **where)),
         lambda *x: rows(strided.naive_strided_attention(*x, **where)),
         tensors,
     )
-    actual = fused.column_attention(*tensors, **where, tiles=TILES)
+    actual = fused.column_attention(*tensors, **where)
     expected = strided.column_attention(*(x.double() for x in tensors), **where)
     seen = torch.ones(1, q_len, dtype=torch.bool)  # a row that sees no key is 0 here
     if allowed is not None:
         number = torch.arange(k_len - q_len, k_len)[:, None] - torch.arange(k_len)
         seen = ((number % stride == 0) & allowed & ((number >= 0) | (not is_causal))).any(-1)[None]
     assert error_ratio(actual.transpose(1, 2)[seen], expected.transpose(1, 2)[seen]) < OUTPUT
-
-
-def test_merging_by_log_sum_exp_is_one_softmax():
-    q, k, v = (x.double() for x in draw((2, 2, 6, 8), (2, 2, 10, 8), (2, 2, 10, 8)))
-    seen = torch.rand(6, 10, generator=torch.Generator().manual_seed(4)) > 0.5
-    seen[2], seen[3, :4], seen[4, 4:] = False, False, False
-    parts = [dense_attention(q, k[:, :, s], v[:, :, s], seen[:, s], 0.3) for s in (slice(4), slice(4, None))]
-    merged, expected = fused.merge_by_lse(*parts[0], *parts[1]), dense_attention(q, k, v, seen, 0.3)
-    torch.testing.assert_close(merged[0], expected[0])
-    torch.testing.assert_close(merged[1].clamp(min=-1e29), expected[1].clamp(min=-1e29))
 
 
 def test_two_runs_are_equal_and_the_op_is_well_formed():
@@ -273,7 +266,8 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(*pair)
 
 
-def test_lists_of_blocks_are_made_in_the_graph_and_kept_under_a_key():
+def test_lists_of_blocks_are_made_in_the_graph_and_kept_under_a_key(monkeypatch):
+    monkeypatch.setattr(fused, "block_tile", lambda *_: 16)
     tensors, made = draw((1, 2, 40, 16), (1, 2, 40, 16), (1, 2, 40, 16)), []
 
     def attend(q, k, v, kept_as=None):
@@ -284,7 +278,7 @@ def test_lists_of_blocks_are_made_in_the_graph_and_kept_under_a_key():
             made.append(1)
             return own_block_lists(grid.row, grid.blocks, True)
 
-        return fused.block_sparse_attention(call, grid, lists, scaling=0.3, kept_as=kept_as, tile=16)
+        return fused.block_sparse_attention(call, grid, lists, scaling=0.3, kept_as=kept_as)
 
     expected = attend(*tensors)
     for _ in range(2):
