@@ -6,7 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,10 @@ _SCALE_OF_ZEROS = 0.1  # size that a parameter which starts at 0 is taken to hav
 Attend = Callable[[AttentionInputs], tuple[torch.Tensor, Any]]
 
 
+class _EnoughError(Exception):
+    """Ends a forward of whose rest nothing is needed: a decoder's head may cost as much as many layers."""
+
+
 @dataclass
 class Recording:
     """Inputs and softmax outputs `[B, H, T, D]` of one layer, batch by batch."""
@@ -54,11 +58,14 @@ def record(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict
         batches: keyword arguments of the model, on any device.
     """
     recordings: dict[int, Recording] = {}
+    last = max(_variants(model))
 
     def keep(module: Any, inputs: AttentionInputs, output: torch.Tensor) -> None:
         recording = recordings.setdefault(module.layer_idx, Recording())
         recording.inputs.append(inputs)
         recording.outputs.append(output)
+        if module.layer_idx == last:
+            raise _EnoughError
 
     with _eval_mode(model):
         for batch in batches:
@@ -151,7 +158,7 @@ def layers_to_keep(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]],
         def run(module: Any, inputs: AttentionInputs, output: torch.Tensor) -> torch.Tensor | None:
             return None if module.layer_idx in kept else module.linear_attn(inputs)[0]
 
-        states = _forward(model, batch, run, output_hidden_states=True, return_dict=True).hidden_states[-1].float()
+        states = _final_states(model, batch, run).float()
         mask = batch.get("attention_mask")
         if mask is None:
             return states
@@ -167,10 +174,28 @@ def layers_to_keep(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]],
 
 
 @torch.no_grad()
-def _forward(model: Any, batch: Mapping[str, Any], recorder: AttentionRecorder, **more: Any) -> Any:
+def _forward(model: Any, batch: Mapping[str, Any], recorder: AttentionRecorder) -> None:
+    """A forward up to the end, or to an `_EnoughError`."""
     on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     extra = {"use_cache": False} if get_patcher(model.config.base_model_type).is_causal(model.config) else {}
-    return model(**on_device, **extra, **more, linear_attn_recorder=recorder)
+    with suppress(_EnoughError):
+        model(**on_device, **extra, linear_attn_recorder=recorder)
+
+
+def _final_states(model: Any, batch: Mapping[str, Any], recorder: AttentionRecorder) -> torch.Tensor:
+    """Final hidden states of the base model, `[B, T, hidden_size]`; its head does not run."""
+    states: list[torch.Tensor] = []
+
+    def stop(_module: nn.Module, _args: Any, outputs: Any) -> None:
+        states.append(outputs[0])
+        raise _EnoughError
+
+    hook = model.base_model.register_forward_hook(stop)
+    try:
+        _forward(model, batch, recorder)
+    finally:
+        hook.remove()
+    return states[0]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from hf_linear_attn.seam.sharing import variants_of
 from hf_linear_attn.variants.linformer import LinformerAttention
 from tests.test_real_weights import batches as documents
 from tests.test_real_weights import minilm
-from tests.tiny import base_model, build, inputs_for, outputs_of, tiny_config, token_batch
+from tests.tiny import base_model, build, causal_lm, inputs_for, outputs_of, tiny_config, token_batch
 
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("linformer", {"k": 4}),
@@ -256,6 +256,20 @@ def test_auto_on_a_head_whose_batches_have_choices() -> None:
     batches = [inputs_for(model, batch) for batch in padded_batches(1)]
     convert_model(model, "linear", layers="auto", keep_softmax=1, calibration=batches)
     assert len(model.conversion_report.kept_softmax) == 1
+
+
+def test_what_no_layer_receives_is_not_computed() -> None:
+    """A head, and what comes after the last converted layer."""
+    model, batches = causal_lm("llama", num_hidden_layers=3), [token_batch()]
+    ran: list[str] = []
+    for name in ("lm_head", "model.layers.1.mlp", "model.layers.2.self_attn"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    convert_model(model, "linear", layers=[0, 1], calibration=batches)
+    assert ran == []
+    revert_model(model)
+    convert_model(model, "linear", layers="auto", keep_softmax=1, calibration=batches)
+    assert "model.layers.2.self_attn" in ran
+    assert "lm_head" not in ran
 
 
 def test_an_exception_in_the_choice_undoes_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
