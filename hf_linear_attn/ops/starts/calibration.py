@@ -225,9 +225,9 @@ def balancing_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torc
     """M and M^-T that make E|q M|^2 + E|k M^-T|^2 smallest, for centred q, k `[H, tokens, D]`."""
     q_moment, k_moment = _moment(q), _moment(k)
     # G = M M^T solves G q_moment G = k_moment: the geometric mean of q_moment^-1 and k_moment.
-    root, inverse_root = _symmetric_power(q_moment, 0.5), _symmetric_power(q_moment, -0.5)
-    g = inverse_root @ _symmetric_power(root @ k_moment @ root, 0.5) @ inverse_root
-    return _symmetric_power(g, 0.5).to(q.dtype), _symmetric_power(g, -0.5).to(q.dtype)
+    root, inverse_root = _roots(q_moment)
+    m, inverse = _roots(inverse_root @ _roots(root @ k_moment @ root)[0] @ inverse_root)
+    return m.to(q.dtype), inverse.to(q.dtype)
 
 
 def principal_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,11 +242,10 @@ def principal_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torc
     Returns:
         two `[H, D, D]`.
     """
-    q_moment, k_moment = _moment(q), _moment(k)
-    u, values, vh = torch.linalg.svd(_symmetric_power(q_moment, 0.5) @ _symmetric_power(k_moment, 0.5))
+    (q_root, q_inverse), (k_root, k_inverse) = _roots(_moment(q)), _roots(_moment(k))
+    u, values, vh = torch.linalg.svd(q_root @ k_root)
     root = values.sqrt()[..., :, None]
-    p = root * (u.mT @ _symmetric_power(q_moment, -0.5))
-    r = root * (vh @ _symmetric_power(k_moment, -0.5))
+    p, r = root * (u.mT @ q_inverse), root * (vh @ k_inverse)
     return p.to(q.dtype), r.to(k.dtype)
 
 
@@ -270,20 +269,35 @@ def kmeans(x: torch.Tensor, k: int, seed: int) -> torch.Tensor:
     draws = torch.rand(k, heads, 1, generator=torch.Generator(device="cpu").manual_seed(seed), device="cpu")
     draws = draws.to(x.device)
     distance = torch.ones(heads, tokens, device=x.device)  # squared, to the nearest centroid so far
-    centroids = []
+    centroids, offset = [], torch.empty_like(x)
     for draw in draws:
         reached = distance.cumsum(-1)
         index = torch.searchsorted(reached, draw * reached[:, -1:])[:, 0].clamp(max=tokens - 1)
         centroids.append(x[every_head, index])
-        nearest = (x - centroids[-1][:, None]).square().sum(-1)
+        # Written over what is there: memory that was not touched before costs more than the arithmetic.
+        nearest = torch.sub(x, centroids[-1][:, None], out=offset).square_().sum(-1)
         distance = nearest if len(centroids) == 1 else distance.minimum(nearest)
     c = torch.stack(centroids, 1)  # [H, k, D]
+    distances_to, first = _distances(x, k), every_head[:, None] * k
     for _ in range(_KMEANS_ROUNDS):
-        label = torch.cdist(x, c).argmin(-1)
-        size = torch.zeros(heads, k, device=x.device).scatter_add_(1, label, torch.ones_like(label, dtype=x.dtype))
-        total = torch.zeros_like(c).scatter_add_(1, label[..., None].expand_as(x), x)
-        c = torch.where(size[..., None] > 0, total / size[..., None].clamp(min=1), c)
+        label = (distances_to(c).argmin(-1) + first).flatten()  # of all heads' centroids
+        size = torch.bincount(label, minlength=heads * k).view(heads, k, 1).to(x.dtype)
+        total = torch.zeros_like(c).view(heads * k, -1).index_add_(0, label, x.flatten(0, 1)).view_as(c)
+        c = torch.where(size > 0, total / size.clamp(min=1), c)
     return c
+
+
+def _distances(x: torch.Tensor, k: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`torch.cdist` of tokens `[H, tokens, D]` to k centroids `[H, k, D]` that move, always into the same memory."""
+    # |x - c|^2 = (-2 x, |x|^2, 1) . (c, 1, |c|^2)
+    tokens = torch.cat([x.mul(-2), x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
+    found = x.new_empty(*x.shape[:2], k)
+
+    def to(c: torch.Tensor) -> torch.Tensor:
+        c = torch.cat([c, torch.ones_like(c[..., :1]), c.square().sum(-1, keepdim=True)], -1)
+        return torch.bmm(tokens, c.mT, out=found).clamp_min_(0).sqrt_()
+
+    return to
 
 
 def centroid_starts(
@@ -319,17 +333,17 @@ def _centroid_maps(x: torch.Tensor, num_features: int, scaling: float) -> tuple[
 
 def _moment(x: torch.Tensor) -> torch.Tensor:
     """Second moments `[H, D, D]` in float64, with a little of their mean on the diagonal."""
-    moment = x.double().mT @ x.double() / x.shape[1]
+    x = x.double()
+    moment = x.mT @ x / x.shape[1]
     ridge = 1e-3 * moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
     return moment + ridge[:, None, None] * torch.eye(x.shape[-1], dtype=torch.double, device=x.device)
 
 
-def _symmetric_power(matrix: torch.Tensor, power: float, *, floor: float = 1e-6) -> torch.Tensor:
-    """A power of symmetric positive matrices, eigenvalues raised to at least `floor` of the largest.
+def _roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square roots of symmetric positive matrices `[..., D, D]` and of their inverses.
 
-    Args:
-        matrix: `[..., D, D]`.
+    Eigenvalues count as at least 1e-6 of the largest.
     """
     values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=1e-12).maximum(floor * values[..., -1:]).pow(power)
-    return (vectors * values[..., None, :]) @ vectors.mT
+    values = values.clamp(min=1e-12).maximum(1e-6 * values[..., -1:])[..., None, :]
+    return (vectors * values.pow(0.5)) @ vectors.mT, (vectors * values.pow(-0.5)) @ vectors.mT

@@ -112,6 +112,30 @@ def test_centroids_are_deterministic_and_take_any_number_of_tokens():
     assert kmeans(0 * x, 4, seed=0).eq(0).all()
 
 
+def slow_kmeans(x, k, seed, rounds=10):
+    """The same by one formula a step, each in memory of its own."""
+    draws = torch.rand(k, x.shape[0], 1, generator=torch.Generator().manual_seed(seed))
+    squared, centroids = torch.ones(x.shape[:2]), []
+    for draw in draws:
+        reached = squared.cumsum(-1)
+        index = torch.searchsorted(reached, draw * reached[:, -1:]).clamp(max=x.shape[1] - 1)
+        centroids.append(x.gather(1, index[..., None].expand(-1, -1, x.shape[2])))
+        squared = torch.stack([(x - c).square().sum(-1) for c in centroids]).amin(0)
+    centroids = torch.cat(centroids, 1)
+    for _ in range(rounds):
+        label = torch.cdist(x, centroids).argmin(-1)
+        for head in range(x.shape[0]):
+            for c in set(label[head].tolist()):
+                centroids[head, c] = x[head, label[head] == c].mean(0)
+    return centroids
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(600, 64), (37, 5), (5, 8)])
+def test_centroids_are_those_of_the_slow_formula(tokens, k):
+    x = draw(3, tokens, 16)
+    torch.testing.assert_close(kmeans(x, k, seed=3), slow_kmeans(x, k, seed=3))
+
+
 def test_principal_maps_keep_products_and_order_coordinates():
     mixing = draw(2, 6, 6, seed=2, dtype=torch.float64)
     q, k = draw(2, 2, 400, 6, dtype=torch.float64).unbind(0)
