@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from hf_linear_attn import convert_model, extend_positions, get_variant, list_variants, revert_model
+from hf_linear_attn.auto import attach
 from hf_linear_attn.registry import get_patcher
 from tests.tiny import (
     FAMILIES,
@@ -328,6 +329,20 @@ def test_a_calibration_that_fails_leaves_the_model_as_it_was() -> None:
         convert_model(model, "linear", max_length=300, calibration=[token_batch(), {"no_such_argument": torch.ones(1)}])
     assert_unchanged(model, before)
     convert_model(model, "linear")
+
+
+def test_an_interrupt_while_variants_are_attached_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base_model("bert")
+    before = snapshot(model)
+
+    def interrupted(*args: object) -> None:
+        attach(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_linear_attn.convert.attach", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_model(model, "linear", max_length=300, extend="interpolate")
+    assert_unchanged(model, before)
 
 
 def test_an_encoder_only_variant_is_refused_on_a_decoder() -> None:
