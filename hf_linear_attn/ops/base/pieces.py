@@ -47,6 +47,10 @@ class Piece(Protocol):
     def place(self, total: Any, x: torch.Tensor) -> None:
         """The inverse of `rows`: write x to where its rows belong in what the mechanism has for all of them."""
 
+    def place_more(self, total: Any, x: torch.Tensor) -> None:
+        """Add x to what an earlier piece placed there."""
+        self.place(total, self.rows(total) + x)
+
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[N, H, K, D]`, good until those of the next piece are taken."""
 
@@ -103,7 +107,10 @@ class _AttendPieces(torch.autograd.Function):
         q = tensors[0]
         out = q.new_empty(q.shape)
         total = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-        forward_pieces(make(*tensors), q, out, total, scaling, may_be_blind)
+        forward_pieces(make(*tensors), q, out, total, scaling)
+        if may_be_blind:
+            out.masked_fill_((total < LEAST_LOG)[..., None], 0)
+            total.masked_fill_(total < LEAST_LOG, -LOG_ZERO)  # the backward pass needs weights of 0, not of 1 / 0
         ctx.save_for_backward(*tensors, out, total)
         ctx.settings = make, scaling, may_be_blind
         return out
@@ -120,14 +127,12 @@ class _AttendPieces(torch.autograd.Function):
         return (None, None, None, *grads[: len(tensors)])
 
 
-def forward_pieces(pieces: Pieces, q: torch.Tensor, out: Any, total: Any, scaling: float, may_be_blind: bool) -> None:
+def forward_pieces(pieces: Pieces, q: torch.Tensor, out: Any, total: Any, scaling: float) -> None:
     """Place what all pieces see in `out`, and the log-sum-exps of their logits in `total`."""
     for piece in pieces:
         part, lse = _attend(piece.queries(q), *piece.keys(), piece.bias(), scaling)
         if piece.again:
             part, lse = merge((piece.rows(out), piece.rows(total)), (part, lse))
-        if may_be_blind:
-            part.masked_fill_((lse < LEAST_LOG)[..., None], 0)
         piece.place(out, part)
         piece.place(total, lse)
 
@@ -135,11 +140,12 @@ def forward_pieces(pieces: Pieces, q: torch.Tensor, out: Any, total: Any, scalin
 def backward_pieces(pieces: Pieces, of_rows: _Tensors, d_q: Any, scaling: float, may_be_blind: bool) -> None:
     """Place the gradients of the queries in `d_q`, and have the pieces add up those of their keys.
 
-    `of_rows` are the queries, the output and the log-sum-exps over all pieces, and the output's gradient.
+    `of_rows` are the queries, the output and the log-sum-exps over all pieces, `-LOG_ZERO` in rows without keys, whose
+    gradient is not looked at, and the gradient of the output.
     """
     for piece in pieces:  # in a function of its own, which holds nothing when the next one is taken
         change = _changes(piece, of_rows, scaling, may_be_blind)
-        piece.place(d_q, change.add_(piece.rows(d_q)) if piece.again else change)
+        (piece.place_more if piece.again else piece.place)(d_q, change)
 
 
 def _changes(piece: Piece, of_rows: _Tensors, scaling: float, may_be_blind: bool) -> torch.Tensor:
@@ -147,9 +153,8 @@ def _changes(piece: Piece, of_rows: _Tensors, scaling: float, may_be_blind: bool
     q, out, total, grad = of_rows
     queries, (keys, values), bias = piece.queries(q), piece.keys(), piece.bias()
     d_out, outputs, lse = piece.rows(grad, 0.0), piece.rows(out), piece.rows(total, -LOG_ZERO)
-    if may_be_blind:  # a row without keys has weights of 0, not of 1 / 0
-        blind = lse < LEAST_LOG
-        d_out, lse = d_out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -LOG_ZERO)
+    if may_be_blind:
+        d_out = d_out.masked_fill((lse > -LEAST_LOG)[..., None], 0)
     change = None
     for part in piece.parts:
         seen = None if bias is None else bias[..., part]

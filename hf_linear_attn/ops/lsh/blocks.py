@@ -130,7 +130,7 @@ def _forward(this: _Round | _ByPosition, q: torch.Tensor, scaling: float) -> _Te
     """Output `[N * Tq, D]` and log-sum-exp `[N * Tq]` of one round."""
     out: list[torch.Tensor] = []
     lse: list[torch.Tensor] = []
-    forward_pieces(this, q, out, lse, scaling, False)
+    forward_pieces(this, q, out, lse, scaling)
     return this.by_query(out), this.by_query(lse)
 
 

@@ -164,8 +164,14 @@ class _Columns(Piece):
         return F.pad(x, (0, missing), value=value) if missing and x.ndim == 4 else x
 
     def place(self, total: torch.Tensor, x: torch.Tensor) -> None:
+        total[self.b, self.tokens] = self._narrow(x)
+
+    def place_more(self, total: torch.Tensor, x: torch.Tensor) -> None:
+        total[self.b, self.tokens].add_(self._narrow(x))
+
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
         x = x[0].transpose(0, 1)
-        total[self.b, self.tokens] = x[..., : self.of.q.shape[-1]] if x.ndim == 3 else x
+        return x[..., : self.of.q.shape[-1]] if x.ndim == 3 else x
 
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.k, self.v
