@@ -154,7 +154,7 @@ def _changes(piece: Piece, of_rows: _Tensors, scaling: float, may_be_blind: bool
     queries, (keys, values), bias = piece.queries(q), piece.keys(), piece.bias()
     d_out, outputs, lse = piece.rows(grad, 0.0), piece.rows(out), piece.rows(total, -LOG_ZERO)
     if may_be_blind:
-        d_out = d_out.masked_fill((lse > -LEAST_LOG)[..., None], 0)
+        d_out = d_out.clone().masked_fill_((lse > -LEAST_LOG)[..., None], 0)  # masked_fill would lose the strides
     change = None
     for part in piece.parts:
         seen = None if bias is None else bias[..., part]
