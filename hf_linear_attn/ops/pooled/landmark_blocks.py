@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from hf_linear_attn.ops.base.numerics import exp_
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, exp_
 
-__all__ = ["NOTHING", "gated_norm", "norm_by_blocks", "pool_by_blocks"]
+__all__ = ["gated_norm", "norm_by_blocks", "pool_by_blocks"]
 
 # Elements of a block of keys, or of its logits (1 MiB in fp32).
 BLOCK_ELEMENTS = 1 << 18
-NOTHING = -1e30  # logit of a forbidden token: finite, so that gradients are where nothing is allowed
 
 
 def gated_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -106,7 +105,7 @@ class _Norm(torch.autograd.Function):
 
 def _logits(k: torch.Tensor, weight: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """`[B, H, rows, r]`."""
-    return (k @ weight).masked_fill_(~allowed, NOTHING)
+    return (k @ weight).masked_fill_(~allowed, LOG_ZERO)
 
 
 class _Pool(torch.autograd.Function):

@@ -20,7 +20,7 @@ from hf_linear_attn.ops.base.compaction import CompactedCall, take_tokens
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.base.pieces import Piece, attend_pieces, serves
 from hf_linear_attn.ops.base.tracing import is_exported
-from hf_linear_attn.ops.pooled.landmark_blocks import NOTHING, gated_norm, norm_by_blocks, pool_by_blocks
+from hf_linear_attn.ops.pooled.landmark_blocks import gated_norm, norm_by_blocks, pool_by_blocks
 from hf_linear_attn.ops.pooled.pooling import even_segment_starts, segment_of_rank
 
 __all__ = [
@@ -91,7 +91,7 @@ def pool_landmarks(
         keys = k.to(dtype)
         logits = keys @ weight.to(dtype)  # [..., T, r]
         if allowed is not None:
-            logits = logits.masked_fill(~allowed, NOTHING)
+            logits = logits.masked_fill(~allowed, LOG_ZERO)
         p = logits.softmax(-2)
         entropy = (logits.logsumexp(-2) - (p * logits).sum(-2)).clamp(min=0)
         if not is_exported():  # but for rounding it is never more

@@ -22,6 +22,7 @@ from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
 from hf_linear_attn.ops.sparse.blocks import Tiled, Tiles, attend_tiles
 from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, BlockGrid, Extra, block_grid
 from hf_linear_attn.ops.sparse.patterns import CAUSAL, EMPTY, FULL, TAIL, BlockLists
+from hf_linear_attn.ops.window.attention import attend_blocks, in_front
 
 __all__ = [
     "NOBODY",
@@ -213,14 +214,9 @@ def _attend_gathered(q: torch.Tensor, call: CompactedCall, listed: _Listed, step
         places = _places(columns, listed.grid, listed.k_len)
         keys, values = _gather_tokens(call.k, places), _gather_tokens(call.v, places)
         if listed.extra is not None:
-            keys, values = _behind(listed.extra.key, keys), _behind(listed.extra.value, values)
-        outputs.append(_attend(q[:, part], keys, values, seen, scaling, listed.shift))
+            keys, values = in_front(listed.extra.key, keys), in_front(listed.extra.value, values)
+        outputs.append(attend_blocks(q[:, part], keys, values, seen, scaling, listed.shift))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def _behind(columns: torch.Tensor, gathered: torch.Tensor) -> torch.Tensor:
-    """Columns `[B, H, G, D]` in front of what each tile gathered `[B, R, H, K, D]`."""
-    return torch.cat([columns[:, None].expand(-1, gathered.shape[1], -1, -1, -1), gathered], dim=3)
 
 
 def _attend_dense(
@@ -291,26 +287,6 @@ def _allowed(kind: torch.Tensor, grid: BlockGrid, is_causal: bool) -> torch.Tens
     return allowed | ((kind == CAUSAL)[:, :, None] & past).flatten(3)
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seen: torch.Tensor,
-    scaling: float,
-    shift: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """q `[B, R, H, t, D]`, k and v `[B, R, H, K, D]`, seen `[B or 1, R, t or 1, K]`; returns q's shape.
-
-    Every query sees a key. `shift` `[H, 1, K]` is added to the logits.
-    """
-    mask = seen.expand(q.shape[0], -1, -1, -1).flatten(0, 1)[:, None]
-    if shift is not None:
-        mask = torch.where(mask, shift, float("-inf"))
-    tiles = q.shape[:2]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).unflatten(0, tiles)
-
-
 def _place_full_rows(
     out: torch.Tensor, q: torch.Tensor, call: CompactedCall, grid: BlockGrid, full_rows: torch.Tensor, scaling: float
 ) -> torch.Tensor:
@@ -321,7 +297,7 @@ def _place_full_rows(
     query = picked.transpose(1, 2).flatten(2, 3)[:, None]  # [B, 1, H, F * t, D]
     allowed = call.rank[:, None, None, :] >= 0
     allowed = allowed | ~allowed.any(-1, keepdim=True)
-    rows = _attend(query, call.k[:, None], call.v[:, None], allowed, scaling)[:, 0].unflatten(2, (-1, t))
+    rows = attend_blocks(query, call.k[:, None], call.v[:, None], allowed, scaling)[:, 0].unflatten(2, (-1, t))
     for f in range(tile.shape[1]):
         hit = torch.arange(R, device=q.device) == tile[:, f : f + 1]
         out = torch.where(hit[:, :, None, None, None], rows[:, :, f][:, None], out)

@@ -20,7 +20,9 @@ from hf_linear_attn.ops.window.layout import Extra, by_dilation
 
 __all__ = [
     "at_least_two",
+    "attend_blocks",
     "attend_projected",
+    "in_front",
     "naive_sliding_window_attention",
     "sliding_window_attention",
 ]
@@ -218,24 +220,42 @@ def _attend_blocks(
     extra: Extra | None,
     scaling: float,
 ) -> torch.Tensor:
-    """One attention call for nb blocks: q `[B, nb, H, b, D]`, k and v `[B, nb, H, K, D]`, allowed
-    `[B or 1, nb, b, K]`, the extra columns' mask `[B or 1, nb, b or 1, G]`. Returns `[B, nb * b, H, D]`.
+    """Blocks as of `attend_blocks`, 0 in rows without any key; the extra columns' mask is `[B or 1, nb, b or 1, G]`.
+
+    Returns `[B, nb * b, H, D]`.
     """
-    B, num_blocks, _, block, _ = q.shape
     if extra is not None:
-        k, v = (
-            torch.cat([e[:, None].expand(-1, num_blocks, -1, -1, -1), x], 3)
-            for e, x in zip(extra, (k, v), strict=False)
-        )
+        k, v = in_front(extra[0], k), in_front(extra[1], v)
         batch = max(extra[2].shape[0], allowed.shape[0])
-        allowed = torch.cat([x.expand(batch, -1, block, -1) for x in (extra[2], allowed)], dim=-1)
+        allowed = torch.cat([x.expand(batch, -1, q.shape[3], -1) for x in (extra[2], allowed)], dim=-1)
     # A row without any key would be nan in some backends: let it see everything and drop the result.
     dead = ~allowed.any(-1, keepdim=True)  # [B or 1, nb, b, 1]
-    mask = (allowed | dead).expand(B, -1, -1, -1).flatten(0, 1)[:, None]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    out = out.unflatten(0, (B, num_blocks)).transpose(2, 3)  # [B, nb, b, H, D]
+    out = attend_blocks(q, k, v, allowed | dead, scaling).transpose(2, 3)  # [B, nb, b, H, D]
     return out.masked_fill(dead[..., None], 0).flatten(1, 2)
+
+
+def in_front(columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Columns `[B, H, G, D]` in front of the keys of each block `[B, nb, H, K, D]`."""
+    return torch.cat([columns[:, None].expand(-1, x.shape[1], -1, -1, -1), x], dim=3)
+
+
+def attend_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One attention call for nb blocks: q `[B, nb, H, b, D]`, whose shape it returns, k and v `[B, nb, H, K, D]`, and
+    bool `seen` `[B or 1, nb, b or 1, K]`: every query sees a key. `shift` `[H, 1, K]` is added to the logits.
+    """
+    mask = seen.expand(q.shape[0], -1, -1, -1).flatten(0, 1)[:, None]
+    if shift is not None:
+        mask = torch.where(mask, shift, float("-inf"))
+    blocks = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).unflatten(0, blocks)
 
 
 def attend_projected(
