@@ -6,7 +6,7 @@
 l_ij are the softmax logits, W(i) the keys i - left .. i + right; causal attention has no keys after i. Each part
 returns its output and the log of its denominator, by which they are merged: no weight is ever formed outside a
 logarithm. A tail before the window is causal linear attention over keys that come `left + 1` tokens late; one
-after the window is the same in reverse. Cost n (w + F) D. `ops.window.taylor` does without the parts where it can.
+after the window is the same in reverse. Cost n (w + F) D. `ops.window.taylor` and `taylor_causal` do without the parts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from hf_linear_attn.ops.base.backend import use_triton
 from hf_linear_attn.ops.base.masking import causal_mask
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.base.tracing import is_exported
+from hf_linear_attn.ops.features.gradients import trains_unnamed
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, TaylorMap, mean_logit
 from hf_linear_attn.ops.linear.attention import State, feature_map_attention_with_normalizer
 from hf_linear_attn.ops.window.tail_blocks import window_block_softmax
 from hf_linear_attn.ops.window.taylor import taylor_window_attention
+from hf_linear_attn.ops.window.taylor_causal import causal_taylor_window_attention
 
 __all__ = ["centered_features", "naive_window_tail_attention", "window_softmax", "window_tail_attention"]
 
@@ -82,21 +84,17 @@ def window_tail_attention(
             window |= {"window_log_factor": window_log_factor, "relative": relative, "token_mask": token_mask}
             return naive_window_tail_attention(q, k, wide, q_map, k_map, **window), None
         if isinstance(q_map, TaylorMap) and isinstance(k_map, TaylorMap):
-            tails_both_ways = not is_causal and relative is None and q_len == k_len
-            if tails_both_ways and not torch.compiler.is_compiling() and not use_triton(backend, v):
-                output = taylor_window_attention(
-                    q,
-                    k,
-                    wide,
-                    q_map.coordinates(q),
-                    k_map.coordinates(k),
-                    left=left,
-                    right=right,
-                    scaling=scaling,
-                    window_log_factor=window_log_factor,
-                    token_mask=token_mask,
-                )
-                return output, None
+            if relative is None and not torch.compiler.is_compiling() and not use_triton(backend, v):
+                own: dict[str, Any] = {"left": left, "scaling": scaling, "window_log_factor": window_log_factor}
+                own["token_mask"] = token_mask
+                if not is_causal and q_len == k_len:
+                    coordinates = q_map.coordinates(q), k_map.coordinates(k)
+                    return taylor_window_attention(q, k, wide, *coordinates, right=right, **own), None
+                maps, has_tail = (q_map.coordinates, k_map.coordinates), state is not None or k_len - left - 1 > 0
+                # A decode step has no use for blocks, and a map's unnamed tensors train by autograd alone.
+                if is_causal and q_len > 1 and has_tail and not trains_unnamed((maps[0], q), (maps[1], k)):
+                    output, after = causal_taylor_window_attention(q, k, wide, *maps, state=state, **own)
+                    return output, None if state is None else after
             q_map, k_map = q_map.expanded(), k_map.expanded()
         output, normalizer, peak = window_softmax(
             q, k, wide, left=left, right=right, scaling=scaling, key_allowed=token_mask

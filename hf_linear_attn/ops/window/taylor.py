@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO
 from hf_linear_attn.ops.features.maps import Features
 
-__all__ = ["taylor_window_attention"]
+__all__ = ["expand", "expand_backward", "taylor_window_attention", "with_one"]
 
 _CHUNK = 64  # rows of a chunk: fewer cost more for the sums, more cost more for the matrix of weights
 # Rows of the heads that are worked off together.
@@ -203,33 +203,45 @@ def _sums_before(sums: torch.Tensor, log: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 class _TaylorFeatures(torch.autograd.Function):
-    """Coordinates `[N, C, R]` to the features `[N, F, C]` of 1 + u + u^2 / 2: token-last, whole rows are multiplied.
-
-    They are the products of coordinates with those `gap` places on, for every gap, where a 1 comes before the first.
-    """
+    """Coordinates `[N, C, R]` to the features `[N, F, C]` of 1 + u + u^2 / 2: token-last, whole rows are multiplied."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        rows = F.pad(x.mT, (0, 0, 1, 0), value=1.0)  # [N, 1 + R, C]
-        size = rows.shape[1]
-        features = rows.new_empty(len(rows), size * (size + 1) // 2, rows.shape[2])
-        for gap, part in _by_gap(features, size):
-            torch.mul(rows[:, gap:], rows[:, : size - gap], out=part)
-        features[:, 1:size] *= _HALF_ROOT
+        rows = with_one(x)
         ctx.save_for_backward(rows)
-        return features
+        return expand(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_features: torch.Tensor) -> torch.Tensor:
         (rows,) = ctx.saved_tensors
-        size = rows.shape[1]
-        d_rows = torch.zeros_like(rows)
-        for gap, part in _by_gap(d_features, size):
-            factor = 1.0 if gap else _HALF_ROOT
-            d_rows[:, gap:].addcmul_(part, rows[:, : size - gap], value=factor)
-            d_rows[:, : size - gap].addcmul_(part, rows[:, gap:], value=factor)
-        return d_rows[:, 1:].mT
+        return expand_backward(rows, d_features)
+
+
+def with_one(x: torch.Tensor) -> torch.Tensor:
+    """Coordinates `[N, C, R]` as `[N, 1 + R, C]`, 1 before the first."""
+    return F.pad(x.mT, (0, 0, 1, 0), value=1.0)
+
+
+def expand(rows: torch.Tensor) -> torch.Tensor:
+    """Features `[N, F, C]` of `with_one`'s rows: products of rows with those `gap` places on, for every gap."""
+    size = rows.shape[1]
+    features = rows.new_empty(len(rows), size * (size + 1) // 2, rows.shape[2])
+    for gap, part in _by_gap(features, size):
+        torch.mul(rows[:, gap:], rows[:, : size - gap], out=part)
+    features[:, 1:size] *= _HALF_ROOT
+    return features
+
+
+def expand_backward(rows: torch.Tensor, d_features: torch.Tensor) -> torch.Tensor:
+    """Gradient of the coordinates `[N, C, R]`."""
+    size = rows.shape[1]
+    d_rows = torch.zeros_like(rows)
+    for gap, part in _by_gap(d_features, size):
+        factor = 1.0 if gap else _HALF_ROOT
+        d_rows[:, gap:].addcmul_(part, rows[:, : size - gap], value=factor)
+        d_rows[:, : size - gap].addcmul_(part, rows[:, gap:], value=factor)
+    return d_rows[:, 1:].mT
 
 
 def _by_gap(features: torch.Tensor, size: int) -> list[tuple[int, torch.Tensor]]:

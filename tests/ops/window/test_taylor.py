@@ -6,60 +6,11 @@ import torch
 from hf_linear_attn.ops.features.maps import ParametricMap, TaylorMap, taylor_features
 from hf_linear_attn.ops.window import taylor as taylor_window
 from hf_linear_attn.ops.window.tail import naive_window_tail_attention, window_tail_attention
+from tests.ops.window.taylor_calls import F64, SCALING, assert_same, attend, draw, project, results
 
-F64 = torch.float64
-SCALING = 0.4
 # Lengths around a chunk's, and windows of a token, uneven, of a chunk, and beyond the sequence.
 LENGTHS = (1, 5, 63, 65, 200)
 WINDOWS = ((0, 0), (3, 2), (32, 32), (0, 90), (300, 300))
-
-
-def project(x, weight, slope):
-    """Coordinates, and a log scale that differs between tokens."""
-    return x @ weight.mT, (x * slope).sum(-1)
-
-
-def draw(length, *, batch=2, heads=2, dim=4, rank=3, seed=0, slope=0.3):
-    """q, k, v, the parameters of both maps, the log factor."""
-    g = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(3, batch, heads, length, dim, generator=g, dtype=F64).unbind(0)
-    weights = torch.randn(2, heads, rank, dim, generator=g, dtype=F64).unbind(0)
-    slopes = (slope * torch.randn(2, heads, 1, dim, generator=g, dtype=F64)).unbind(0)
-    factor = torch.randn(heads, generator=g, dtype=F64)
-    return [x.clone().requires_grad_() for x in (*tokens, weights[0], slopes[0], weights[1], slopes[1], factor)]
-
-
-def attend(function, arguments, *, window, token_mask=None):
-    q, k, v, q_weight, q_slope, k_weight, k_slope, factor = arguments
-    maps = (TaylorMap(ParametricMap(project, x)) for x in ((q_weight, q_slope), (k_weight, k_slope)))
-    found = function(
-        *(q, k, v, *maps),
-        left=window[0],
-        right=window[1],
-        is_causal=False,
-        scaling=SCALING,
-        window_log_factor=factor,
-        token_mask=token_mask,
-    )
-    return found[0] if isinstance(found, tuple) else found
-
-
-def results(function, arguments, *, token_mask=None, **options):
-    """The output and all gradients, of rows that are tokens."""
-    output = attend(function, arguments, token_mask=token_mask, **options)
-    if token_mask is not None:
-        output = output * token_mask[:, None, :, None]
-    loss = output.square().sum() + (output * torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)).sum()
-    return [output, *torch.autograd.grad(loss, arguments)]
-
-
-def assert_same(arguments, **options):
-    actual = results(window_tail_attention, arguments, **options)
-    expected = results(naive_window_tail_attention, arguments, **options)
-    for x, y in zip(actual, expected, strict=True):
-        # A gradient that is 0 in exact arithmetic, as that of the factor where all keys are in the window, has only
-        # rounding errors of the terms that it sums up.
-        torch.testing.assert_close(x, y, atol=1e-9, rtol=1e-8)
 
 
 @pytest.fixture(autouse=True)
