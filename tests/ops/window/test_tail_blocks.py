@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_linear_attn.ops.base.numerics import LOG_ZERO
 from hf_linear_attn.ops.window import tail_blocks
 from hf_linear_attn.ops.window.tail_blocks import window_block_softmax
 
@@ -37,3 +38,23 @@ def test_window_gradients(left, right, small_blocks, monkeypatch):
         results.append([*outputs, *torch.autograd.grad(loss, inputs)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_equal_largest_logits_share_the_gradient():
+    q, k = torch.ones(1, 1, 90, 2, dtype=torch.float64), torch.ones(1, 1, 90, 2, dtype=torch.float64).requires_grad_()
+    _, _, peak = window_block_softmax(q, k, k.detach(), left=89, right=0, scaling=1.0)
+    (gradient,) = torch.autograd.grad(peak[..., 79], k)
+    torch.testing.assert_close(gradient[0, 0, :80], torch.full_like(gradient[0, 0, :80], 1 / 80))
+    assert (gradient[0, 0, 80:] == 0).all()
+
+
+def test_a_row_that_sees_no_key():
+    q = torch.randn(1, 1, 70, 4).requires_grad_()
+    allowed = torch.arange(70)[None] >= 66
+    output, log_sum, peak = window_block_softmax(q, q, q, left=3, right=0, scaling=1.0, key_allowed=allowed)
+    assert (output[:, :, :66] == 0).all()
+    assert (log_sum[..., :66] == LOG_ZERO).all()
+    assert (peak[..., :66] == LOG_ZERO).all()
+    (gradient,) = torch.autograd.grad(output.sum() + log_sum[..., 60:].sum() + peak.sum(), q)
+    assert (gradient[:, :, :66] == 0).all()
+    assert gradient.isfinite().all()
