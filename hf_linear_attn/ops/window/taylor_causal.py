@@ -31,7 +31,7 @@ __all__ = ["causal_taylor_window_attention"]
 
 _CHUNK = 64  # rows of a chunk: fewer cost more for the sums, more cost more for weights, of the future too
 # Rows of the heads that are worked off together, and elements of their weights.
-_CPU_ROWS, _CPU_ELEMENTS = 6144, 1 << 22
+_CPU_ROWS, _CPU_ELEMENTS = 3072, 1 << 22
 _ROWS, _ELEMENTS = 1 << 19, 1 << 26
 _NO_WEIGHT = LOG_ZERO / 2  # logs of weights up to it are those of nothing
 
@@ -153,10 +153,13 @@ class _Call:
         found[..., : x.shape[3]] = self.cut(x[:, :, here], there, count)
         return found.flatten(1, 2)
 
+    def apart(self, x: torch.Tensor) -> torch.Tensor:
+        """Chunks `[N, G, C, X]` or `[N G, C, X]` as `[B, H, N, C, X]`."""
+        return x.view(-1, *self.shape, self.size, x.shape[-1]).permute(1, 2, 0, 3, 4)
+
     def whole(self, x: torch.Tensor, there: slice) -> torch.Tensor:
-        """Rows `[B, H, T, X]` that stand `there` in the chunks `[N, G, C, X]` or `[N G, C, X]`."""
-        x = x.view(-1, *self.shape, self.size, x.shape[-1])
-        return x.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, there]
+        """Rows `[B, H, T, X]` that stand `there` in the chunks."""
+        return self.apart(x).flatten(2, 3)[:, :, there]
 
     def map_queries(self, q: torch.Tensor) -> Features:
         with torch.set_grad_enabled(self.trains):
@@ -369,8 +372,8 @@ def _forward(call: _Call) -> Any:
             if start >= 0:
                 now = slice(start, start + count * call.size)
                 found, log = _Rows(call, start, late).forward(late, v)
-                output[:, :, now] = call.whole(found, slice(None))
-                logs[:, :, now] = call.whole(log[..., None], slice(None))
+                for rows, part in ((output, found), (logs, log[..., None])):
+                    rows[:, :, now].unflatten(2, (count, -1)).copy_(call.apart(part))
     return output[:, :, :length], logs, before, sums
 
 
