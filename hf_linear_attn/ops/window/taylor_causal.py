@@ -31,7 +31,7 @@ __all__ = ["causal_taylor_window_attention"]
 
 _CHUNK = 64  # rows of a chunk: fewer cost more for the sums, more cost more for weights, of the future too
 # Rows of the heads that are worked off together, and elements of their weights.
-_CPU_ROWS, _CPU_ELEMENTS = 3072, 1 << 22
+_CPU_ROWS, _CPU_ELEMENTS = 6144, 1 << 22
 _ROWS, _ELEMENTS = 1 << 19, 1 << 26
 _NO_WEIGHT = LOG_ZERO / 2  # logs of weights up to it are those of nothing
 
@@ -222,9 +222,9 @@ class _Late:
         self.rank = call.cut(rank, self.there, count).reshape(count * heads, call.size, -1)
         log = call.cut(log[..., None], self.there, count, LOG_ZERO).reshape(count, heads, call.size)
         self.log, self._rows = log.flatten(0, 1), with_one(self.rank)
-        self._features = expand(self._rows)
+        features = expand(self._rows)
         if earlier is None:
-            sums = v.new_zeros(heads, self._features.shape[1], v.shape[3])
+            sums = v.new_zeros(heads, features.shape[1], v.shape[3])
             earlier = sums, sums.new_full((heads,), _NO_WEIGHT)
         self.tops = torch.cat([earlier[1][None], log.amax(-1)]).cummax(0).values
         self._kept = (self.tops[:-1] - self.tops[1:]).exp2_()[..., None, None]
@@ -232,7 +232,7 @@ class _Late:
         self._weighted = v * self._factors
         self.before = v.new_empty(count + 1, *earlier[0].shape)
         self.before[0] = earlier[0]
-        torch.bmm(self._features, self._weighted.flatten(0, 1), out=self.before[1:].flatten(0, 1))
+        torch.bmm(features, self._weighted.flatten(0, 1), out=self.before[1:].flatten(0, 1))
         for n in range(count):
             self.before[n + 1].addcmul_(self.before[n], self._kept[n])
 
@@ -244,7 +244,7 @@ class _Late:
         for n in reversed(range(len(self._kept))):
             d_before[n].addcmul_(d_before[n + 1], self._kept[n])
         d_sums = d_before[1:].flatten(0, 1)
-        d_weighted = torch.bmm(self._features.mT, d_sums).view_as(self._weighted)
+        d_weighted = torch.bmm(expand(self._rows).mT, d_sums).view_as(self._weighted)
         d_v.addcmul_(d_weighted[..., :-1], self._factors)
         d_features = torch.bmm(d_sums, self._weighted.flatten(0, 1).mT)
         return expand_backward(self._rows, d_features), d_weighted.mul_(self._weighted).sum(-1).flatten(0, 1)
