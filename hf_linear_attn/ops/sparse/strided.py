@@ -87,7 +87,7 @@ def strided_attention(
         end = min(begin + step, num_rows)
         first, last = begin + offset, end + offset  # blocks of this segment among the key blocks
         rows = q[:, :, begin:end]
-        # Neighbours: key blocks first - 1 .. last (bidirectional: last + 1), missing ones empty.
+        # Neighbors: key blocks first - 1 .. last (bidirectional: last + 1), missing ones empty.
         low, high = max(first - sides[0], 0), min(last + sides[1], num_columns)
         ends = (low - first + sides[0], last + sides[1] - high)
         near_k, near_v = (_windows(F.pad(x[:, :, low:high], (0, 0, 0, 0, *ends)), reach, 2) for x in (k, v))
