@@ -44,6 +44,10 @@ class Piece(Protocol):
         """`rows` of the queries."""
         return self.rows(q)
 
+    def earlier(self, out: torch.Tensor) -> torch.Tensor:
+        """`rows` of the outputs, no wider than they are."""
+        return self.rows(out)
+
     def place(self, total: Any, x: torch.Tensor) -> None:
         """The inverse of `rows`: write x to where its rows belong in what the mechanism has for all of them."""
 
@@ -132,7 +136,7 @@ def forward_pieces(pieces: Pieces, q: torch.Tensor, out: Any, total: Any, scalin
     for piece in pieces:
         part, lse = _attend(piece.queries(q), *piece.keys(), piece.bias(), scaling)
         if piece.again:
-            part, lse = merge((piece.rows(out), piece.rows(total)), (part, lse))
+            part, lse = merge((piece.earlier(out), piece.rows(total)), (part[..., : out.shape[-1]], lse))
         piece.place(out, part)
         piece.place(total, lse)
 

@@ -159,6 +159,9 @@ class _Columns(Piece):
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         return self._widen(q[self.b : self.b + 1, self.tokens].transpose(1, 2), 1.0)
 
+    def earlier(self, out: torch.Tensor) -> torch.Tensor:
+        return out[self.b : self.b + 1, self.tokens].transpose(1, 2)
+
     def _widen(self, x: torch.Tensor, value: float) -> torch.Tensor:
         missing = self.k.shape[-1] - self.of.q.shape[-1]
         return F.pad(x, (0, missing), value=value) if missing and x.ndim == 4 else x
