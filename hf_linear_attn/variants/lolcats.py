@@ -1,4 +1,4 @@
-"""LoLCATs, softmax over a window and linear attention over every other key in one normaliser, arXiv:2410.10254.
+"""LoLCATs, softmax over a window and linear attention over every other key in one normalizer, arXiv:2410.10254.
 
 y_i = (sum_window g e^l_ij v_j + phi(q_i) S_i) / (sum_window g e^l_ij + phi(q_i) . z_i), l_ij the softmax logits, S_i
 and z_i sums of phi(k) v^T and phi(k) over the keys outside the window: earlier ones, on encoders later ones too.

@@ -1,4 +1,4 @@
-"""Attention of queries over two neighbouring chunks of keys each, in several rounds of sorting.
+"""Attention of queries over two neighboring chunks of keys each, in several rounds of sorting.
 
 The queries of one chunk are cut into blocks of equally many rows, so that a block attends to one piece of sorted keys.
 Forward and backward go through a few blocks at a time: what a block gathers stays near the cache and is not kept.

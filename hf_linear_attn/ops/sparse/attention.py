@@ -185,7 +185,7 @@ class _Listed:
 
 
 def _tiles(listed: _Listed, full: set[int], step: int, of: Tiled) -> Iterator[Tiles]:
-    """All tiles: neighbours that see every key as one, the others with their lists or, if that is cheaper, a mask."""
+    """All tiles: neighbors that see every key as one, the others with their lists or, if that is cheaper, a mask."""
     size, count, tiles = listed.grid.block_size, listed.grid.count, range(listed.lists.columns.shape[2])
     real = torch.arange(listed.blocks * size, device=count.device) < count.clamp(min=1)[:, None]
     real = real[:, None, None]  # [B or 1, 1, 1, keys]
@@ -194,8 +194,8 @@ def _tiles(listed: _Listed, full: set[int], step: int, of: Tiled) -> Iterator[Ti
     if listed.extra is None and _dense_is_cheaper(listed.lists, len(tiles), listed.blocks):
         seen = listed.blocks_seen()
         full = full.union(seen.all(-1).flatten(0, 1).all(0).nonzero().flatten().tolist())
-    for is_full, neighbours in itertools.groupby(tiles, key=full.__contains__):
-        some = list(neighbours)
+    for is_full, neighbors in itertools.groupby(tiles, key=full.__contains__):
+        some = list(neighbors)
         if is_full:
             yield Tiles(of, slice(some[0], some[-1] + 1), None, all_real)
         elif seen is None:

@@ -74,7 +74,7 @@ def strided_attention(
 ) -> torch.Tensor:
     """`ops.sparse.strided.strided_attention`: the same arguments.
 
-    The neighbours are a window; the columns, with tokens grouped by column, leave out the neighbouring blocks of the
+    The neighbors are a window; the columns, with tokens grouped by column, leave out the neighboring blocks of the
     own column, whose distances the window has. Both are merged by their log-sum-exps.
     """
     q, k, v = one_dtype(q, k, v)

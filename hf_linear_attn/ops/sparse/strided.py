@@ -1,7 +1,7 @@
 """The strided pattern of the Sparse Transformer (arXiv:1904.10509) as one softmax over two parts.
 
 A query sees the keys at a distance of at most l, and those at a multiple of l. In a grid of blocks of l tokens the
-first are the neighbouring blocks and the second a column: two batched products, the second with tokens grouped by
+first are the neighboring blocks and the second a column: two batched products, the second with tokens grouped by
 column. Their logits meet in one softmax, segment by segment of query blocks.
 """
 
@@ -93,7 +93,7 @@ def strided_attention(
         near_k, near_v = (_windows(F.pad(x[:, :, low:high], (0, 0, 0, 0, *ends)), reach, 2) for x in (k, v))
         near_seen = band & _windows(F.pad(key_allowed[:, low:high], (0, 0, *ends)), reach, 1)[:, :, None]
         near = row_logits(rows, near_k.to(wide))  # [B, H, M, l, reach * l]
-        # The column of each query, without the neighbouring blocks: there the band has those distances.
+        # The column of each query, without the neighboring blocks: there the band has those distances.
         far_len = last if is_causal else num_columns
         far_k, far_v = (x[:, :, :far_len].transpose(2, 3) for x in (k, v))  # [B, H, l, N, D]
         far = row_logits(rows.transpose(2, 3), far_k.to(wide)).transpose(2, 3)  # [B, H, M, l, N]

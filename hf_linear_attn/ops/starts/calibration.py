@@ -165,7 +165,7 @@ def _like(per_head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def reducer_starts(
     q: torch.Tensor, k: torch.Tensor, *, centered: bool = True
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What the variance reducer tries: keys weighted by exp(scaling * a . k), queries and keys centred or not.
+    """What the variance reducer tries: keys weighted by exp(scaling * a . k), queries and keys centered or not.
 
     q . k = (q - a) . (k - c) + a . k + q . c - a . c for any a and c: terms of the query alone cancel, so a kernel has
     to estimate only what differs between queries, if its keys carry the rest as a weight.
@@ -222,7 +222,7 @@ def nonpositive_share(
 
 
 def balancing_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """M and M^-T that make E|q M|^2 + E|k M^-T|^2 smallest, for centred q, k `[H, tokens, D]`."""
+    """M and M^-T that make E|q M|^2 + E|k M^-T|^2 smallest, for centered q, k `[H, tokens, D]`."""
     q_moment, k_moment = _moment(q), _moment(k)
     # G = M M^T solves G q_moment G = k_moment: the geometric mean of q_moment^-1 and k_moment.
     root, inverse_root = _roots(q_moment)
@@ -237,7 +237,7 @@ def principal_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torc
     decomposition of C_q^1/2 C_k^1/2. In these coordinates both moments are the diagonal of singular values.
 
     Args:
-        q, k: `[H, tokens, D]`, centred.
+        q, k: `[H, tokens, D]`, centered.
 
     Returns:
         two `[H, D, D]`.

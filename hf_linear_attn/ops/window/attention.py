@@ -85,7 +85,7 @@ def sliding_window_attention(
         left: steps of `dilation` tokens that a query sees to its left.
         right: the same to its right; 0 is causal.
         scaling: factor of the logits.
-        dilation: tokens between neighbouring keys of the window, plus one; for all heads, or one per head.
+        dilation: tokens between neighboring keys of the window, plus one; for all heads, or one per head.
         key_allowed: bool `[B or 1, Tk]`, False for keys that no window may contain; None when all may.
         extra: keys, values and mask of columns seen in addition to the window.
         backend: what runs it, see `ops.base.backend`.

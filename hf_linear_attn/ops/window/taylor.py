@@ -1,9 +1,9 @@
 """Softmax over a window and linear attention with Taylor features over every other key, bidirectional, in chunks.
 
 The same as `ops.window.tail` for products of features that are 1 + u + u^2 / 2, u the dot product of two tokens' few
-coordinates. A chunk of C rows takes the W keys of its neighbourhood, all windows of the chunk among them, as one matrix
+coordinates. A chunk of C rows takes the W keys of its neighborhood, all windows of the chunk among them, as one matrix
 of weights: softmax terms inside the windows, products of features, from u, outside. The keys before and after the
-neighbourhood come in as two sums over chunks, added up from either end: nothing is ever taken off a sum.
+neighborhood come in as two sums over chunks, added up from either end: nothing is ever taken off a sum.
 
 Weights are powers of two (see `ops.base.numerics`), relative to the largest of their row; sums are relative to the
 largest of their keys. Heads are worked off in groups that fit a CPU's cache, and computed again in the backward pass:
@@ -66,14 +66,14 @@ def taylor_window_attention(
     (batch, heads, length, _), device = q.shape, q.device
     left, right = min(left, length - 1), min(right, length - 1)
     size = min(_CHUNK, length)
-    steps = -(-(size + left + right) // size)  # chunks of a neighbourhood
+    steps = -(-(size + left + right) // size)  # chunks of a neighborhood
     count = -(-length // size)
 
     def rows(x: torch.Tensor) -> torch.Tensor:  # chunks [B * H, N, C, X]
         return F.pad(x, (0, 0, 0, count * size - length)).reshape(batch * heads, count, size, -1)
 
     def keys(x: torch.Tensor, value: float = 0.0, width: int = 0) -> torch.Tensor:
-        # Chunks [B * H, M, C, X + width], `left` places late: the neighbourhood of n is chunks n .. n + steps - 1.
+        # Chunks [B * H, M, C, X + width], `left` places late: the neighborhood of n is chunks n .. n + steps - 1.
         total = count + steps - 1  # M
         padded = F.pad(x, (0, width, left, total * size - length - left), value=value)
         return padded.reshape(batch * heads, total, size, -1)
@@ -123,10 +123,10 @@ def _attend(
 
     Args:
         q: queries and the balance, times log2 e, `[G, N, C, D + 1]`.
-        k, v: keys and values with a column of ones, `[G, M, C, D + 1]`; M - N + 1 chunks make a neighbourhood.
+        k, v: keys and values with a column of ones, `[G, M, C, D + 1]`; M - N + 1 chunks make a neighborhood.
         q_rank, k_rank: coordinates, `[G, N, C, R]` and `[G, M, C, R]`.
         k_log: log scales of the keys to the base 2, `LOG_ZERO` where there is no key, `[G, M, C]`.
-        inside: which keys of its chunk's neighbourhood are in a row's window, bool `[C, W]`.
+        inside: which keys of its chunk's neighborhood are in a row's window, bool `[C, W]`.
     """
     (group, count), extra = q.shape[:2], k.shape[1] - q.shape[1]
     far, far_log = _far_sums(k_rank, v, k_log, count)
@@ -158,7 +158,7 @@ def _weigh(
     """Output of some chunks of rows: arguments of `_attend`, and what `_far_sums` gives for them."""
     (group, count), steps = q.shape[:2], k.shape[1] - q.shape[1] + 1
 
-    def near(x: torch.Tensor) -> torch.Tensor:  # neighbourhoods [G * N, W, X]
+    def near(x: torch.Tensor) -> torch.Tensor:  # neighborhoods [G * N, W, X]
         return torch.cat([x[:, i : i + count] for i in range(steps)], 2).flatten(0, 1)
 
     q, q_rank, far, far_log = (x.flatten(0, 1) for x in (q, q_rank, far, far_log[..., None]))
@@ -179,7 +179,7 @@ def _weigh(
 def _far_sums(
     k_rank: torch.Tensor, v: torch.Tensor, k_log: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over the keys outside each chunk's neighbourhood, `[G, N, D + 1, F]`, relative to 2^log `[G, N]`."""
+    """Sums over the keys outside each chunk's neighborhood, `[G, N, D + 1, F]`, relative to 2^log `[G, N]`."""
     peak = k_log.detach().amax(-1).clamp(min=_NO_WEIGHT)  # [G, M]
     weighted = v * (k_log - peak[..., None]).exp2()[..., None]
     features = _TaylorFeatures.apply(k_rank.flatten(0, 1))
