@@ -399,14 +399,15 @@ def attach(
 
 
 def detach(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Undo `attach`: remove the variants, restore the upstream classes and give `config`."""
-    patcher: Any = get_patcher(model.config.base_model_type)
+    """Undo `attach`, or what was done of one: remove the variants, restore the upstream classes and give `config`."""
+    patcher: Any = get_patcher(config.model_type)
     for attention in patcher.self_attentions(model):
         if hasattr(attention.module, "linear_attn"):
             del attention.module.linear_attn
+        if isinstance(attention.module, ConvertedAttention):
             attention.module.__class__ = type(attention.module).__mro__[2]
         if not patcher.layers_are_numbered:
-            del attention.module.layer_idx
+            attention.module.__dict__.pop("layer_idx", None)
     model.base_model.__dict__.pop(REPORT_ATTRIBUTE, None)
     _rebrand(model, config, lambda converted: converted.__mro__[2])
 

@@ -36,7 +36,7 @@ from hf_linear_attn.checks import (
 )
 from hf_linear_attn.config import LinearAttentionConfig, PositionsConfig
 from hf_linear_attn.patchers.base import ModelPatcher, SelfAttention
-from hf_linear_attn.positions import extend_table, position_weight, set_table
+from hf_linear_attn.positions import extend_table, position_table, position_weight, set_table
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.report import describe
 from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers
@@ -124,8 +124,8 @@ def convert_model(
         _install(patcher, model, config, built, max_length, extend)
         errors = None if batches is None else calibrate(model, batches, calibration_steps, calibration_lr)
         kept = [] if keep_softmax is None else _back_to_softmax(model, upstream, built, batches, keep_softmax)
-    unmark_unpacked(model)
-    setattr(model.base_model, REPORT_ATTRIBUTE, describe(model, errors, kept))
+        setattr(model.base_model, REPORT_ATTRIBUTE, describe(model, errors, kept))
+        unmark_unpacked(model)
     return model
 
 
@@ -228,12 +228,11 @@ def _warn_of_windows(patcher: ModelPatcher, config: PreTrainedConfig, spec: Line
 @contextmanager
 def _all_or_nothing(patcher: ModelPatcher, model: PreTrainedModel) -> Iterator[None]:
     """Leave the model as it was if the conversion is not finished."""
-    config, table, numbers = model.config, position_weight(patcher, model), layer_numbers(patcher, model)
+    config, table, numbers = model.config, position_table(patcher, model), layer_numbers(patcher, model)
     try:
         yield
     except BaseException:  # an interrupt as well: nothing is left half converted
-        if isinstance(model, LinearAttnPreTrainedModel):
-            detach(model, config)
+        detach(model, config)
         for module, number in numbers:
             module.layer_idx = number
         set_table(patcher, model, table)

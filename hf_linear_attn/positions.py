@@ -12,13 +12,19 @@ from transformers import PreTrainedModel
 from hf_linear_attn.patchers.base import ModelPatcher
 from hf_linear_attn.seam.initialization import mark_initialized
 
-__all__ = ["extend_table", "position_weight", "set_table"]
+__all__ = ["extend_table", "position_table", "position_weight", "set_table"]
+
+
+def position_table(patcher: ModelPatcher, model: PreTrainedModel) -> nn.Parameter | None:
+    """The parameter of the position table `[rows, width]`, or None in a family without one."""
+    table = patcher.position_table(model)
+    return None if table is None else getattr(*table).weight
 
 
 def position_weight(patcher: ModelPatcher, model: PreTrainedModel) -> torch.Tensor | None:
-    """The position table `[rows, width]`, or None in a family without one."""
-    table = patcher.position_table(model)
-    return None if table is None else getattr(*table).weight.detach()
+    """The numbers of the position table `[rows, width]`, or None in a family without one."""
+    table = position_table(patcher, model)
+    return None if table is None else table.detach()
 
 
 def extend_table(patcher: ModelPatcher, model: PreTrainedModel, max_length: int, mode: str) -> None:
@@ -37,13 +43,14 @@ def extend_table(patcher: ModelPatcher, model: PreTrainedModel, max_length: int,
 
 
 def set_table(patcher: ModelPatcher, model: PreTrainedModel, weight: torch.Tensor | None) -> None:
-    """Let the table hold a copy of `weight`, with its buffers; one of that shape, or None, leaves it as it is."""
+    """Let the table hold `weight`, itself or, of no parameter, a copy; None, or its present shape, changes nothing."""
     if weight is None:
         return
     embedding: Any = getattr(*patcher.position_table(model))  # type: ignore[misc]
     if embedding.weight.shape != weight.shape:
-        requires_grad = embedding.weight.requires_grad
-        embedding.weight = nn.Parameter(weight.clone(), requires_grad=requires_grad)
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight.clone(), requires_grad=embedding.weight.requires_grad)
+        embedding.weight = weight
         embedding.num_embeddings = weight.shape[0]
         mark_initialized(embedding)
         patcher.resize_position_buffers(model, weight.shape[0])

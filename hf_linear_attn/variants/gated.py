@@ -173,7 +173,7 @@ class GatedLinearAttention(AttentionVariant):
         def gates(hidden: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
             low = F.linear(hidden[:, 0], down.to(hidden.dtype)).to(dtype)
             gate = F.linear(low, up.to(dtype), bias.to(dtype).flatten()).unflatten(-1, bias.shape)
-            return F.logsigmoid(gate.transpose(1, 2)).div_(TEMPERATURE)
+            return F.logsigmoid(gate).div_(TEMPERATURE).transpose(1, 2)
 
         return LogDecay(gates, _hidden(inputs)[:, None], (self.gate_down, self.gate_up, self.gate_bias))
 

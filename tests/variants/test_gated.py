@@ -151,3 +151,15 @@ def test_encoders_are_refused_with_the_nearest_method():
 def test_published_memory_is_short():
     """The number that the options' docstring gives: sigmoid(0)^(1/16) forgets with a time constant of 23 tokens."""
     assert 16 / math.log(2) == pytest.approx(23, abs=0.1)
+
+
+def test_compiles_without_a_mask_too():
+    """Forward and backward: gates that lie transposed in memory had views that the compiled backward refused."""
+    module, tokens = build(), [x.requires_grad_() for x in draw(36, dtype=torch.float32)]
+    expected = attend(module, *tokens)[0]
+    exact = torch.autograd.grad(expected.square().sum(), tokens)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    output = compiled(AttentionInputs(*tokens[:3], None, True, SCALING, tokens[3]))[0]
+    torch.testing.assert_close(output, expected)
+    for actual, wanted in zip(torch.autograd.grad(output.square().sum(), tokens), exact, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)

@@ -150,7 +150,7 @@ def feature_map_attention_with_normalizer(
 
     Returns:
         output; log denominator `[B, H, Tq]` with the query's log scale, for features whose products are positive
-        (about `LOG_ZERO` in rows that see no key); and the state.
+        (in rows that see no key the log of `TINY` at most, with weights about `LOG_ZERO`); and the state.
     """
     query_mask = query_mask_of(token_mask, q.shape[2], is_causal)
     given = q, k, v, q_map, k_map, None, None, token_mask, query_mask
@@ -219,6 +219,8 @@ def _check(q_len: int, k_len: int, log_decay: Any, is_causal: bool, normalized: 
             "A decode state needs causal attention over the new tokens only, got "
             f"is_causal={is_causal}, {q_len} queries and {k_len} keys."
         )
+    if state is not None and set(state) != (expected := {"kv", "z", "log_scale"} if normalized else {"kv"}):
+        raise ValueError(f"normalized={normalized} needs a state of {sorted(expected)}, got {sorted(state)}.")
 
 
 def _given(log_decay: torch.Tensor) -> LogDecay:

@@ -55,16 +55,16 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, options: Options, *tensors: torch.Tensor | None) -> Any:
         output, denominator, normalizer, borders, ctx.steep = _forward(Call(options, tensors))
         ctx.options, ctx.count, ctx.kind = options, len(tensors), type(borders[-1])
-        kv, z, log_scale = _scheme(options).end(borders[-1])
+        after = _scheme(options).end(borders[-1])
         if options.decay is not None:  # needs the sums after the last block too; what is returned is a copy
-            kv, z = kv.clone(), None if z is None else z.clone()
+            after = tuple(None if x is None else x.clone() for x in after)
         elif options.is_causal:
             borders.pop()
         ctx.save_for_backward(*tensors, output, denominator, *(x for sums in borders for x in sums))
-        if log_scale is not None:
-            ctx.mark_non_differentiable(log_scale)
+        if after[2] is not None:
+            ctx.mark_non_differentiable(after[2])
         ctx.set_materialize_grads(False)
-        return output, normalizer, kv, z, log_scale
+        return output, normalizer, *after
 
     @staticmethod
     @once_differentiable
@@ -179,7 +179,9 @@ def _backward(
             inputs, keys = _mapped(call, leaves, now)
             scale = scheme.weigh(call, keys, now, borders[0])
             k = keys.features.detach() if scale is None else keys.features.detach() * scale[..., None]
-            d_k = (call.values(now) @ d_sums[0].mT).add_(d_sums[1][:, :, None])
+            d_k = call.values(now) @ d_sums[0].mT
+            if d_sums[1] is not None:
+                d_k.add_(d_sums[1][:, :, None])
             found.v[:, :, now] = k @ d_sums[0]
             d_weight = None if keys.log_weight is None else (d_k * k).sum(-1)
             d_features = d_k if scale is None else d_k.mul_(scale[..., None])

@@ -99,16 +99,19 @@ class Call:
         log_weight: `[B, H, Tk]`, added to that of the keys' map, or None.
         decay_tokens: those of a `LogDecay`, or None.
         token_mask, query_mask: bool `[B, Tk]` and `[B, Tq]`, True for a token, or None.
-        kv, z, log_scale: the state before the call; None without one, z and log_scale also without a normalizer.
+        kv, z, log_scale: the state before the call, in the dtype of the sums; None without one, z and log_scale also
+            without a normalizer.
         parameters: of the queries' map, of the keys' map, of the decay.
     """
 
     def __init__(self, options: Options, tensors: tuple[Any, ...]) -> None:
         self.options = options
         self.q, self.k, self.v, self.log_weight, self.decay_tokens = tensors[:5]
-        self.token_mask, self.query_mask, self.kv, self.z, self.log_scale = tensors[5:10]
-        self.parameters: _Tensors = tensors[10:]
+        self.token_mask, self.query_mask = tensors[5:7]
         self.dtype = accumulation_dtype(self.v.dtype)
+        state: Any = (None if x is None else x.to(self.dtype) for x in tensors[7:10])
+        self.kv, self.z, self.log_scale = state
+        self.parameters: _Tensors = tensors[10:]
         # Keys that come before the first query, or all of them, are only summed.
         self.offset = self.k.shape[2] - self.q.shape[2] if options.is_causal else self.k.shape[2]
 

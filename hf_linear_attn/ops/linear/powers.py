@@ -54,7 +54,7 @@ def before_first(call: Call, keys: Keys, now: slice) -> Sums:
         base = _base(call, keys.log_weight, now)
     if call.kv is not None:
         power = torch.zeros_like(base) if call.log_scale is None else _power_of_state(call)
-        return Sums(call.kv.to(call.dtype), None if call.z is None else call.z.to(call.dtype), power, base)
+        return Sums(call.kv, call.z, power, base)
     kv = keys.features.new_zeros(*shape[:2], shape[-1], call.v.shape[-1])
     z = torch.zeros_like(kv[..., 0]) if call.options.normalized else None
     return Sums(kv, z, torch.full_like(base, 0.0 if keys.log_weight is None else LOG_ZERO), base)

@@ -116,8 +116,44 @@ def test_fewer_queries_than_keys(queries, causal):
         torch.testing.assert_close(output, dense(q, k, v, w, causal=causal))
 
 
+@pytest.mark.parametrize("queries", [4, 21])
+def test_without_a_normalizer(queries, small_blocks):
+    """Sums as they are, without decay too, and their gradients; fewer queries than keys are the last."""
+    q, k, v, _ = draw(21)
+    inputs = [x.requires_grad_() for x in (q[:, :, -queries:], k, v)]
+    found = linear_attention(*inputs, is_causal=True, normalized=False)[0]
+    expected = (inputs[0] @ k.mT).tril(21 - queries) @ v
+    torch.testing.assert_close(found, expected)
+    exact = torch.autograd.grad(expected.square().sum(), inputs)
+    for actual, wanted in zip(torch.autograd.grad(found.square().sum(), inputs), exact, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 2, 70])
+def test_a_state_of_another_dtype(length, dtype, decayed):
+    q, k, v, _ = (x.float() for x in draw(length + 5))
+    decay = -torch.rand(2, 3, length + 5, generator=torch.Generator().manual_seed(1)) if decayed else None
+    whole = linear_attention(q, k, v, log_decay=decay, is_causal=True)[0]
+    parts = [[None if x is None else x[:, :, i:j] for x in (q, k, v, decay)] for i, j in ((0, 5), (5, None))]
+    empty = init_linear_state(2, 3, 5, 4, torch.float32, q.device)
+    _, state = linear_attention(*parts[0][:3], log_decay=parts[0][3], is_causal=True, state=empty)
+    state = {name: x.to(dtype) for name, x in state.items()}
+    output, after = linear_attention(*parts[1][:3], log_decay=parts[1][3], is_causal=True, state=state)
+    tolerance = 1e-5 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(output, whole[:, :, 5:], atol=tolerance, rtol=tolerance)
+    assert {x.dtype for x in after.values()} == {torch.float32}
+
+
 def test_impossible_calls_say_so():
     q, k, v, _ = draw(8)
+    for normalized in (True, False):
+        other = init_linear_state(2, 3, 5, 4, F64, q.device, normalized=not normalized)
+        with pytest.raises(ValueError, match=f"normalized={normalized} needs a state of"):
+            linear_attention(q, k, v, is_causal=True, normalized=normalized, state=other)
+    with pytest.raises(ValueError, match="normalized=False needs is_causal=True"):
+        linear_attention(q, k, v, is_causal=False, normalized=False)
     with pytest.raises(ValueError, match="got 8 > 5"):
         linear_attention(q, k[:, :, :5], v[:, :, :5], is_causal=True)
     state = init_linear_state(2, 3, 5, 4, F64, q.device)

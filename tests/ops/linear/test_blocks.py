@@ -265,3 +265,19 @@ def test_log_decays_are_never_held_whole():
     feature_map_attention(q, k, v, exp_features, exp_features, log_decay=gate, is_causal=True)[0].sum().backward()
     assert max(lengths) <= layout.block_size(v)
     assert sum(lengths) == 2 * 5000 + 1  # and a look at one token for tensors that train unnamed
+
+
+@KINDS
+def test_a_returned_state_may_change_before_the_backward_pass(kind, small_blocks):
+    q, k, v, g = (x.requires_grad_() for x in draw_decayed(45, kind))
+    found = []
+    for changed in (False, True):
+        start = init_linear_state(2, 3, 5, 4, F64, q.device)
+        output, state = decayed(q, k, v, g, state=start)
+        if changed:
+            with torch.no_grad():
+                for x in state.values():
+                    x.fill_(7.0)
+        found.append(torch.autograd.grad(output.square().sum(), [q, k, v, g]))
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
