@@ -189,11 +189,8 @@ def _attend(
     )
     start = (None, None, None) if state is None else (state["kv"], state.get("z"), state.get("log_scale"))
     tokens, d_parameters = (None, ()) if decay is None else (decay.tokens, decay.parameters)
-    tensors = (
-        *(q, k, v, log_weight, tokens, token_mask, query_mask),
-        *(*start, *q_parameters, *k_parameters, *d_parameters),
-    )
-    call = Call(options, tensors)
+    tensors = q, k, v, log_weight, tokens, token_mask, query_mask, *start
+    call = Call(options, (*tensors, *q_parameters, *k_parameters, *d_parameters))
     if use_triton(backend, v):
         found = _attend_fused(call, q_map, k_map, decay, state, backend)
         if found is not None:
@@ -202,7 +199,7 @@ def _attend(
     # does not name needs autograd to find them.
     in_blocks = q_len > 1 and (decay is None or q_len == k_len) and not torch.compiler.is_compiling()
     if in_blocks and not _trains_unnamed(call, q_map, k_map, decay):
-        output, normalizer, after = blocks.attend(options, tensors)
+        output, normalizer, after = blocks.attend(call)
         return output, normalizer, None if state is None else after
     return plain.attend(call)
 

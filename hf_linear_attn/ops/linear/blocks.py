@@ -26,22 +26,19 @@ __all__ = ["attend"]
 _Tensors = tuple[torch.Tensor, ...]
 
 
-def attend(options: Options, tensors: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor | None, State]:
-    """Attend, checked arguments given.
-
-    Args:
-        options, tensors: of a `Call`; with decay, as many queries as keys.
+def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, State]:
+    """Attend, checked arguments given; with decay, as many queries as keys.
 
     Returns:
         output `[B, H, Tq, D]` (`[B, T, H, D]` in memory, what the output projection reads next); log denominator
         `[B, H, Tq]`, None with decay or without a normalizer; and the state after these keys.
     """
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        output, normalizer, *after = _BlockAttention.apply(options, *tensors)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors):
+        output, normalizer, *after = _BlockAttention.apply(call.options, *call.tensors)
     else:
-        output, _, normalizer, borders, _ = _forward(Call(options, tensors))
-        after = _scheme(options).end(borders[-1])
-    names = ("kv", "z", "log_scale") if options.normalized else ("kv",)
+        output, _, normalizer, borders, _ = _forward(call)
+        after = _scheme(call.options).end(borders[-1])
+    names = ("kv", "z", "log_scale") if call.options.normalized else ("kv",)
     return output, normalizer, dict(zip(names, after, strict=False))
 
 

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY
+
 __all__ = ["causal", "causal_backward", "key_sums", "prefix", "prefix_backward", "steep", "steep_backward"]
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
-
-_TINY = 1e-30  # smallest denominator of a feature
-_NOTHING = -1e30  # power of a weight that vanishes; finite, so that differences of two of them are numbers
 
 
 def key_sums(k: torch.Tensor, v: torch.Tensor) -> _Pair:
@@ -117,12 +116,12 @@ def steep(
     q, k, v, count = _cut(q, k, v, chunk=chunk)
     size = q.shape[1]
     missing = count * size - length
-    power = F.pad(power, (0, missing), value=_NOTHING).reshape(-1, size)
+    power = F.pad(power, (0, missing), value=LOG_ZERO).reshape(-1, size)
     row_peak = torch.cat([row, row[..., -1:].expand(*shape, missing)], -1).reshape(-1, size)
     last = row_peak[:, -1]  # [B H N]
     first = torch.cat([peak[..., None], last.view(*shape, count)[..., :-1]], -1).reshape(-1)
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    scale = (power[:, None] - row_peak[..., None]).masked_fill(future, _NOTHING).exp2()
+    scale = (power[:, None] - row_peak[..., None]).masked_fill(future, LOG_ZERO).exp2()
     scores = torch.bmm(q, k.mT).masked_fill(future, 0) * scale
     k = k * (power - last[:, None]).exp2()[..., None]
     left = (first - last).exp2()
@@ -209,7 +208,7 @@ def _running(k: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Sums up to each token of chunks `[B H N, C, F]`, after `before`, kept above 0."""
     # A product with a triangle of ones: cumsum over a dimension that is not the last is several times slower.
     running = torch.bmm(_lower(k).expand(k.shape[0], -1, -1), k)
-    return running.add_(before[:, None]).clamp_(min=_TINY)
+    return running.add_(before[:, None]).clamp_(min=TINY)
 
 
 def _times(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -101,11 +101,12 @@ class Call:
         token_mask, query_mask: bool `[B, Tk]` and `[B, Tq]`, True for a token, or None.
         kv, z, log_scale: the state before the call, in the dtype of the sums; None without one, z and log_scale also
             without a normalizer.
+        tensors: all of these as they were given.
         parameters: of the queries' map, of the keys' map, of the decay.
     """
 
     def __init__(self, options: Options, tensors: tuple[Any, ...]) -> None:
-        self.options = options
+        self.options, self.tensors = options, tensors
         self.q, self.k, self.v, self.log_weight, self.decay_tokens = tensors[:5]
         self.token_mask, self.query_mask = tensors[5:7]
         self.dtype = accumulation_dtype(self.v.dtype)
@@ -133,7 +134,11 @@ class Call:
 
     def real(self, now: slice) -> torch.Tensor | None:
         """bool `[B, 1, block]`, whether a key is a token; None if all are."""
-        return None if self.token_mask is None else self.token_mask[:, None, now]
+        mask = self._mask(now)
+        return None if mask is None else mask[:, None]
+
+    def _mask(self, now: slice) -> torch.Tensor | None:
+        return None if self.token_mask is None else self.token_mask[:, now]
 
     def queries(self, q: torch.Tensor, rows: slice, parameters: _Tensors) -> Features:
         """Features of a block of queries, and their log scale."""
@@ -147,7 +152,7 @@ class Call:
 
     def keys(self, inputs: list[torch.Tensor], now: slice, parameters: _Tensors) -> Keys:
         """A block of keys from its part of `key_inputs`."""
-        mask = None if self.token_mask is None else self.token_mask[:, now]
+        mask = self._mask(now)
         first, second = self.options.counts[0], sum(self.options.counts)
         features, weight = self.options.k_map(safe_masked_fill(inputs[0], mask), *parameters[first:second])
         weight = self.weigh(weight, None if self.log_weight is None else inputs[1])
@@ -173,7 +178,7 @@ class Call:
 
     def values(self, now: slice) -> torch.Tensor:
         """A block of values, contiguous, 0 at padded keys."""
-        mask = None if self.token_mask is None else self.token_mask[:, now]
+        mask = self._mask(now)
         return safe_masked_fill(self.v[:, :, now].to(self.dtype), mask).contiguous()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_linear_attn.kernels.sparse.launch import tiles_for
-from hf_linear_attn.ops.window.csr import Tiles, window_csr
+from hf_linear_attn.ops.window.csr import window_csr
 from hf_linear_attn.ops.window.layout import Extra, by_dilation
 
 __all__ = ["one_dtype", "plain_window", "refusal", "sliding_window_attention"]
@@ -33,14 +33,13 @@ def sliding_window_attention(
     dilation: int | tuple[int, ...] = 1,
     key_allowed: torch.Tensor | None = None,
     extra: Extra | None = None,
-    tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """`window.attention.sliding_window_attention` of checked arguments, which are the same, but the tiles."""
+    """`window.attention.sliding_window_attention` of checked arguments, which are the same."""
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, part: Extra | None
     ) -> torch.Tensor:
-        return plain_window(q, k, v, left, right, scaling, allowed, part, tiles)[0]
+        return plain_window(q, k, v, left, right, scaling, allowed, part)[0]
 
     q, k, v = one_dtype(q, k, v)
     return by_dilation(attend, q, k, v, dilation, key_allowed, extra)
@@ -55,16 +54,13 @@ def plain_window(
     scaling: float,
     key_allowed: torch.Tensor | None,
     extra: Extra | None = None,
-    tiles: Tiles | None = None,
     hole: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of a plain window."""
     from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 
     k_len = k.shape[2]
-    lists = window_csr(
-        q.shape[2], k_len, left, right, q.device, tiles=tiles or tiles_for(k.dtype, k.shape[-1]), hole=hole
-    )
+    lists = window_csr(q.shape[2], k_len, left, right, q.device, tiles=tiles_for(k.dtype, k.shape[-1]), hole=hole)
     columns = None if extra is None else (extra[0].to(k.dtype), extra[1].to(v.dtype), extra[2])
     k_pos = None
     if key_allowed is not None:
