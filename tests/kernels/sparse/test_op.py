@@ -170,23 +170,20 @@ def test_any_strides_and_what_a_row_without_keys_gives():
 
 
 @pytest.mark.parametrize("dilation", [1, 3, (1, 2)], ids=str)
-def test_the_window_op_equals_its_twin(dilation):
+def test_the_window_op_equals_its_twin(dilation, monkeypatch):
+    monkeypatch.setattr(window_fused, "tiles_for", lambda *_: TILES)
     tensors = draw((2, 2, 23, 16), (2, 2, 40, 16), (2, 2, 40, 16), (2, 2, 3, 16), (2, 2, 3, 16))
     allowed = torch.arange(40).expand(2, -1) >= torch.tensor([[0], [9]])
     shown = torch.rand(2, 23, 3, generator=torch.Generator().manual_seed(2)) > 0.3
 
-    def attend(function, **options):
+    def attend(function):
         def call(q, k, v, xk, xv):
             where = {"left": 5, "right": 2, "scaling": 0.3, "dilation": dilation, "key_allowed": allowed}
-            return (function(q, k, v, **where, extra=(xk, xv, shown), **options),)
+            return (function(q, k, v, **where, extra=(xk, xv, shown)),)
 
         return call
 
-    compare(
-        attend(sliding_window_attention, tiles=TILES),
-        attend(sliding_window.naive_sliding_window_attention),
-        tensors,
-    )
+    compare(attend(sliding_window_attention), attend(sliding_window.naive_sliding_window_attention), tensors)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
@@ -252,11 +249,12 @@ def test_two_runs_are_equal_and_the_op_is_well_formed():
     torch.library.opcheck(torch.ops.hf_linear_attn.block_sparse_fwd, given)
 
 
-def test_compiles_into_one_graph():
+def test_compiles_into_one_graph(monkeypatch):
+    monkeypatch.setattr(window_fused, "tiles_for", lambda *_: TILES)
     tensors = [x.requires_grad_() for x in draw((1, 1, 20, 16), (1, 1, 20, 16), (1, 1, 20, 16))]
 
     def attend(q, k, v):
-        return sliding_window_attention(q, k, v, left=6, right=0, scaling=0.3, tiles=TILES)
+        return sliding_window_attention(q, k, v, left=6, right=0, scaling=0.3)
 
     out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors)
     expected = attend(*tensors)
