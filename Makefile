@@ -32,7 +32,7 @@ help: ## this list
 
 install: $(STAMP)-package ## the package in .venv, nothing else
 
-demo: $(STAMP)-demo $(STAMP)-weights ## convert, fine-tune and compare on long documents (ten minutes on 2 cores)
+demo: $(STAMP)-demo $(STAMP)-weights ## embed long documents, converted, then train a classifier (five minutes on 2 cores)
 	$(PY) -m hf_linear_attn demo --overwrite $(ARGS)
 
 # One thread per worker: the workers share the cores, and results do not depend on the thread count.

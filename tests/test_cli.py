@@ -19,7 +19,19 @@ from hf_linear_attn.cli import app, arguments
 from tests.small_runs import save_checkpoint, save_documents
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["list", "convert", "train", "compare", "demo", "report", "analyze", "methods", "bench", "advise"]
+COMMANDS = [
+    "list",
+    "convert",
+    "train",
+    "compare",
+    "demo",
+    "report",
+    "analyze",
+    "methods",
+    "bench",
+    "retrieval",
+    "advise",
+]
 runner = CliRunner(env={"COLUMNS": "200"})
 
 
@@ -57,6 +69,19 @@ def small_settings(tmp_path: Path) -> list[str]:
     return [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
 
 
+def small_embedders(tmp_path: Path) -> str:
+    """A recipe of `retrieval` that takes a second."""
+    recipe = tmp_path / "embedders.yaml"
+    recipe.write_text(
+        f"model: {save_checkpoint(tmp_path / 'checkpoint')}\n"
+        f"documents: {{source: {save_documents(tmp_path / 'texts', words=(90, 120))}, min_tokens: 80}}\n"
+        "passages: {tokens: 8, count: 2, margin: 1}\nlengths: [96]\nshort_lengths: [32]\n"
+        "calibration: {documents: 1, tokens: 48}\ncost_repeats: 1\n"
+        "systems: [{reads: truncated}, {reads: chunks}, {variant: linear}]\n"
+    )
+    return str(recipe)
+
+
 def small_measurement(tmp_path: Path, command: str, arguments: list[str]) -> list[str]:
     """The arguments of a measuring command with a tiny checkpoint and short documents in place of its own."""
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
@@ -80,6 +105,8 @@ def small_measurement(tmp_path: Path, command: str, arguments: list[str]) -> lis
             "--output",
             str(tmp_path / "output" / "advice.json"),
         ]
+    if command == "retrieval":
+        return [arguments[0], small_embedders(tmp_path), *output]
     if command == "methods":
         recipe = tmp_path / "small.yaml"
         recipe.write_text(
@@ -105,7 +132,9 @@ def test_every_example_in_the_help_runs(
         assert arguments[0] == command
         if command in ("train", "compare", "demo"):
             arguments += small_settings(tmp_path)
-        if command in ("report", "analyze", "methods", "bench", "advise"):
+        if command == "demo":
+            arguments += ["--embedders", small_embedders(tmp_path)]
+        if command in ("report", "analyze", "methods", "bench", "retrieval", "advise"):
             arguments = small_measurement(tmp_path, command, arguments)
         if command == "convert":
             arguments[arguments.index("minilm")] = str(save_checkpoint(tmp_path / "checkpoint"))
@@ -114,11 +143,13 @@ def test_every_example_in_the_help_runs(
     if command in ("compare", "demo"):
         assert (tmp_path / "output" / "report.png").is_file()
         assert str(tmp_path / "output" / "report.png") in result.output
-    written = {path.name for path in (tmp_path / "output").glob("*")}
+    written = {path.relative_to(tmp_path / "output").as_posix() for path in (tmp_path / "output").rglob("*")}
     assert written >= {
+        "demo": {"embedders/retrieval.png", "embedders/retrieval.md"},
         "report": {"report.json", "report.png"},
         "analyze": {"analysis.json", "spectrum.png", "sizes.png", "patterns_layer_0.png", "patterns_layer_1.png"},
         "methods": {"rows.jsonl", "methods.json", "methods.md", "methods.png"},
+        "retrieval": {"rows.jsonl", "retrieval.json", "retrieval.md", "retrieval.png"},
         "bench": {"cpu.rows.jsonl", "cpu.json", "cpu.md", "cpu.png"},
         "advise": {"advice.json"},
     }.get(command, set())
@@ -253,7 +284,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments.importlib.util, "find_spec", lambda name, *rest: None if name == "accelerate" else find(name, *rest)
     )
     commands = (["train", "r.yaml"], ["compare", "r.yaml"], ["demo"], ["report", "m"], ["analyze", "m"])
-    for command in (*commands, ["methods", "r.yaml"]):
+    for command in (*commands, ["methods", "r.yaml"], ["retrieval", "r.yaml"]):
         result = runner.invoke(app, command)
         assert result.exit_code == 1
         assert "[train]" in result.output

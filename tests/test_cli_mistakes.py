@@ -22,6 +22,11 @@ METHODS = (
     "models: [{name: model, lengths: [16]}]\nmethods: [linear]\n"
     "documents: {source: documents, calibration_tokens: 16, test_tokens: 16}\n"
 )
+RETRIEVAL = (
+    "model: model\nsystems: [{variant: linear}]\nlengths: [64]\nshort_lengths: []\n"
+    "documents: {source: documents, min_tokens: 16}\npassages: {tokens: 4, count: 1, margin: 0}\n"
+    "calibration: {documents: 1, tokens: 16}\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bench.yaml").write_text(BENCH)
     (folder / "cuda.yaml").write_text(BENCH + "device: cuda\n")
     (folder / "methods.yaml").write_text(METHODS)
+    (folder / "retrieval.yaml").write_text(RETRIEVAL)
+    (folder / "retrieval_model.yaml").write_text(RETRIEVAL.replace("model: model", "model: modle"))
+    (folder / "retrieval_saved.yaml").write_text(RETRIEVAL.replace("variant: linear", "model: modle"))
+    (folder / "retrieval_long.yaml").write_text(RETRIEVAL.replace("min_tokens: 16", "min_tokens: 1600"))
+    (folder / "retrieval_short.yaml").write_text(RETRIEVAL.replace("short_lengths: []", "short_lengths: [65]"))
     (folder / "methods_model.yaml").write_text(METHODS.replace("name: model", "name: modle"))
     (folder / "methods_documents.yaml").write_text(METHODS.replace("source: documents", "source: nowhere"))
     (folder / "methods_layers.yaml").write_text(METHODS.replace("[16]", "[16], layers: [9]"))
@@ -188,6 +198,16 @@ MEASURING = {
     "methods methods_layers.yaml --output out": "9",
     "bench bench_model.yaml --output out": "'modle' is no folder",
     "methods train.yaml --output out": "Unknown key(s)",
+    "retrieval no.yaml --output out": "There is no recipe 'no.yaml'",
+    "retrieval train.yaml --output out": "Unknown key(s)",
+    "retrieval syntax.yaml --output out": "'syntax.yaml' is not YAML in UTF-8",
+    "retrieval retrieval.yaml --output full": "pass --overwrite",
+    "retrieval retrieval.yaml --output file": "The output 'file' is a file",
+    "retrieval retrieval_model.yaml --output out": "'modle' is no folder",
+    "retrieval retrieval_saved.yaml --output out": "'modle' is no folder",
+    "retrieval retrieval_long.yaml --output out": "0 of 2 documents of 'documents' have 1600 tokens",
+    "retrieval retrieval_short.yaml --output out": "recipe.short_lengths has [65]",
+    "demo --recipe train.yaml --embedders no.yaml": "There is no recipe 'no.yaml'",
     "bench no.yaml --output out": "There is no recipe 'no.yaml'",
     "bench latin.yaml --output out": "'latin.yaml' is not YAML in UTF-8",
     "bench bench.yaml --threads -1 --output out": "threads has -1",

@@ -1,4 +1,4 @@
-"""What `bench` calls: read the recipe, measure, draw, save. No terminal here."""
+"""What `bench` and `retrieval` call: read the recipe, measure, draw, save. No terminal here."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from hf_linear_attn.cli.arguments import shipped_recipe
 from hf_linear_attn.saving import to_json
 
 if TYPE_CHECKING:
+    from hf_linear_attn.bench.retrieval.recipe import RetrievalRecipe
     from hf_linear_attn.bench.speed.recipe import BenchRecipe
 
-__all__ = ["load_bench_recipe", "run_bench"]
+__all__ = ["load_bench_recipe", "run_bench", "run_retrieval", "show_retrieval"]
 
 _SHIPPED = {"cpu": "cpu.yaml", "cuda": "gpu.yaml"}
 
@@ -53,6 +54,33 @@ def run_bench(
     (output / f"{slug}.md").write_text(render_bench(results), encoding="utf-8")
     measured = any("seconds" in row for row in results["rows"])
     return results, output / f"{slug}.md", draw_bench(results, output / f"{slug}.png") if measured else []
+
+
+def run_retrieval(recipe: RetrievalRecipe, output: Path, fresh: bool, command: str, say: Any) -> dict[str, Any]:
+    """Measure what is missing; write retrieval.json, .md and .png beside the rows.
+
+    Returns:
+        the results.
+    """
+    from hf_linear_attn.bench.retrieval.pictures import draw_retrieval
+    from hf_linear_attn.bench.retrieval.run import measure_retrieval
+    from hf_linear_attn.bench.retrieval.tables import render_retrieval
+
+    results = measure_retrieval(recipe, output, fresh=fresh, command=command, say=say)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "retrieval.json").write_text(_lines_of_rows(results), encoding="utf-8")
+    (output / "retrieval.md").write_text(render_retrieval(results), encoding="utf-8")
+    if any(row["kind"] == "long" and "top1" in row for row in results["rows"]):
+        draw_retrieval(results, output / "retrieval.png")
+    return results
+
+
+def show_retrieval(results: dict[str, Any]) -> str:
+    """What a terminal shows of a run, in Markdown: the first length's table and what it says."""
+    from hf_linear_attn.bench.retrieval.tables import render_headline, verdict
+
+    length = results["recipe"]["lengths"][0]
+    return f"{render_headline(results, length)}\n\n{verdict(results, length)}"
 
 
 def _lines_of_rows(results: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The commands about speed: `bench` and `advise`."""
+"""The commands about speed, and about what it is worth: `bench`, `advise` and `retrieval`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from hf_linear_attn.cli.arguments import (
     check_output_file,
     names,
     need_extra,
+    need_train_extra,
     numbers,
     plain_errors,
     read_device,
 )
-from hf_linear_attn.cli.commands import app
+from hf_linear_attn.cli.commands import app, run_embedders
 from hf_linear_attn.saving import write_json
 
 __all__: list[str] = []
@@ -71,6 +72,31 @@ def bench_command(
     # Too little memory is a result, and so is what other people's code cannot do.
     if any(row["kind"] != "peer" and "key" in row and row["failure"] != "out of memory" for row in failed):
         raise typer.Exit(code=1)
+
+
+@app.command("retrieval")
+def retrieval_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, as recipes/minilm/embedder.yaml.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for numbers, table and picture.")] = Path(
+        "outputs/retrieval"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured into this folder.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Long-document embedders: a passage finds the rest of its document. Goes on where it was cut off.
+
+    The checkpoint truncated and in chunks beside converted and saved models that read thousands of tokens, with costs.
+
+    Example:
+
+        hf-linear-attn retrieval recipes/minilm/embedder.yaml
+    """
+    with plain_errors():
+        need_train_extra("retrieval")
+        check_output(output, overwrite, resumes="rows.jsonl")
+        from hf_linear_attn.bench.retrieval.recipe import RetrievalRecipe
+
+        run_embedders(RetrievalRecipe.from_yaml(recipe), output, fresh)
 
 
 @app.command("advise")

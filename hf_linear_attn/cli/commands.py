@@ -22,9 +22,10 @@ from hf_linear_attn.cli.arguments import (
 )
 
 if TYPE_CHECKING:
+    from hf_linear_attn.bench.retrieval.recipe import RetrievalRecipe
     from hf_linear_attn.training.recipe import Recipe
 
-__all__ = ["app"]
+__all__ = ["app", "run_embedders"]
 
 app = typer.Typer(
     name="hf-linear-attn",
@@ -163,11 +164,17 @@ def compare_command(
 
 @app.command("demo")
 def demo_command(
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Another recipe than the demo's own.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Another comparison than the demo's own.")] = None,
+    embedders: Annotated[
+        Path | None, typer.Option("--embedders", help="Another recipe of the embedders than the demo's own.")
+    ] = None,
     changes: Set = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a real checkpoint four ways, fine-tune each on long documents, show what was gained and lost.
+    """Long documents with a real checkpoint: as vectors, nothing trained; then a classifier, converted and trained.
+
+    Passages look for their documents first, truncated, in chunks and converted; then the checkpoint and a converted
+    one are fine-tuned on long documents.
 
     Example:
 
@@ -175,9 +182,29 @@ def demo_command(
     """
     with plain_errors():
         need_train_extra("demo")
+        from hf_linear_attn.bench.retrieval.recipe import RetrievalRecipe
+
         loaded = _load_recipe(recipe or shipped_recipe("minilm/sotu_demo.yaml"), changes)
+        first = RetrievalRecipe.from_yaml(embedders or shipped_recipe("minilm/embedder_demo.yaml"))
         check_output(loaded.training.output_dir, overwrite)
-        _run_comparison(loaded, None, "Four attention variants on documents longer than the checkpoint reads")
+        run_embedders(first, Path(loaded.training.output_dir) / "embedders", fresh=True)
+        _run_comparison(loaded, None, "A converted classifier on documents longer than the checkpoint reads")
+
+
+def run_embedders(recipe: RetrievalRecipe, output: Path, fresh: bool) -> None:
+    """Run a retrieval and show it; exit status 1 if a system failed."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from hf_linear_attn.cli.bench_actions import run_retrieval, show_retrieval
+
+    results = run_retrieval(recipe, output, fresh, " ".join(["hf-linear-attn", *sys.argv[1:]]), typer.echo)
+    Console().print(Markdown(show_retrieval(results)))
+    typer.echo(f"Tables: {output / 'retrieval.md'}")
+    if (output / "retrieval.png").is_file():
+        typer.echo(f"Picture: {output / 'retrieval.png'}")
+    if any("failure" in row for row in results["rows"]):
+        raise typer.Exit(code=1)
 
 
 def _run_comparison(recipe: Recipe, variants: list[str] | None, title: str) -> None:

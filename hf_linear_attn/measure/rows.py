@@ -61,7 +61,11 @@ class RowFile:
 
     def has(self, **identity: Any) -> bool:
         """Whether a row with these values is there."""
-        return any(all(row.get(name) == value for name, value in identity.items()) for row in self.rows)
+        return self.find(**identity) is not None
+
+    def find(self, **identity: Any) -> dict[str, Any] | None:
+        """The first row with these values, or None."""
+        return next((row for row in self.rows if all(row.get(n) == value for n, value in identity.items())), None)
 
     def append(self, row: dict[str, Any]) -> None:
         """Keep a row and write it; numbers that are not finite, which JSON does not have, are a failure."""

@@ -1,0 +1,1 @@
+"""Long-document embedders without training: a passage finds the rest of its document, and what that costs."""
