@@ -265,24 +265,24 @@ def test_truncation_fails_where_documents_begin_alike_and_reading_all_succeeds(
         assert long["truncated", length]["tokens_read"] == LIMIT
         assert "decoder" in long["gated", length]["refused"]
     tails = (400 - 16) / 600  # passages that lie beyond the common beginning, about
-    for name in ("softmax", "chunk and average", "longformer window_size=8", "linear"):
+    for name in ("softmax, longer table", "chunk and average", "longformer window_size=8", "linear"):
         row = long[name, 512]
         assert row["top1"]["mean"] > 0.8 * tails, name
         assert row["top1_less"]["truncated"]["low"] > 0
     assert "chunk and average" not in long["chunk and average", 512]["top1_less"]
     short = {row["system"]: row for row in results["rows"] if row["kind"] == "short"}
     assert short["checkpoint"]["cosine"] == pytest.approx(1, abs=1e-4)
-    assert short["softmax"]["cosine"] == pytest.approx(1, abs=1e-4)  # a longer table, the same vectors
+    assert short["softmax, longer table"]["cosine"] == pytest.approx(1, abs=1e-4)  # a longer table, the same vectors
     assert short["linear, interpolated, as published"]["cosine"] < 0.9999
     assert set(short["linear"]["top1_less"]) == {"checkpoint"}
     cost = {(row["system"], row["length"]): row for row in results["rows"] if row["kind"] == "cost"}
-    assert cost["softmax", 512]["seconds"] > cost["truncated", 512]["seconds"] > 0
+    assert cost["softmax, longer table", 512]["seconds"] > cost["truncated", 512]["seconds"] > 0
     assert "refused" in cost["gated", 512]
 
     text = render_retrieval(results)
     assert "21 passages of 16 tokens, 3 from each of 7 documents" in text
     assert "gated (512 tokens): " in text
-    assert "*truncated* finds 0.000; above it `softmax`, `longformer window_size=8`" in verdict(results, 512)
+    assert "*truncated* finds 0.000; above it all 4 that read 512 tokens at a time." in verdict(results, 512)
     assert "*chunk and average* converts nothing" in verdict(results, 512)
     assert "| `truncated` | 64 | 0.000 [0.000, 0.000] |" in render_overview(results, 256)
     lines = render_headline(results, 512).splitlines()
@@ -367,7 +367,7 @@ def test_what_is_quadratic_is_left_out_of_long_documents(recipe: RetrievalRecipe
     recipe = replace(recipe, systems=[SystemRecipe(), SystemRecipe(variant="entmax")], quadratic_up_to=256)
     results = measure_retrieval(recipe, tmp_path, say=silent)
     left = {(row["system"], row["length"]) for row in results["rows"] if "left_out" in row}
-    assert left == {("softmax", 512), ("entmax", 512)}
+    assert left == {("softmax, longer table", 512), ("entmax", 512)}
     more = measure_retrieval(replace(recipe, quadratic_up_to=512), tmp_path, say=silent)
     assert not any("left_out" in row for row in more["rows"])
 
@@ -425,7 +425,7 @@ WRONG = {
     "model: m\nsystems: [{reads: truncated, extend: interpolate}]": "extend: interpolate is of a variant",
     "model: m\nsystems: [{variant: longformer, start: published}]": "'longformer, as published' has nothing to calib",
     "model: m\nsystems: [{start: trained}]": "systems.start has 'trained'; allowed: calibrated, published",
-    "model: m\nsystems: [{}, {}]": "given twice: softmax",
+    "model: m\nsystems: [{}, {}]": "given twice: softmax, longer table",
     "model: m\nsystems: [{name: checkpoint}]": "given twice: checkpoint",
     "model: m\nsystems: [{}]\nlengths: [512, 512]": "recipe.lengths names a length twice",
     "model: m\nsystems: [{}]\nlengths: [0]": "recipe.lengths must be at least 16 each",

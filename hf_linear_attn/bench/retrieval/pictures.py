@@ -26,9 +26,9 @@ def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
         path: of the PNG.
     """
     quality = {n: at(results, "long", n) for n in results["recipe"]["lengths"]}
-    lengths = [n for n, rows in quality.items() if any("top1" in row for row in rows.values())]
-    first = quality[lengths[0]]
-    costs = at(results, "cost", lengths[0])
+    measured = [n for n, rows in quality.items() if any("top1" in row for row in rows.values())]
+    lengths, first = sorted(measured), quality[measured[0]]
+    costs = at(results, "cost", measured[0])
     timed = any("seconds" in row for row in costs.values())
     systems = [
         s for s in results["systems"] if any("top1" in at(results, "long", n).get(s["name"], {}) for n in lengths)
@@ -40,16 +40,18 @@ def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
     subtitle = (
         f"{corpus['queries']:,} passages of {passages['tokens']} tokens, cut out of {corpus['documents']} documents; "
         f"share of passages whose document comes first, with 95% intervals over {corpus['groups']} groups.\n"
-        "Hollow: the method's published start; filled: calibrated on other documents, or nothing to calibrate. Gray: "
-        "the checkpoint as it is."
+        f"Gray: the checkpoint as it is, {corpus['limit']:,} tokens at a time. Blue: reads all of them at a time; "
+        "hollow as published, filled calibrated on other documents, or nothing to calibrate."
     )
     with matplotlib.rc_context(style()):
         figure = new_figure(3.4 + 2.7 * (len(lengths) + timed), 0.27 * len(names) + 2.3, title, subtitle)
         panels: Sequence[Axes] = figure.subplots(1, len(lengths) + timed, sharey=True, squeeze=False)[0]
         for axes, length in zip(panels, lengths, strict=False):
             _quality(axes, results, systems, length)
+            if axes is not panels[0]:
+                axes.sharex(panels[0])
         if timed:
-            _seconds(panels[-1], systems, costs, lengths[0])
+            _seconds(panels[-1], systems, costs, measured[0])
         for axes in panels:
             axes.grid(axis="x")
             axes.spines["left"].set_visible(False)

@@ -184,7 +184,7 @@ class SystemRecipe:
         if self.model is not None:
             return Path(self.model).name
         words = {"truncated": "truncated", "head_tail": "head and tail", "chunks": "chunk and average"}
-        parts = [words.get(self.reads, "softmax") if self.method is None else self.method.name]
+        parts = [words.get(self.reads, "softmax, longer table") if self.method is None else self.method.name]
         parts += [f"overlap {self.overlap}"] * (self.overlap > 0)
         parts += ["interpolated"] * (self.extend == "interpolate")
         parts += ["as published"] * (self.start == "published")

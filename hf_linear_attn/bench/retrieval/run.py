@@ -128,9 +128,9 @@ def _about(system: SystemRecipe) -> dict[str, Any]:
 def _measure(run: _Run) -> Iterator[None]:
     """Measure what is missing; yields before each row. The first length, with all about it, comes before the others."""
     for turn, length in enumerate(run.recipe.lengths):
+        yield from _costs(run, length)
         for identity, system in _planned(run, "long", length):
             yield from _retrieve(run, identity, system)
-        yield from _costs(run, length)
         for short in run.recipe.short_lengths if turn == 0 else ():
             for identity, system in _planned(run, "short", short):
                 yield from _retrieve(run, identity, system)

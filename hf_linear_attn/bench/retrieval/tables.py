@@ -33,30 +33,35 @@ def failed(results: Mapping[str, Any]) -> list[Row]:
 def verdict(results: Mapping[str, Any], length: int) -> str:
     """What the top-1 rates of systems that read a length at a time show, in sentences that the intervals carry."""
     rows, costs = at(results, "long", length), at(results, "cost", length)
-    reads = {system["name"]: system["reads"] for system in results["systems"]}
-    whole = {name: row for name, row in rows.items() if "top1" in row and reads[name] == "whole"}
-    sentences = []
-    for reference in (first_of(results, "truncated"), first_of(results, "chunks")):
-        if reference is None or "top1" not in rows.get(reference, {}) or not whole:
-            continue
-        less = {name: row["top1_less"][reference] for name, row in whole.items()}
-        sides = {
-            "above it": [name for name in whole if less[name]["low"] > 0],
-            "below it": [name for name in whole if less[name]["high"] < 0],
-        }
-        sides["not told apart from it"] = [name for name in whole if not any(name in names for names in sides.values())]
-        found = [f"{side} {_names(names)}" for side, names in sides.items() if names]
-        sentences.append(f"*{reference}* finds {rows[reference]['top1']['mean']:.3f}; {'; '.join(found)}.")
-    chunks = first_of(results, "chunks")
-    if chunks is not None and "seconds" in costs.get(chunks, {}):
-        times = {name: costs[name]["seconds"] for name in whole if "seconds" in costs.get(name, {})}
-        if times:
-            fastest, slowest = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
-            sentences.append(
-                f"*{chunks}* converts nothing and takes {costs[chunks]['seconds']:.2f} s a document; the others "
-                f"between {times[fastest]:.2f} s (`{fastest}`) and {times[slowest]:.2f} s (`{slowest}`)."
-            )
+    systems = [system["name"] for system in results["systems"] if system["reads"] == "whole"]
+    whole = {name: rows[name] for name in systems if "top1" in rows.get(name, {})}
+    truncated, chunks = first_of(results, "truncated"), first_of(results, "chunks")
+    sentences = [
+        f"*{name}* finds {rows[name]['top1']['mean']:.3f}; {_sides(whole, name, length)}."
+        for name in (truncated, chunks)
+        if name is not None and whole and "top1" in rows.get(name, {})
+    ]
+    times = {name: costs[name]["seconds"] for name in whole if "seconds" in costs.get(name, {})}
+    if chunks is not None and times and "seconds" in costs.get(chunks, {}):
+        ends = [f"{times[name]:.2f} s (`{name}`)" for name in (min(times, key=times.get), max(times, key=times.get))]  # type: ignore[arg-type]
+        sentences.append(
+            f"*{chunks}* converts nothing and takes {costs[chunks]['seconds']:.2f} s a document; those take "
+            f"{' to '.join(ends)}."
+        )
     return " ".join(sentences)
+
+
+def _sides(whole: Mapping[str, Row], reference: str, length: int) -> str:
+    """Which systems are above a reference, which below, and which are not told apart from it."""
+    less = {name: row["top1_less"][reference] for name, row in whole.items()}
+    sides = {
+        "above it": [name for name in whole if less[name]["low"] > 0],
+        "below it": [name for name in whole if less[name]["high"] < 0],
+        "not told apart from it": [name for name in whole if less[name]["low"] <= 0 <= less[name]["high"]],
+    }
+    everyone = f"all {len(whole)} that read {length:,} tokens at a time"
+    named = {side: everyone if len(names) == len(whole) > 2 else _names(names) for side, names in sides.items()}
+    return "; ".join(f"{side} {names}" for side, names in named.items() if names)
 
 
 def _names(names: Sequence[str]) -> str:
