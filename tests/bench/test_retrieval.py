@@ -425,6 +425,8 @@ WRONG = {
     "model: m\nsystems: [{reads: truncated, extend: interpolate}]": "extend: interpolate is of a variant",
     "model: m\nsystems: [{variant: longformer, start: published}]": "'longformer, as published' has nothing to calib",
     "model: m\nsystems: [{start: trained}]": "systems.start has 'trained'; allowed: calibrated, published",
+    "model: m\nsystems: [{name: ' '}]": "systems.name must not be blank",
+    "model: m\nsystems: [{name: 3}]": r"systems\[0\].name must be str, got 3",
     "model: m\nsystems: [{}, {}]": "given twice: softmax, longer table",
     "model: m\nsystems: [{name: checkpoint}]": "given twice: checkpoint",
     "model: m\nsystems: [{}]\nlengths: [512, 512]": "recipe.lengths names a length twice",

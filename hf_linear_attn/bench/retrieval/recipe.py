@@ -115,7 +115,8 @@ class SystemRecipe:
             as it can read), `head_tail` (half of them from the document's end) or `chunks` (windows of as many, whose
             vectors are averaged).
         variant: what the checkpoint is converted to, a key or a one-key mapping to options; null for softmax attention.
-        model: a saved model (folder or Hub id), such as a trained embedder, in place of a variant.
+        model: a saved model (folder or Hub id), such as a trained embedder, in place of a variant; the positions of one
+            that is not converted are tiled.
         extend: how positions grow: `tile`, or `interpolate` (stretched to the length that is read).
         start: `calibrated`, or `published` for the variant's own; a variant without anything to calibrate has that.
         overlap: tokens that neighboring windows of `chunks` share.
@@ -136,6 +137,7 @@ class SystemRecipe:
         _check_choice(where, "extend", self.extend, EXTEND)
         _check_choice(where, "start", self.start, STARTS)
         _check_counts(where, self, ("overlap",), at_least=0)
+        _check(self.name is None or bool(self.name.strip()), f"{where}.name must not be blank, got {self.name!r}.")
         given = [name for name in ("variant", "model") if getattr(self, name) is not None]
         _check(len(given) < 2, f"A system has a variant or a model, not both; got {self.variant!r} and {self.model!r}.")
         _check(self.overlap == 0 or self.reads == "chunks", f"overlap is of reads: chunks, got {self.reads!r}.")
