@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import evaluate
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 
+from hf_linear_attn.data import KINDS
 from hf_linear_attn.measure import metrics
-from hf_linear_attn.measure.metrics import BUNDLED_METRICS, Accuracy, MacroF1, load_metrics
+from hf_linear_attn.measure.bundled import Accuracy, MacroF1
+from hf_linear_attn.measure.metrics import BUNDLED_METRICS, check_metrics, load_metrics
 
 
 def draw(seed: int, classes: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -96,22 +100,130 @@ def test_every_metric_describes_itself(name):
     assert set(metric.features) == {"predictions", "references"}
 
 
-def test_unknown_metric_lists_the_bundled_ones(monkeypatch):
+def test_multi_label_f1_equals_scikit_learn():
+    rng = np.random.default_rng(0)
+    references = rng.integers(2, size=(80, 7))
+    references[:, 6] = 0  # a label that is never there
+    predictions = np.where(rng.random((80, 7)) < 0.6, references, 0)
+    found = load_metrics(["multi_label_f1"]).compute(predictions=predictions, references=references.astype(float))
+    for average in ("micro", "macro"):
+        expected = f1_score(references, predictions, average=average, zero_division=0.0)
+        assert found[f"{average}_f1"] == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="apply a threshold first"):
+        load_metrics(["multi_label_f1"]).compute(predictions=[[0.7, 0.1]], references=[[1, 0]])
+
+
+def test_regression_metrics_equal_other_peoples():
+    rng = np.random.default_rng(0)
+    references = rng.normal(size=50)
+    predictions = references + rng.normal(size=50)
+    found = load_metrics(["mse", "pearson"]).compute(predictions=predictions, references=references)
+    assert found["mse"] == pytest.approx(mean_squared_error(references, predictions))
+    assert found["pearson"] == pytest.approx(pearsonr(references, predictions).statistic)
+    assert np.isnan(load_metrics(["pearson"]).compute(predictions=[1.0, 1.0], references=[0.0, 1.0])["pearson"])
+
+
+@pytest.mark.parametrize(
+    ("predicted", "real", "precision", "recall"),
+    [
+        ("B-A I-A O B-B", "B-A I-A O B-B", 1.0, 1.0),
+        ("B-A O O B-B", "B-A I-A O B-B", 1 / 2, 1 / 2),  # the end counts
+        ("B-A B-A", "B-A I-A", 0.0, 0.0),  # one entity is not two
+        ("I-A I-A O", "B-A I-A O", 1.0, 1.0),  # as CoNLL reads it
+        ("B-A I-B", "B-A I-A", 0.0, 0.0),
+        ("O O", "B-A O", 0.0, 0.0),
+        ("O O", "O O", 0.0, 0.0),
+        ("A A O B", "A A O B", 1.0, 1.0),
+        ("B-A O B-B O", "B-A O O O", 1 / 2, 1.0),
+    ],
+)
+def test_entities_are_right_as_a_whole(predicted, real, precision, recall):
+    found = load_metrics(["entity_f1", "token_accuracy"]).compute(
+        predictions=[predicted.split()], references=[real.split()]
+    )
+    assert found["entity_precision"] == pytest.approx(precision)
+    assert found["entity_recall"] == pytest.approx(recall)
+    both = precision + recall
+    assert found["entity_f1"] == pytest.approx(2 * precision * recall / both if both else 0.0)
+    same = [a == b for a, b in zip(predicted.split(), real.split(), strict=True)]
+    assert found["token_accuracy"] == pytest.approx(np.mean(same))
+
+
+def test_token_accuracy_counts_tokens_and_not_documents():
+    found = load_metrics(["token_accuracy"]).compute(
+        predictions=[["O"], ["A", "A", "A"]], references=[["A"], ["A"] * 3]
+    )
+    assert found["token_accuracy"] == 0.75
+    with pytest.raises(ValueError, match="Document 1 has 1 predicted labels and 2 references"):
+        load_metrics(["entity_f1"]).compute(predictions=[["O"], ["O"]], references=[["O"], ["O", "O"]])
+
+
+@pytest.mark.parametrize("name", sorted(BUNDLED_METRICS))
+@pytest.mark.parametrize("task", KINDS)
+def test_a_metric_is_for_its_tasks_alone(name, task):
+    if task in BUNDLED_METRICS[name].tasks:
+        check_metrics([name], task)
+    else:
+        with pytest.raises(ValueError, match=f"'{name}' measures .*, not {task}. For {task}: "):
+            check_metrics([name], task)
+
+
+def test_every_task_has_a_metric():
+    assert {task for metric in BUNDLED_METRICS.values() for task in metric.tasks} == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "No metric was named. Bundled: accuracy, macro_f1"),
+        ("accuracy", "must be a list of names, given 'accuracy'"),
+        ([3], "must be a list of names"),
+        (["acuracy"], "'acuracy' is not bundled. Did you mean 'accuracy'?"),
+        (["org/theirs"], "One of the Hub is named hub:<id>"),
+        (["./x"], "'./x' is not bundled"),
+        (["accuracy", "accuracy"], "named twice"),
+        (["hub:"], "names no metric of the Hub"),
+        (["hub:a/b/c"], "names no metric of the Hub"),
+        (["hub:../x"], "names no metric of the Hub"),
+        (["hub:/tmp/x"], "names no metric of the Hub"),
+        (["hub:x.py"], "is a path here"),
+    ],
+)
+def test_a_name_that_is_no_metric_is_refused_before_anything_runs(names, message):
+    for call in (load_metrics, lambda names: check_metrics(names, "sequence_classification")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(names)
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match=r"The task 'classification' is not known\. Allowed: sequence_classification"):
+        check_metrics(["accuracy"], "classification")
+
+
+@pytest.mark.parametrize("name", ["mine", "hub:mine"])
+def test_a_script_of_this_folder_is_never_run(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.py").write_text("open('ran', 'w')")
+    for call in (load_metrics, lambda names: check_metrics(names, "text")):
+        with pytest.raises(ValueError, match="'mine'"):
+            call([name])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_of_the_hub_go_to_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(metrics.evaluate, "load", lambda name, **options: asked.append(name) or Accuracy(**options))
+    load_metrics(["macro_f1", "hub:org/theirs"])
+    check_metrics(["macro_f1", "hub:theirs"], "sequence_classification")
+    assert asked == ["org/theirs"]
+
     def unreachable(name, **options):
         raise FileNotFoundError("Couldn't find a module script")
 
     monkeypatch.setattr(metrics.evaluate, "load", unreachable)
-    with pytest.raises(ValueError, match=r"'acuracy' is not bundled.*Bundled: accuracy, macro_f1, perplexity"):
-        load_metrics(["accuracy", "acuracy"])
-    with pytest.raises(ValueError, match="No metric was named"):
-        load_metrics([])
-
-
-def test_other_names_go_to_the_hub(monkeypatch):
-    asked = []
-    monkeypatch.setattr(metrics.evaluate, "load", lambda name, **options: asked.append(name) or Accuracy(**options))
-    load_metrics(["accuracy", "org/theirs"])
-    assert asked == ["org/theirs"]
+    with pytest.raises(ValueError, match=r"'hub:theirs' could not be had from the Hub: Couldn't find"):
+        load_metrics(["hub:theirs"])
 
 
 def add_share(process_id: int, cache: str) -> dict[str, float] | None:
