@@ -1,7 +1,8 @@
 """A small model Hub on loopback, for tests that push and pull without a network.
 
 It speaks the part of the Hub's HTTP interface that `huggingface_hub` uses for model repositories: create,
-preupload, git-LFS batch and PUT, commit (NDJSON), branches, model info, tree, resolve (HEAD and GET), whoami.
+preupload, git-LFS batch and PUT, commit (NDJSON), branches, model info, tree, resolve (HEAD and GET), whoami. Datasets
+are read only: `HubServer.add_dataset` makes one, and its repository is called `datasets/<owner>/<name>`.
 Everything is held in memory; each branch has one linear history. Tokens are checked: writing needs a token of
 the namespace's owner, and private repositories answer strangers as if they did not exist, as on the Hub.
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -118,6 +119,14 @@ class HubServer:
         # An empty value counts as "no token" for huggingface_hub and hides the developer's own.
         variables["HF_TOKEN"] = variables["HUGGING_FACE_HUB_TOKEN"] = token or ""
         return variables
+
+    def add_dataset(self, repo_id: str, files: dict[str, bytes], revision: str = "main") -> None:
+        """A public dataset; another `revision` is added beside `main`."""
+        repo = self.repos.setdefault(f"datasets/{repo_id}", Repo(f"datasets/{repo_id}", False, {"main": []}))
+        if not repo.branches["main"]:
+            repo.commit("main", "initial commit", {})
+        repo.branches.setdefault(revision, [])
+        repo.commit(revision, "add files", {path: StoredFile(content, False) for path, content in files.items()})
 
     def head(self, repo_id: str, revision: str = "main") -> Commit:
         """The newest commit of a branch, for assertions."""
@@ -247,6 +256,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._preupload(self._commit(repo, revision), json.loads(body))
             case ["api", "models", owner, name, "commit", revision]:
                 return self._receive_commit(self._repo(f"{owner}/{name}", write=True), revision, body)
+            case ["api", "datasets", owner, name, *rest]:
+                return self._dataset(self._repo(f"datasets/{owner}/{name}"), rest, body)
+            case ["datasets", owner, name, "resolve", revision, *path] if reading and path:
+                return self._resolve(self._repo(f"datasets/{owner}/{name}"), revision, "/".join(path))
             case [owner, name, "info", "lfs", "objects", "batch"] if name.endswith(".git"):
                 self._repo(f"{owner}/{name.removesuffix('.git')}", write=True)
                 return self._lfs_batch(json.loads(body))
@@ -255,6 +268,18 @@ class _Handler(BaseHTTPRequestHandler):
             case [owner, name, "resolve", revision, *path] if reading and path:
                 return self._resolve(self._repo(f"{owner}/{name}"), revision, "/".join(path))
         raise _HubError(404, "", f"This Hub does not serve {self.command} {self.path}")
+
+    def _dataset(self, repo: Repo, rest: list[str], body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        match rest:
+            case [] | ["revision", _]:
+                return self._json(self._info(repo, self._commit(repo, rest[1] if rest else "main")))
+            case ["tree", revision, *path]:
+                return self._tree(repo, revision, "/".join(path))
+            case ["paths-info", revision]:
+                files = self._commit(repo, revision).files
+                asked = parse_qs(body.decode())["paths"]
+                return self._json([self._entry(path, files[path]) for path in asked if path in files])
+        raise _HubError(404, "EntryNotFound", f"This Hub does not serve {self.command} {self.path}")
 
     @staticmethod
     def _json(value: Any, status: int = 200, **headers: str) -> tuple[int, bytes, dict[str, str]]:
@@ -298,7 +323,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(repo: Repo, commit: Commit) -> dict[str, Any]:
         return {
             "_id": hashlib.sha1(repo.repo_id.encode()).hexdigest()[:24],
-            "id": repo.repo_id,
+            "id": repo.repo_id.removeprefix("datasets/"),
             "modelId": repo.repo_id,
             "author": repo.repo_id.split("/")[0],
             "sha": commit.oid,
@@ -325,12 +350,16 @@ class _Handler(BaseHTTPRequestHandler):
                 name = prefix + head
                 entries[name] = {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
                 continue
-            entry = {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
-            if file.is_lfs:
-                entry["oid"] = hashlib.sha1(file.oid.encode()).hexdigest()
-                entry["lfs"] = {"oid": file.oid, "size": len(file.content), "pointerSize": 134}
-            entries[path] = entry
+            entries[path] = self._entry(path, file)
         return self._json(list(entries.values()))
+
+    @staticmethod
+    def _entry(path: str, file: StoredFile) -> dict[str, Any]:
+        entry = {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
+        if file.is_lfs:
+            entry["oid"] = hashlib.sha1(file.oid.encode()).hexdigest()
+            entry["lfs"] = {"oid": file.oid, "size": len(file.content), "pointerSize": 134}
+        return entry
 
     def _branch(self, repo: Repo, branch: str, request: dict[str, Any]) -> tuple[int, bytes, dict[str, str]]:
         if branch in repo.branches:

@@ -1,4 +1,4 @@
-"""Long documents to train and compare on, and the checkpoints that Python packages carry."""
+"""Documents to train and compare on, and the checkpoints that Python packages carry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_linear_attn.data.bag_of_words import bag_of_words_baseline, bag_of_words_correct
+    from hf_linear_attn.data.catalog import CATALOG
     from hf_linear_attn.data.documents import BUNDLED_SOURCES, load_documents
+    from hf_linear_attn.data.kinds import KINDS
     from hf_linear_attn.data.models import (
         BUNDLED_MODELS,
         load_config,
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BUNDLED_MODELS",
     "BUNDLED_SOURCES",
+    "CATALOG",
+    "KINDS",
     "DocumentTask",
     "LongDocumentCollator",
     "bag_of_words_baseline",
@@ -36,7 +40,9 @@ __all__ = [
 _MODULES = {
     "BUNDLED_MODELS": "models",
     "BUNDLED_SOURCES": "documents",
+    "CATALOG": "catalog",
     "DocumentTask": "task",
+    "KINDS": "kinds",
     "LongDocumentCollator": "tokenization",
     "bag_of_words_baseline": "bag_of_words",
     "bag_of_words_correct": "bag_of_words",

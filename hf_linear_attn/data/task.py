@@ -1,4 +1,4 @@
-"""A labeled set of long documents, and how documents are split and thinned without leaking."""
+"""A set of long documents, and how documents are split and thinned without leaking."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ __all__ = ["DocumentTask", "default_cache_dir", "documents_to_dataset", "group_s
 
 logger = logging.getLogger(__name__)
 
-# Candidate splits that are drawn before the most even one is taken.
+# Candidate splits that are drawn before the most even one is taken: fewer where there are many groups, of which any
+# draw is even.
 _SPLIT_CANDIDATES = 200
+_SPLIT_STEPS = 200_000
 
 
 @dataclass(frozen=True)
 class DocumentTask:
-    """Documents to classify.
+    """Documents for a task.
 
     Attributes:
-        name: short name of the task.
-        train: columns `text` (str), `label` (int), `group` (str).
+        name: short name of the documents.
+        train: the columns of `hf_linear_attn.data.kinds.KINDS[kind]`, and `group` (str): what must not be in both
+            parts, a file's name or `<file>:<row>` where nothing better is known. An `IterableDataset` when streamed.
         test: the same columns.
-        label_names: name of each label.
+        label_names: name of each label; the name of the one column of a regression; empty without labels.
         description: what is to be predicted from what, in a sentence or two.
         generated: whether the documents were made by a program for the purpose of testing.
         source: where the documents come from.
-        note: what a reader must know, e.g. that a fallback was taken; empty if nothing.
+        note: what a reader must know, e.g. that a fallback was taken or rows were left out; empty if nothing.
+        kind: the task, a key of `KINDS`.
     """
 
     name: str
@@ -43,10 +47,11 @@ class DocumentTask:
     generated: bool
     source: str
     note: str = ""
+    kind: str = "sequence_classification"
 
     @property
     def num_labels(self) -> int:
-        """Number of classes."""
+        """Number of classes, of labels that may be set, or of numbers to predict."""
         return len(self.label_names)
 
 
@@ -57,7 +62,7 @@ def default_cache_dir() -> Path:
 
 
 def documents_to_dataset(texts: Sequence[str], labels: Sequence[int], groups: Sequence[str]) -> Dataset:
-    """A dataset with the columns that a `DocumentTask` promises."""
+    """A table for sequence classification."""
     return Dataset.from_dict({"text": list(texts), "label": [int(y) for y in labels], "group": list(groups)})
 
 
@@ -66,7 +71,7 @@ def group_split(
 ) -> tuple[list[int], list[int]]:
     """Split documents so that no group is on both sides and every label is.
 
-    Of a fixed number of random candidates the one whose share of test documents is nearest to
+    Of some random candidates the one whose share of test documents is nearest to
     `test_fraction`, overall and for each label, is taken; the result depends on `seed` only.
 
     Args:
@@ -93,7 +98,7 @@ def group_split(
 
     rng = np.random.default_rng(seed)
     best: tuple[float, np.ndarray] | None = None
-    for _ in range(_SPLIT_CANDIDATES):
+    for _ in range(max(1, min(_SPLIT_CANDIDATES, _SPLIT_STEPS // len(names)))):
         order = rng.permutation(len(names))
         # Take a group while it brings the labels, on the whole, nearer to the wanted share.
         chosen = np.zeros(len(names), dtype=bool)
@@ -126,14 +131,17 @@ def _imbalance(taken: np.ndarray, totals: np.ndarray, fraction: float) -> float:
 
 
 def stratified_subset(dataset: Dataset, max_documents: int | None, seed: int) -> Dataset:
-    """At most `max_documents` documents, with the labels' shares kept as well as whole documents allow.
+    """At most `max_documents` documents, with the shares of classes kept as well as whole documents allow.
 
     Raises:
-        ValueError: if `max_documents` is below the number of labels in `dataset`.
+        ValueError: if `max_documents` is below the number of classes in `dataset`.
     """
     if max_documents is None or max_documents >= len(dataset):
         return dataset
-    labels = np.asarray(dataset["label"])
+    # What has no classes is one: lists, numbers of a regression, and indices into choices that differ by document.
+    feature = dataset.features.get("label")
+    classes = "text" in dataset.features and feature is not None and getattr(feature, "dtype", "") == "int64"
+    labels = np.asarray(dataset["label"]) if classes else np.zeros(len(dataset), dtype=np.int64)
     counts = Counter(labels.tolist())
     if max_documents < len(counts):
         raise ValueError(f"max_documents={max_documents} is below the number of labels, {len(counts)}.")

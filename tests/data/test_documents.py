@@ -1,16 +1,14 @@
-"""Generated, installed, local and Hub documents; options and subsets."""
+"""Generated, installed and labeled local documents; options and subsets."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, Value
 
-from hf_linear_attn.data import external
 from hf_linear_attn.data.documents import load_documents
+from hf_linear_attn.data.filler import KEYS
 from hf_linear_attn.data.installed import clean_source
-from hf_linear_attn.data.matching import KEYS
 from hf_linear_attn.data.task import group_split
 
 
@@ -158,50 +156,6 @@ def test_local_folder_with_one_label_is_refused(tmp_path):
     write_folder(tmp_path, {"only": 3})
     with pytest.raises(ValueError, match="at least two subfolders"):
         load_documents(str(tmp_path))
-
-
-def test_hub_dataset_columns_and_string_labels(monkeypatch):
-    rows = {
-        "body": [f"text {i}" for i in range(20)],
-        "topic": ["b", "a"] * 10,
-        "author": [str(i // 2) for i in range(20)],
-    }
-    monkeypatch.setattr(external, "load_dataset", lambda name, config: DatasetDict(train=Dataset.from_dict(rows)))
-    task = load_documents(
-        "org/set",
-        text_column="body",
-        label_column="topic",
-        group_column="author",
-        test_split=None,
-        test_fraction=0.4,
-    )
-    assert task.label_names == ["a", "b"]
-    assert not set(task.train["group"]) & set(task.test["group"])
-    assert set(task.train.column_names) == {"text", "label", "group"}
-    with pytest.raises(ValueError, match=r"no column 'text'. Available: body, topic, author"):
-        load_documents("org/set", label_column="topic", test_split=None)
-    with pytest.raises(ValueError, match=r"no split \['test'\]. Available: train"):
-        load_documents("org/set", text_column="body", label_column="topic")
-
-
-def test_unlabeled_rows_of_a_hub_dataset_are_dropped(monkeypatch):
-    from datasets import ClassLabel
-
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
-    full = Dataset.from_dict({"text": ["p", "q", "r"], "label": [0, 1, -1]}, features=features)
-    monkeypatch.setattr(external, "load_dataset", lambda name, config: DatasetDict(train=full, test=full))
-    task = load_documents("org/set")
-    assert task.label_names == ["no", "yes"]
-    assert list(task.test["text"]) == ["p", "q"]
-
-
-def test_unreachable_hub_id_names_what_there_is(monkeypatch):
-    def unreachable(name, config):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(external, "load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"auto, sotu, matching, installed-sources.*no network"):
-        load_documents("org/set")
 
 
 def test_subsets_keep_every_label_and_the_shares(tmp_path):
