@@ -90,13 +90,13 @@ def _generate(
         said = _SAID.format(key=key)
         context = " ".join([*words[:place], said, *words[place:]])
         asked = f"{context} {_QUESTION} {_CLOSING}"
-        row: dict[str, Any] = {"group": f"document {index}, key at {place / len(words):.0%}"}
+        row: dict[str, Any]
         if task == "sequence_classification":
-            row |= {"text": asked, "label": int(label)}
+            row = {"text": asked, "label": int(label)}
         elif task == "text":
-            row |= {"text": f"{asked} {key}."}
+            row = {"text": f"{asked} {key}."}
         else:
             start = context.index(said) + said.index(key)
-            row |= {"question": _QUESTION, "context": context, "answers": {"text": [key], "answer_start": [start]}}
-        rows.append(row)
+            row = {"question": _QUESTION, "context": context, "answers": {"text": [key], "answer_start": [start]}}
+        rows.append({**row, "group": f"document {index}, key at {place / len(words):.0%}"})
     return Dataset.from_list(rows, features=Features({**KINDS[task], "group": Value("string")}))

@@ -105,17 +105,17 @@ def _generate(
         context = " ".join([*pieces, *words[start:]])
         question = _QUESTION.format(key=keys[0])
         asked = f"{context} {question} The {keys[0]} is in the"
-        row: dict[str, Any] = {"group": f"document {index}"}
+        row: dict[str, Any]
         if task == "sequence_classification":
-            row |= {"text": asked, "label": int(label)}
+            row = {"text": asked, "label": int(label)}
         elif task == "text":
-            row |= {"text": f"{asked} {given[0]}."}
+            row = {"text": f"{asked} {given[0]}."}
         else:
             answer = context.index(said[keys[0]]) + said[keys[0]].rindex(given[0])
-            row |= {
+            row = {
                 "question": question,
                 "context": context,
                 "answers": {"text": [given[0]], "answer_start": [answer]},
             }
-        rows.append(row)
+        rows.append({**row, "group": f"document {index}"})
     return Dataset.from_list(rows, features=Features({**KINDS[task], "group": Value("string")}))
