@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_linear_attn.data.sotu import SotuUnavailableError, fetch_sotu, read_sotu
+from hf_linear_attn.data.npm import PackageUnavailableError
+from hf_linear_attn.data.sotu import fetch_sotu, read_sotu
 from hf_linear_attn.data.task import group_split
 
 __all__ = ["KEYS", "Filler", "make_filler"]
@@ -86,7 +87,7 @@ def make_filler(
 
     Raises:
         ValueError: for an option outside its range.
-        SotuUnavailableError: with `filler="sotu"` where the addresses cannot be had.
+        PackageUnavailableError: with `filler="sotu"` where the addresses cannot be had.
     """
     low, high = (num_words, num_words) if isinstance(num_words, int) else tuple(num_words)
     if not 1 <= low <= high:
@@ -97,7 +98,7 @@ def make_filler(
         return Filler(low, high, None, "")
     try:
         return Filler(low, high, _sotu_pools(seed, cache_dir, without), "")
-    except SotuUnavailableError as error:
+    except PackageUnavailableError as error:
         if filler == "sotu":
             raise
         note = f"The filler is made of generated words, because running text could not be had: {error}"

@@ -90,16 +90,23 @@ def collect_labels(kind: str, features: Features | None, column: str, rows: Iter
         return Labels(list(inner.names), {index: index for index in range(inner.num_classes)})
     found: dict[Any, str] = {}
     entries = 0  # of a document's list with one entry for each label
+    lengths = set()
     for where, value in rows:
         try:
             if kind == "multi_label_classification" and _is_one_hot(value):
                 entries = entries or len(value)
             elif several:
+                lengths.add(len(_entries(value)))
                 found |= {_key(entry): where for entry in _entries(value) if entry != IGNORED_TOKEN}
             else:
                 found[_key(value)] = where
         except UnfitError as error:
             raise ValueError(f"{where}, column {column!r} {error}.") from None
+    if kind == "multi_label_classification" and set(found) == {0, 1} and lengths == {2}:
+        raise ValueError(
+            f"The column {column!r} holds two whole numbers, 0 or 1, in every row, which may be labels or one entry "
+            "for each: write names for labels, or 0.0 and 1.0 for entries."
+        )
     if entries and not found:
         return Labels([f"label {index}" for index in range(entries)], one_hot=True)
     if len({isinstance(value, str) for value in found}) > 1:

