@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_linear_attn import __version__
 from hf_linear_attn.data.tables import Part, Place, Sides
 
 __all__ = ["Flatten", "builder_names", "hub_sides"]
@@ -27,7 +28,8 @@ def builder_names() -> set[str]:
 
 def hub_sides(
     name: str,
-    known: Sequence[str],
+    bundled: Sequence[str],
+    catalog: Sequence[str] = (),
     *,
     config_name: str | None = None,
     revision: str | None = None,
@@ -41,7 +43,8 @@ def hub_sides(
 
     Args:
         name: id on the Hub.
-        known: names that are no Hub ids, for the message.
+        bundled: names of bundled sources, for messages.
+        catalog: names of the catalog, likewise.
         config_name: configuration of the dataset.
         revision: branch, tag or commit.
         train_split: split to train on.
@@ -54,10 +57,13 @@ def hub_sides(
         FileNotFoundError: where the Hub has no such dataset or cannot be reached.
         ValueError: for a name that cannot be an id, a dataset that needs a script, an unknown configuration or split.
     """
+    close = difflib.get_close_matches(name, [*bundled, *catalog], n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    no_other = f"{name!r} is none of {', '.join(bundled)}, no name of the catalog, no local file or folder{hint}"
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is {_none_of(name, known)}, and cannot be the id of a dataset: {error}") from None
+        raise ValueError(f"{no_other}, and cannot be the id of a dataset: {error}") from None
     asked: dict[str, Any] = {"streaming": streaming, "revision": revision}
     try:
         if data_files is None:
@@ -66,9 +72,7 @@ def hub_sides(
             urls = {split: f"hf://datasets/{name}/{path}" for split, path in data_files.items()}
             loaded = load_dataset("json", data_files=urls, streaming=streaming)
     except OSError as error:  # DatasetNotFoundError and ConnectionError among them
-        raise FileNotFoundError(
-            f"{name!r} is {_none_of(name, known)}, and could not be loaded from the Hub: {_first_line(error)}"
-        ) from error
+        raise FileNotFoundError(f"{no_other}, and could not be loaded from the Hub: {_first_line(error)}") from error
     except RuntimeError as error:
         if "script" not in str(error):
             raise
@@ -94,12 +98,12 @@ def hub_sides(
 
 def _flattened(rows: Any, flatten: Flatten, streaming: bool) -> Dataset | IterableDataset:
     maker = IterableDataset if streaming else Dataset
-    return maker.from_generator(flatten, gen_kwargs={"rows": rows})
+    return maker.from_generator(_generate, gen_kwargs={"flatten": flatten, "rows": rows, "version": __version__})
 
 
-def _none_of(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"none of {', '.join(known)}, no local file or folder" + (f" (did you mean {close[0]!r}?)" if close else "")
+def _generate(flatten: Flatten, rows: Any, version: str) -> Iterator[dict[str, Any]]:
+    """The plain rows; `version` is part of the key under which `datasets` keeps them."""
+    yield from flatten(rows)
 
 
 def _first_line(error: BaseException) -> str:

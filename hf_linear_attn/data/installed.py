@@ -51,7 +51,6 @@ def installed_sources_task(
     files_per_package: int = 80,
     min_words: int = 600,
     test_fraction: float = 0.3,
-    note: str = "",
 ) -> DocumentTask:
     """Predict which installed package a source file belongs to; no folder of a package is in both parts.
 
@@ -61,7 +60,6 @@ def installed_sources_task(
         files_per_package: at most so many files of each.
         min_words: shortest file, in words, after cleaning.
         test_fraction: wanted share of test documents.
-        note: what a reader must know.
 
     Raises:
         ValueError: if fewer than two packages can serve, or a named one cannot.
@@ -104,7 +102,6 @@ def installed_sources_task(
         "and the packages' own names are removed, and folders in the test part are not in the training part.",
         generated=False,
         source="source files of the installed packages " + ", ".join(used),
-        note=note,
     )
 
 

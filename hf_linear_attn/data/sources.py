@@ -91,10 +91,10 @@ def find_source(
     if not isinstance(drop_empty, bool):
         raise ValueError(f"drop_empty must be true or false, given {drop_empty!r}.")
     if where == "hub":
-        sides = hub_sides(source, [*bundled, *CATALOG], streaming=streaming, **own)
+        sides = hub_sides(source, bundled, tuple(CATALOG), streaming=streaming, **own)
         return Source(sides, fields, source, f"Hugging Face Hub: {source}", **shared)
     if where == "catalog":
-        return _of_catalog(source, kind, fields, shared, streaming)
+        return _of_catalog(source, kind, fields, shared, bundled, streaming)
     unit = own.get("sample_by", "document")
     if unit not in UNITS:
         raise ValueError(name_and_allowed("sample_by", unit, UNITS))
@@ -108,13 +108,15 @@ def find_source(
     return Source(sides, fields, name, f"local file(s) {name}", **shared)
 
 
-def _of_catalog(name: str, kind: str, fields: Mapping[str, str], options: Mapping[str, Any], streaming: bool) -> Source:
+def _of_catalog(
+    name: str, kind: str, fields: Mapping[str, str], options: Mapping[str, Any], bundled: Sequence[str], streaming: bool
+) -> Source:
     entry = CATALOG[name]
     if fields:
         raise ValueError(f"The catalog says the fields of {name!r}; give its id, {entry.hub_id!r}, to map others.")
     if kind not in (entry.task, "text"):
         raise ValueError(f"{name!r} is a set for {entry.task} (or text), given task={kind!r}.")
-    sides = hub_sides(entry.hub_id, (), streaming=streaming, **entry.where(kind))
+    sides = hub_sides(entry.hub_id, bundled, streaming=streaming, **entry.where(kind))
     about = f"Hugging Face Hub: {entry.hub_id} ({entry.license or 'license unknown'})"
     return Source(sides, entry.fields_for(kind), name, about, **options)
 

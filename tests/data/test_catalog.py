@@ -16,7 +16,8 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from hf_linear_attn.data import CATALOG, KINDS
+from hf_linear_attn.data import BUNDLED_SOURCES, CATALOG, KINDS
+from hf_linear_attn.measure.metrics import BUNDLED_METRICS
 from tests.hub_server import HubServer, run_hub_server
 
 ROOT = Path(__file__).parents[2]
@@ -241,7 +242,7 @@ def test_a_dataset_by_its_id(loaded):
     [
         ("no test split", "ValueError: The dataset 'org/rows' has no split ['test']. Available: train."),
         ("script", "ValueError: The dataset 'org/script' is made by a script of its own, which is not run."),
-        ("nowhere", "FileNotFoundError: 'org/nowhere' is none of auto, sotu, matching"),
+        ("nowhere", "FileNotFoundError: 'org/nowhere' is none of auto, sotu, mails, novel, matching"),
         ("config", "'plain' not found. Available: ['plain_text', 'other']"),
         ("no config", "the available configs: ['plain_text', 'other']"),
         ("close", "(did you mean 'imdb'?), and could not be loaded from the Hub"),
@@ -259,3 +260,9 @@ def test_an_entry_describes_itself(name):
     assert len(entry.hub_id.split("/")) == 2
     assert entry.title[0].isupper() or entry.title[0].isdigit()
     assert entry.lengths is None or "(" in entry.lengths, "length statistics name their source"
+
+
+def test_the_recipes_say_what_there_is():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    for name in (*CATALOG, *BUNDLED_SOURCES, *KINDS, *BUNDLED_METRICS):
+        assert f"`{name}`" in text, name
