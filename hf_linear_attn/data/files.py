@@ -98,6 +98,8 @@ def folder_sides(folder: Path, kind: str, *, sample_by: str, streaming: bool) ->
             "the files that are meant, source: {train: ..., test: ...}."
         )
     if not tables and kind == "sequence_classification":
+        if sample_by != "document":
+            raise ValueError(f"sample_by={sample_by} serves texts without labels; a text of {folder} is one document.")
         return _label_folders(folder), ""
     if not found:
         raise ValueError(f"{folder} holds no file that can be read: {', '.join(FORMATS)}.")
@@ -109,33 +111,36 @@ def folder_sides(folder: Path, kind: str, *, sample_by: str, streaming: bool) ->
 
 
 def _by_name(files: list[Path], folder: Path) -> tuple[dict[str, list[Path]], str]:
-    """Train and test files by the words of their names; all of them as training files where there is no test file."""
+    """Train and test files by their names; all of them as training files where none is named as a test file."""
     said: dict[str, list[Path]] = {"train": [], "validation": [], "test": [], "": []}
     for file in files:
-        parts = file.relative_to(folder).parts
-        # The outermost folder decides before the file's own name; a folder inside it is a label or a shelf.
-        places = [parts[0], file.stem] if len(parts) > 1 else [file.stem]
-        named = (part for place in places for part, words in _WORDS.items() if words & _words(place))
-        said[next(named, "")].append(file)
+        said[_part_of(file.relative_to(folder))].append(file)
     note = ""
     if said["validation"] and said["test"]:
         note = f"{len(said['validation'])} validation file(s) were left out: there are test files."
     elif said["validation"] and said["train"]:
         note = "The validation files are the test part."
         said["test"] = said["validation"]
+    held_out = said["test"] or said["validation"]
+    if held_out and said[""]:
+        named, unnamed = (files[0].relative_to(folder) for files in (held_out, said[""]))
+        raise ValueError(
+            f"{folder} holds {named} and {unnamed}, whose name says no part: name the files that are meant, "
+            "source: {train: ..., test: ...}."
+        )
     if said["train"] and said["test"]:
-        if said[""]:
-            name = said[""][0].relative_to(folder)
-            raise ValueError(
-                f"{folder} holds training and test files, and {name}, whose name says neither: name the files that "
-                "are meant, source: {train: ..., test: ...}."
-            )
         return {"train": said["train"], "test": said["test"]}, note
     return {"train": files}, ""
 
 
-def _words(name: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", name.lower()))
+def _part_of(file: Path) -> str:
+    """The part that a name says, the outermost folder's first; a text's title may hold any word and says none."""
+    for place in (*file.parts[:-1], file.stem):
+        words = {place.lower()} if file.suffix.lower() == ".txt" else set(re.findall(r"[a-z]+", place.lower()))
+        for part, known in _WORDS.items():
+            if words & known:
+                return part
+    return ""
 
 
 def _label_folders(folder: Path) -> Sides:
@@ -175,8 +180,10 @@ def _read(files: Sequence[Path], root: Path | None, sample_by: str, streaming: b
     for file in files:
         if file.suffix.lower() not in FORMATS:
             raise ValueError(f"{file} cannot be read: its name ends in none of {', '.join(FORMATS)}.")
-        if file.stat().st_size == 0:
+        if file.stat().st_size == 0 and not (file.suffix.lower() == ".txt" and sample_by == "document"):
             raise ValueError(f"{file} is empty.")
+        if file.suffix.lower() != ".txt" and sample_by != "document":
+            raise ValueError(f"sample_by={sample_by} cuts .txt files; {file} is a table, whose rows are documents.")
     names = {file: file.relative_to(root).as_posix() if root else file.name for file in files}
     whole = [file for file in files if file.suffix.lower() == ".txt" and sample_by == "document"]
     parts = [Part(Place(names[file]), _load([file], sample_by, streaming)) for file in files if file not in set(whole)]

@@ -87,7 +87,9 @@ def collect_labels(kind: str, features: Features | None, column: str, rows: Iter
     several = kind != "sequence_classification"
     inner = getattr(feature, "feature", None) if several else feature
     if isinstance(inner, ClassLabel):
-        return Labels(list(inner.names), {index: index for index in range(inner.num_classes)})
+        names = list(inner.names)
+        by_name: dict[Any, int] = {name: index for index, name in enumerate(names)}  # as another file may write them
+        return Labels(names, by_name | {index: index for index in range(len(names))})
     found: dict[Any, str] = {}
     entries = 0  # of a document's list with one entry for each label
     lengths = set()
@@ -115,8 +117,8 @@ def collect_labels(kind: str, features: Features | None, column: str, rows: Iter
         raise ValueError(
             f"The column {column!r} has fewer than two labels in the training part: {_some(map(str, found))}."
         )
-    names = sorted(found)
-    return Labels([str(name) for name in names], {name: index for index, name in enumerate(names)})
+    ordered = sorted(found)
+    return Labels([str(name) for name in ordered], {name: index for index, name in enumerate(ordered)})
 
 
 def _is_one_hot(value: Any) -> bool:

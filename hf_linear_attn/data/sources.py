@@ -11,7 +11,7 @@ from typing import Any, Literal
 from hf_linear_attn.data.catalog import CATALOG
 from hf_linear_attn.data.external import builder_names, hub_sides
 from hf_linear_attn.data.files import FORMATS, UNITS, file_sides, folder_sides
-from hf_linear_attn.data.kinds import name_and_allowed
+from hf_linear_attn.data.kinds import KINDS, name_and_allowed
 from hf_linear_attn.data.tables import Sides
 
 __all__ = ["Source", "check_options", "find_source"]
@@ -90,6 +90,8 @@ def find_source(
         raise ValueError(f"test_fraction must be between 0 and 1, given {fraction!r}.")
     if not isinstance(drop_empty, bool):
         raise ValueError(f"drop_empty must be true or false, given {drop_empty!r}.")
+    if drop_empty and "text" not in KINDS[kind]:
+        raise ValueError(f"drop_empty serves tasks with a column text, given task={kind!r}.")
     if where == "hub":
         sides = hub_sides(source, bundled, tuple(CATALOG), streaming=streaming, **own)
         return Source(sides, fields, source, f"Hugging Face Hub: {source}", **shared)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets.exceptions import DatasetsError
-from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled, logging
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from hf_linear_attn.data.kinds import KINDS, LABEL_OF, find_columns
 from hf_linear_attn.data.labels import Labels, collect_labels, is_missing
@@ -64,7 +64,7 @@ class Sides:
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
     """No progress bars of `datasets`, for what is local takes seconds, and no lines in its log beside our errors."""
-    shown, verbosity = is_progress_bar_enabled(), logging.get_verbosity()
+    shown, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -113,10 +113,10 @@ def to_tables(
         notes.append(f"{empty} rows without text were left out.")
     if test is None:
         grouped = "group" in columns[id(parts[0])]
-        train, test = _split(train, kind, grouped=grouped, seed=seed, share=test_fraction)
-    for side, name in ((train, "training"), (test, "test")):
+        train, test = _split(train, kind, labels.names, grouped=grouped, seed=seed, share=test_fraction)
+    for side, named in ((train, sides.train), (test, sides.test or sides.train)):
         if len(side) == 0:
-            raise ValueError(f"The {name} part of {parts[0].place.name} holds no rows.")
+            raise ValueError(f"Nothing is left of {', '.join(part.place.name for part in named)}. {' '.join(notes)}")
     return train, test, labels.names, " ".join(notes)
 
 
@@ -242,17 +242,24 @@ def _labels(sides: Sides, kind: str, columns: Mapping[int, Mapping[str, str]]) -
     return collect_labels(kind, sides.train[0].rows.features, column, values), unlabeled
 
 
-def _split(table: Dataset, kind: str, *, grouped: bool, seed: int, share: float) -> tuple[Dataset, Dataset]:
+def _split(
+    table: Dataset, kind: str, names: Sequence[str], *, grouped: bool, seed: int, share: float
+) -> tuple[Dataset, Dataset]:
     """Split so that no group is on both sides, nor a context that several questions are asked about."""
-    labels = table["label"] if kind == "sequence_classification" else [0] * len(table)
+    labels = list(table["label"]) if kind == "sequence_classification" else [0] * len(table)
     groups = list(table["group"])
     if "context" in table.column_names and not grouped:
         seen: dict[int, int] = {}
-        groups = [seen.setdefault(hash(context), len(seen)) for context in table["context"]]
-    if len(set(groups)) < 2:
-        raise ValueError(
-            f"One document (or group) cannot be split into a training and a test part: {table['group'][0]}. Name two "
-            "parts, source: {train: ..., test: ...}, or cut texts with the option sample_by=paragraph."
-        )
-    train, test = group_split(list(labels), [str(group) for group in groups], share, seed)
+        groups = [str(seen.setdefault(hash(context), len(seen))) for context in table["context"]]
+    by_label: dict[int, set[str]] = {}
+    for label, group in zip(labels, groups, strict=True):
+        by_label.setdefault(label, set()).add(group)
+    for label, found in by_label.items():
+        if len(found) < 2:
+            what = f"The label {names[label]!r} occurs in" if kind == "sequence_classification" else "There is"
+            raise ValueError(
+                f"{what} one document (or group) only, {table['group'][labels.index(label)]}, which cannot be split "
+                "into two parts. Name them, source: {train: ..., test: ...}, or cut texts with sample_by=paragraph."
+            )
+    train, test = group_split(labels, groups, share, seed)
     return table.select(train), table.select(test)

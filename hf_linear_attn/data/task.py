@@ -117,7 +117,7 @@ def group_split(
         single = [int(y) for y in np.flatnonzero(present) if (counts[:, y] > 0).sum() < 2]
         raise ValueError(
             f"Cannot split {len(label_array)} documents in {len(names)} groups with every label in both parts"
-            + (f": label(s) {single} occur in one group only." if single else ".")
+            + (f": label(s) {single} occur in one group only." if single else "; a test_fraction nearer to 0.5 may do.")
         )
     in_test = best[1][group_array]
     return np.flatnonzero(~in_test).tolist(), np.flatnonzero(in_test).tolist()

@@ -142,6 +142,7 @@ def test_a_labeled_source_as_text(tmp_path):
         ("train-00000-of-00001.jsonl", "dev.jsonl"),
         ("train/a.jsonl", "test/a.jsonl"),
         ("corpus_train.jsonl", "corpus_eval.jsonl"),
+        ("data/train/1.jsonl", "data/test/1.jsonl"),
     ],
 )
 def test_a_folder_says_its_parts(tmp_path, train, test):
@@ -188,6 +189,26 @@ def test_a_folder_of_unlabeled_texts(tmp_path):
         load_documents(str(tmp_path / "books"), task="regression")
 
 
+def test_titles_of_texts_say_no_part(tmp_path):
+    for title in ("The Great Train Robbery", "A Test of Time", "Emma", "Dev Notes"):
+        (tmp_path / f"{title}.txt").write_text("Once.")
+    assert len(load_documents(tmp_path, task="text").train) == 3
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    for part, title in (("train", "A Test of Time"), ("train", "Emma"), ("test", "The Great Train Robbery")):
+        (tmp_path / f"{title}.txt").rename(tmp_path / part / f"{title}.txt")
+    (tmp_path / "Dev Notes.txt").unlink()
+    assert list(load_documents(tmp_path, task="text").test["group"]) == ["test/The Great Train Robbery.txt"]
+
+
+def test_streaming_a_folder_of_texts(tmp_path):
+    for index in range(6):
+        (tmp_path / f"{index}.txt").write_text(f"Text {index}" if index != 4 else "")
+    made = load_documents(tmp_path, task="text", streaming=True, max_test_documents=2, drop_empty=True)
+    assert list(made.test["group"]) == ["0.txt", "1.txt"]
+    assert [(row["group"], row["text"]) for row in made.train] == [(f"{i}.txt", f"Text {i}") for i in (2, 3, 5)]
+
+
 def test_label_folders_serve_as_text_too(tmp_path):
     for part, label in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
         (tmp_path / "d" / part / label).mkdir(parents=True)
@@ -195,6 +216,8 @@ def test_label_folders_serve_as_text_too(tmp_path):
     made = load_documents(str(tmp_path / "d"), task="text")
     assert list(made.train["group"]) == ["train/a/1.txt", "train/b/1.txt"]
     assert list(load_documents(str(tmp_path / "d")).test["group"]) == ["a/1.txt", "b/1.txt"]
+    with pytest.raises(ValueError, match="sample_by=line serves texts without labels"):
+        load_documents(str(tmp_path / "d"), sample_by="line")
 
 
 @pytest.mark.parametrize(("unit", "count"), [("line", 5), ("paragraph", 3)])
@@ -204,7 +227,9 @@ def test_one_text_file_is_cut_as_asked(tmp_path, unit, count):
     made = load_documents(str(path), task="text", sample_by=unit, drop_empty=True)
     assert len(made.train) + len(made.test) == count
     assert made.note == ("2 rows without text were left out." if unit == "line" else "")
-    with pytest.raises(ValueError, match=r"One document .* cannot be split.*novel\.txt.*sample_by=paragraph"):
+    with pytest.raises(
+        ValueError, match=r"one document .* only, novel\.txt, which cannot be split.*sample_by=paragraph"
+    ):
         load_documents(str(path), task="text")
 
 
@@ -239,6 +264,8 @@ def test_class_labels_keep_their_names(tmp_path):
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
     made = load_documents(str(tmp_path / "a.parquet"))
     assert made.label_names == ["z", "a", "unused"]
+    test = write(tmp_path / "b.jsonl", [{"text": "by name", "label": "a"}])
+    assert list(load_documents({"train": str(tmp_path / "a.parquet"), "test": test}).test["label"]) == [1]
     made = load_documents(str(tmp_path / "a.parquet"), task="multi_label_classification", fields={"label": "labels"})
     assert made.label_names == ["z", "a", "unused"]
     assert made.train["label"][0] in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])

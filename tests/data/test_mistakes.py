@@ -136,7 +136,33 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another encoding": ({"source": "{d}/latin.txt", "task": "text"}, ValueError, "latin.txt is not UTF-8 text"),
     "an empty folder": ({"source": "{d}/none", "task": "text"}, ValueError, "holds no file that can be read"),
     "tables and texts": ({"source": "{d}/mixed"}, ValueError, "holds tables (a.jsonl) and texts (readme.txt)"),
-    "a file of no part": ({"source": "{d}/three"}, ValueError, "more.jsonl, whose name says neither"),
+    "a file of no part": ({"source": "{d}/three"}, ValueError, "more.jsonl, whose name says no part"),
+    "a test file and another": (
+        {"source": "{d}/two"},
+        ValueError,
+        "holds test.jsonl and more.jsonl, whose name says no part",
+    ),
+    "one row of a label": (
+        {"source": "{d}/rare.jsonl"},
+        ValueError,
+        "The label 'rare' occurs in one document (or group) only, rare.jsonl:5, which cannot be split",
+    ),
+    "too few of a label": ({"source": "{d}/few.jsonl"}, ValueError, "a test_fraction nearer to 0.5 may do"),
+    "nothing to test": (
+        {"source": {"train": "{d}/good.jsonl", "test": "{d}/unlabeled.jsonl"}},
+        ValueError,
+        "Nothing is left of unlabeled.jsonl. 1 test rows without a label were left out.",
+    ),
+    "cutting a table": (
+        {"sample_by": "line", "task": "text"},
+        ValueError,
+        "good.jsonl is a table, whose rows are",
+    ),
+    "dropping questions": (
+        {"drop_empty": True, "task": "question_answering"},
+        ValueError,
+        "drop_empty serves tasks with a column text",
+    ),
     "a task": ({"task": "sequence_clasification"}, ValueError, "Did you mean 'sequence_classification'?"),
     "a field": (
         {"fields": {"txt": "text"}},
@@ -216,6 +242,9 @@ def folder(tmp_path_factory) -> Path:
         "ragged.csv": "text,label\na,1\nb,2,3,4\n",
         "body.jsonl": '{"body": "a", "label": 1}\n',
         "pairs.jsonl": '{"text": "a", "label": [1, 0]}\n{"text": "b", "label": [0, 1]}\n',
+        "rare.jsonl": "".join(f'{{"text": "{i}", "label": "{"rare" if i == 4 else "a"}"}}\n' for i in range(6)),
+        "few.jsonl": "".join(f'{{"text": "{i}", "label": {i % 2}}}\n' for i in range(4)),
+        "unlabeled.jsonl": '{"text": "a", "label": null}\n',
         "kinds.jsonl": '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n',
     }.items():
         (made / name).write_text(content)
@@ -223,6 +252,7 @@ def folder(tmp_path_factory) -> Path:
     for name, files in {
         "mixed": ["a.jsonl", "readme.txt"],
         "three": ["train.jsonl", "test.jsonl", "more.jsonl"],
+        "two": ["test.jsonl", "more.jsonl"],
     }.items():
         (made / name).mkdir()
         for file in files:
