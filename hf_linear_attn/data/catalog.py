@@ -32,6 +32,7 @@ class CatalogEntry:
         data_files: split -> file, where the repository's own splits need a script.
         flatten: makes plain columns of nested ones, for `task`.
         flatten_text: likewise for `"text"`, where it differs.
+        drop_empty: some of its texts are empty, and are left out with a note.
         license: as the card names it; None where it names none.
         lengths: documents and their lengths, with the source of the figures; None where not known.
         unconfirmed: what could not be confirmed.
@@ -48,6 +49,7 @@ class CatalogEntry:
     data_files: Mapping[str, str] | None = None
     flatten: Flatten | None = None
     flatten_text: Flatten | None = None
+    drop_empty: bool = False
     license: str | None = None
     lengths: str | None = None
     unconfirmed: str = ""
@@ -120,6 +122,7 @@ CATALOG: dict[str, CatalogEntry] = {
         title="Posts to 20 newsgroups without headers, signatures and quotations, split by date",
         task=_CLASSES,
         hub_id="SetFit/20_newsgroups",
+        drop_empty=True,  # nothing is left of some posts
         lengths="about 18,000 posts (card)",
         unconfirmed="columns text and label are those of a copy of it, rasgaard/20_newsgroups",
     ),

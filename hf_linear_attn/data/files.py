@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,9 +56,16 @@ def file_sides(source: Path | Sequence[Any] | Mapping[str, Any], *, sample_by: s
         )
         if both:
             raise ValueError(f"{both[0]} is named as training and as test file; a test on it would tell nothing.")
-        read = {name: _read(files, None, sample_by, streaming) for name, files in parts.items()}
+        root = _shared_folder([file for files in parts.values() for file in files])
+        read = {name: _read(files, root, sample_by, streaming) for name, files in parts.items()}
         return Sides(read["train"], read.get("test"))
-    return Sides(_read(_listed(source, "train"), None, sample_by, streaming))
+    files = _listed(source, "train")
+    return Sides(_read(files, _shared_folder(files), sample_by, streaming))
+
+
+def _shared_folder(files: Sequence[Path]) -> Path:
+    """Where names of files start: no two of them are alike from there."""
+    return Path(os.path.commonpath([file.absolute().parent for file in files]))
 
 
 def _listed(files: Any, part: str) -> list[Path]:
@@ -175,7 +184,7 @@ def _read_text(file: Path) -> str:
         raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
 
 
-def _read(files: Sequence[Path], root: Path | None, sample_by: str, streaming: bool) -> list[Part]:
+def _read(files: Sequence[Path], root: Path, sample_by: str, streaming: bool) -> list[Part]:
     """One part for each table, one for all texts that are a document each."""
     for file in files:
         if file.suffix.lower() not in FORMATS:
@@ -184,12 +193,12 @@ def _read(files: Sequence[Path], root: Path | None, sample_by: str, streaming: b
             raise ValueError(f"{file} is empty.")
         if file.suffix.lower() != ".txt" and sample_by != "document":
             raise ValueError(f"sample_by={sample_by} cuts .txt files; {file} is a table, whose rows are documents.")
-    names = {file: file.relative_to(root).as_posix() if root else file.name for file in files}
+    names = {file: file.absolute().relative_to(root.absolute()).as_posix() for file in files}
     whole = [file for file in files if file.suffix.lower() == ".txt" and sample_by == "document"]
     parts = [Part(Place(names[file]), _load([file], sample_by, streaming)) for file in files if file not in set(whole)]
     if whole:
-        rows = _load(whole, sample_by, streaming)
-        parts.append(Part(Place(root.name if root else whole[0].name, [names[file] for file in whole]), rows))
+        place = Place(names[whole[0]], [names[file] for file in whole])
+        parts.append(Part(place, _load(whole, sample_by, streaming)))
     return parts
 
 
@@ -201,7 +210,12 @@ def _load(files: Sequence[Path], sample_by: str, streaming: bool) -> Any:
     try:
         with quiet_datasets():
             return load_dataset(
-                builder, data_files=[str(file) for file in files], split="train", streaming=streaming, **options
+                # Names are patterns to it.
+                builder,
+                data_files=[glob.escape(str(file)) for file in files],
+                split="train",
+                streaming=streaming,
+                **options,
             )
     except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
         if builder == "text":

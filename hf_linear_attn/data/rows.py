@@ -11,6 +11,10 @@ from hf_linear_attn.data.labels import Labels, UnfitError
 __all__ = ["read_row"]
 
 
+class EmptyError(UnfitError):
+    """A text that is not there."""
+
+
 def read_row(row: Mapping[str, Any], columns: Mapping[str, str], kind: str, labels: Labels, where: str) -> dict:
     """The columns of a task, checked.
 
@@ -33,7 +37,14 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str], kind: str, labe
     return read
 
 
-def _text(value: Any, kind: str, labels: Labels, read: Mapping[str, Any]) -> str:
+def _document(value: Any, *_: Any) -> str:
+    try:
+        return _text(value)
+    except EmptyError as error:
+        raise UnfitError(f"{error} (drop_empty=true leaves such rows out)") from None
+
+
+def _text(value: Any, *_: Any) -> str:
     if isinstance(value, list) and all(isinstance(paragraph, str) for paragraph in value):
         value = "\n\n".join(value)  # a document may come as its paragraphs
     return _string(value)
@@ -41,11 +52,11 @@ def _text(value: Any, kind: str, labels: Labels, read: Mapping[str, Any]) -> str
 
 def _string(value: Any, *_: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise UnfitError("is empty")
+        raise EmptyError("is empty")
     if not isinstance(value, str):
         raise UnfitError(f"must be text, given {_shown(value)}")
     if not value.strip():
-        raise UnfitError("is empty")
+        raise EmptyError("is empty")
     return value
 
 
@@ -118,7 +129,7 @@ def _answers(value: Any, kind: str, labels: Labels, read: Mapping[str, Any]) -> 
 
 
 def _group(value: Any, *_: Any) -> str:
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN
         raise UnfitError("is empty")
     return str(value)
 
@@ -129,7 +140,7 @@ def _shown(value: Any) -> str:
 
 
 _READERS: dict[str, Callable[..., Any]] = {
-    "text": _text,
+    "text": _document,
     "context": _text,
     "question": _string,
     "tokens": _strings,

@@ -120,7 +120,7 @@ def _of_catalog(
         raise ValueError(f"{name!r} is a set for {entry.task} (or text), given task={kind!r}.")
     sides = hub_sides(entry.hub_id, bundled, streaming=streaming, **entry.where(kind))
     about = f"Hugging Face Hub: {entry.hub_id} ({entry.license or 'license unknown'})"
-    return Source(sides, entry.fields_for(kind), name, about, **options)
+    return Source(sides, entry.fields_for(kind), name, about, **{"drop_empty": entry.drop_empty, **options})
 
 
 def _where(source: Any) -> Literal["file", "folder", "catalog", "hub"]:
@@ -139,7 +139,8 @@ def _where(source: Any) -> Literal["file", "folder", "catalog", "hub"]:
         is_there = path.exists()
     except (OSError, RuntimeError) as error:  # too long, or below the home of nobody
         raise ValueError(f"{name!r} can be no path: {error}") from error
-    if is_there and name in CATALOG:
+    in_catalog = isinstance(source, str) and name in CATALOG
+    if is_there and in_catalog:
         raise ValueError(f"{name!r} is a name of the catalog and a path here: write './{name}' for the path.")
     if path.is_dir():
         if path.resolve() == Path(path.resolve().anchor):
@@ -147,7 +148,7 @@ def _where(source: Any) -> Literal["file", "folder", "catalog", "hub"]:
         return "folder"
     if is_there:
         return "file"
-    if name in CATALOG:
+    if in_catalog:
         return "catalog"
     if name in builder_names():
         raise ValueError(

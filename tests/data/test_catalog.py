@@ -87,7 +87,8 @@ FILES: dict[str, dict[str, bytes]] = {
     "arxiv-classification": by_config("no_ref", ALL, class_rows(4), {"text": TEXT, "label": LABELS}),
     "patent-classification": by_config("patent", ALL, class_rows(4), {"text": TEXT, "label": LABELS}),
     "20newsgroups": {
-        f"{part}.jsonl": jsonl([{**row, "label_text": "x"} for row in class_rows(4)]) for part in ("train", "test")
+        f"{part}.jsonl": jsonl([{**row, "label_text": "x"} for row in [*class_rows(4), {"text": "", "label": 1}]])
+        for part in ("train", "test")
     },
     "imdb": by_config("plain_text", ["train", "test", "unsupervised"], class_rows(4), {"text": TEXT, "label": LABELS})
     | by_config("other", ["train"], class_rows(4)),
@@ -220,6 +221,11 @@ def test_every_entry_serves_as_text(loaded, name):
     assert "error" not in found, found["error"]
     assert found["columns"] == ["text", "group"]
     assert found["rows"][0]["text"] == TEXTS.get(name, found["rows"][0]["text"])
+
+
+@pytest.mark.slow
+def test_empty_posts_are_left_out_with_a_note(loaded):
+    assert loaded["20newsgroups"]["note"] == "2 rows without text were left out."
 
 
 @pytest.mark.slow

@@ -109,6 +109,27 @@ def test_files_by_part_and_lists_of_them(tmp_path):
     assert len(load_documents([a, b, c]).train) < 12
 
 
+def test_files_of_one_name_keep_their_folders(tmp_path):
+    train, test = write(tmp_path / "x" / "a.jsonl", ROWS["text"]), write(tmp_path / "y" / "a.jsonl", ROWS["text"][:4])
+    made = load_documents({"train": train, "test": test}, task="text")
+    assert made.train["group"][0] == "x/a.jsonl:1"
+    assert made.test["group"][0] == "y/a.jsonl:1"
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1].jsonl", "a*.jsonl", "a b?.jsonl", "a#é%20.jsonl", "a.b,c.jsonl", "[a-z]/1.jsonl"]
+)
+def test_a_name_is_no_pattern(tmp_path, name):
+    write(tmp_path / "a1.jsonl", [{"text": "another file"}])
+    for streaming in (False, True):
+        options = {"streaming": True, "max_test_documents": 4} if streaming else {}
+        made = load_documents(write(tmp_path / name, ROWS["text"]), task="text", **options)
+        assert len(list(made.train)) + len(made.test) == 12
+    path = tmp_path / Path(name).with_suffix(".txt").name
+    path.write_text("One.\n\nTwo.\n")
+    assert len(load_documents(path, task="text", sample_by="paragraph").train) == 1
+
+
 def test_fields_map_columns_and_groups_stay_together(tmp_path):
     rows = [{"body": f"text {i}", "category": "ab"[i % 2], "author": f"w{i // 4}"} for i in range(24)]
     fields = {"text": "body", "label": "category", "group": "author"}
@@ -183,7 +204,7 @@ def test_a_folder_of_unlabeled_texts(tmp_path):
         number = row["group"].split("/")[1].removesuffix(".txt")
         assert row["text"] == f"Title {number}\n\nA text\nof lines.\n"
     (tmp_path / "books" / "empty.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"empty.txt, column 'text' is empty\."):
+    with pytest.raises(ValueError, match=r"empty.txt, column 'text' is empty \(drop_empty"):
         load_documents(str(tmp_path / "books"), task="text")
     with pytest.raises(ValueError, match="holds texts only"):
         load_documents(str(tmp_path / "books"), task="regression")

@@ -125,6 +125,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "is named as training and as test file",
     ),
     "a folder in a list": ({"source": ["{d}/good.jsonl", "{d}"]}, ValueError, "is a folder; name its files"),
+    "a path that a name would be": ({"source": Path("imdb")}, FileNotFoundError, "There is no file or folder 'imdb'"),
     "no files": ({"source": []}, ValueError, "must name a file or a list of files, given []"),
     "another ending": ({"source": "{d}/a.pickle"}, ValueError, "its name ends in none of .json, .jsonl"),
     "a script": ({"source": "{d}/script.py"}, ValueError, "its name ends in none of"),
