@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_linear_attn.data import flatten
 from hf_linear_attn.data.external import Flatten
+from hf_linear_attn.data.kinds import KINDS
 
 __all__ = ["CATALOG", "CatalogEntry"]
 
@@ -55,13 +56,13 @@ class CatalogEntry:
     unconfirmed: str = ""
 
     def fields_for(self, kind: str) -> dict[str, str]:
-        """Columns for its own task or for `"text"`; a set of contexts gives those as texts."""
+        """Columns for its own task or for `"text"`; questions give what they are asked about."""
         if kind == self.task:
             return dict(self.fields)
-        text = self.fields.get("text", self.fields.get("context", "text"))
-        if self.flatten is not None and self.flatten_text is None and self.task == "question_answering":
-            text = "context"
-        return {"text": text}
+        if self.flatten_text is not None:
+            return {}
+        column = "text" if "text" in KINDS[self.task] else "context"
+        return {"text": self.fields.get(column, column)}
 
     def where(self, kind: str) -> dict[str, Any]:
         """Keyword arguments of `hub_sides`."""
@@ -153,12 +154,11 @@ CATALOG: dict[str, CatalogEntry] = {
     "quality": CatalogEntry(
         title="Stories and articles with questions of four choices each",
         task="multiple_choice",
-        hub_id="emozilla/quality",
-        fields={"context": "article", "choices": "options", "label": "answer"},
+        hub_id="rbiswasfc/quality",
         test_split="validation",
-        lengths="2,520 / 2,090 questions in train / validation (the Hub's viewer)",
-        unconfirmed="columns article, question, options and answer, and that answer counts from 0, were not read from "
-        "the card",
+        flatten_text=flatten.quality_articles,
+        license="mit",
+        lengths="2,523 / 2,086 questions in train / validation (card)",
     ),
     "qasper": CatalogEntry(
         title="Papers on language processing with questions that are answered by spans of them",
@@ -187,15 +187,14 @@ CATALOG: dict[str, CatalogEntry] = {
         data_files={"train": "mldr-v1.0-en/train.jsonl.gz", "test": "mldr-v1.0-en/test.jsonl.gz"},
         flatten=flatten.mldr_queries,
         license="mit",
-        unconfirmed="columns positive_passages, with docid and text, were not read from the card",
     ),
     "pg19": CatalogEntry(
         title="Books of Project Gutenberg published before 1919",
         task="text",
         hub_id="emozilla/pg19",
         fields={"group": "short_book_title"},
-        unconfirmed="columns short_book_title and text are those of deepmind/pg19 (apache-2.0), which needs a script; "
-        "the copy's card names no license",
+        lengths="28,602 / 50 / 100 books in train / validation / test, on average 399,450 characters (card)",
+        unconfirmed="the card of this copy of deepmind/pg19 (apache-2.0, needs a script) names no license",
     ),
     "wikitext-103": CatalogEntry(
         title="Good and featured articles of Wikipedia, whole",

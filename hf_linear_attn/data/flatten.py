@@ -6,7 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["mldr_queries", "qasper_papers", "qasper_questions", "trivia_questions", "wikitext_articles"]
+__all__ = [
+    "mldr_queries",
+    "qasper_papers",
+    "qasper_questions",
+    "quality_articles",
+    "trivia_questions",
+    "wikitext_articles",
+]
 
 _HEADING = re.compile(r"\s*= [^=].* =\s*")  # of an article; those of its sections have more signs
 
@@ -21,6 +28,15 @@ def wikitext_articles(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, A
         lines.append(row["text"] if row["text"].endswith("\n") else row["text"] + "\n")
     if any(line.strip() for line in lines):
         yield {"text": "".join(lines).strip()}
+
+
+def quality_articles(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """QuALITY: each article once, however many questions are asked about it."""
+    seen: set[int] = set()
+    for row in rows:
+        if hash(row["context"]) not in seen:
+            seen.add(hash(row["context"]))
+            yield {"text": row["context"]}
 
 
 def _records(value: Any) -> list[dict[str, Any]]:

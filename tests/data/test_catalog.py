@@ -96,7 +96,7 @@ FILES: dict[str, dict[str, bytes]] = {
     "govreport": by_config("document", ALL, [{"report": "A report.", "summary": "Short."}] * 4),
     "quality": {
         f"data/{part}-00000-of-00001.parquet": parquet(
-            [{"article": "Long.", "question": "What?", "options": ["a", "b", "c", "d"], "answer": 3, "hard": True}] * 3
+            [{"id": "1", "question": "What?", "context": "Long.", "choices": ["a", "b", "c", "d"], "label": 3}] * 3
         )
         for part in ("train", "validation")
     },
@@ -104,13 +104,17 @@ FILES: dict[str, dict[str, bytes]] = {
     "triviaqa": by_config("rc.wikipedia", ALL, [TRIVIA, {**TRIVIA, "answer": {"value": "<unk>", "aliases": []}}]),
     "mldr": {
         f"mldr-v1.0-en/{part}.jsonl.gz": gzip.compress(
-            jsonl([{"query": "What?", "positive_passages": [{"docid": "d1", "text": "Long."}]}])
+            jsonl(
+                [{"query": "What?", "positive_passages": [{"docid": "d1", "text": "Long."}], "negative_passages": []}]
+            )
         )
         for part in ("train", "test")
     }
     | {"MLDR.py": b"raise SystemExit"},
     "pg19": {
-        f"data/{part}-00000-of-00001.parquet": parquet([{"short_book_title": "B", "url": "u", "text": "A book."}] * 2)
+        f"data/{part}-00000-of-00001.parquet": parquet(
+            [{"short_book_title": "B", "publication_date": 1900, "url": "u", "text": "A book."}]
+        )
         for part in ALL
     },
     "wikitext-103": by_config("wikitext-103-raw-v1", ALL, [{"text": line} for line in WIKI]),
@@ -221,6 +225,12 @@ def test_every_entry_serves_as_text(loaded, name):
     assert "error" not in found, found["error"]
     assert found["columns"] == ["text", "group"]
     assert found["rows"][0]["text"] == TEXTS.get(name, found["rows"][0]["text"])
+
+
+@pytest.mark.slow
+def test_an_article_is_one_text_however_many_questions_it_has(loaded):
+    assert len(loaded["quality"]["rows"]) == 3
+    assert len(loaded["quality as text"]["rows"]) == 1
 
 
 @pytest.mark.slow
