@@ -1,19 +1,21 @@
-"""Calibration on a few batches: data-dependent starts, regression layer by layer, and layers that keep softmax."""
+"""Calibration on a few batches: data-dependent starts, and regression layer by layer."""
 
 from __future__ import annotations
 
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_linear_attn.attention import AttentionRecorder
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
@@ -23,12 +25,18 @@ from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant
 
 __all__ = [
     "DEFAULT_LEARNING_RATE",
+    "EnoughError",
+    "OnProgress",
     "Recording",
     "calibrate",
-    "layers_to_keep",
+    "eval_mode",
     "output_errors",
+    "progress_bars",
     "record",
     "regress",
+    "reported",
+    "run_recorded",
+    "variants_by_layer",
 ]
 
 DEFAULT_LEARNING_RATE = 0.03  # of each parameter's own size
@@ -36,9 +44,11 @@ _CHECKS = 10  # how often a regression is judged
 _SCALE_OF_ZEROS = 0.1  # size that a parameter which starts at 0 is taken to have
 
 Attend = Callable[[AttentionInputs], tuple[torch.Tensor, Any]]
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much of it there is; first with 0 done."""
 
 
-class _EnoughError(Exception):
+class EnoughError(Exception):
     """Ends a forward of whose rest nothing is needed: a decoder's head may cost as much as many layers."""
 
 
@@ -50,27 +60,64 @@ class Recording:
     outputs: list[torch.Tensor] = field(default_factory=list)
 
 
-def record(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[int, Recording]:
+@contextmanager
+def progress_bars() -> Iterator[OnProgress]:
+    """Bars with the time left, one after the other, for what `calibrate` and `layers_to_keep` report.
+
+    None are shown while Transformers' own are switched off (`transformers.utils.logging.disable_progress_bar`).
+    """
+    bars: dict[str, Any] = {}
+    shown: dict[str, int] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what], shown[what] = logging.tqdm(total=total, desc=what), 0
+        bars[what].update(done - shown[what])
+        shown[what] = done
+        if done == total:
+            bars[what].close()
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def record(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], on_progress: OnProgress | None = None
+) -> dict[int, Recording]:
     """What every converted layer receives, and what softmax makes of it, while all layers run softmax.
 
     Args:
         model: a converted model; in eval mode meanwhile.
         batches: keyword arguments of the model, on any device.
+        on_progress: told of each batch.
     """
     recordings: dict[int, Recording] = {}
-    last = max(_variants(model))
+    last = max(variants_by_layer(model))
 
     def keep(module: Any, inputs: AttentionInputs, output: torch.Tensor) -> None:
         recording = recordings.setdefault(module.layer_idx, Recording())
         recording.inputs.append(inputs)
         recording.outputs.append(output)
         if module.layer_idx == last:
-            raise _EnoughError
+            raise EnoughError
 
-    with _eval_mode(model):
-        for batch in batches:
-            _forward(model, batch, keep)
+    with eval_mode(model):
+        for batch in reported(batches, "recording softmax", on_progress):
+            run_recorded(model, batch, keep)
     return dict(sorted(recordings.items()))
+
+
+def reported(items: Sequence[Any], what: str, on_progress: OnProgress | None) -> Iterator[Any]:
+    """The items one by one, each reported once it is dealt with."""
+    for done, item in enumerate(items):
+        if on_progress is not None and not done:
+            on_progress(what, 0, len(items))
+        yield item
+        if on_progress is not None:
+            on_progress(what, done + 1, len(items))
 
 
 @torch.no_grad()
@@ -108,6 +155,7 @@ def calibrate(
     batches: Sequence[Mapping[str, Any]],
     steps: int = 0,
     lr: float = DEFAULT_LEARNING_RATE,
+    on_progress: OnProgress | None = None,
 ) -> dict[int, OutputErrors]:
     """Let every variant of a converted model choose its start, then train it alone; how far each is from softmax.
 
@@ -116,15 +164,32 @@ def calibrate(
         batches: keyword arguments of the model.
         steps: steps of regression per layer.
         lr: learning rate of the regression, see `regress`.
+        on_progress: told of each batch, each layer and each step: all of them take minutes on a large model.
+
+    Returns:
+        layer -> its errors, that of the start as published among them.
     """
-    recordings, variants = record(model, batches), _variants(model)
+    recordings, variants = record(model, batches, on_progress), variants_by_layer(model)
+    published: dict[int, float] = {}
     with _one_warning():
-        for layer_idx, recording in recordings.items():
-            variants[layer_idx].calibrate(recording.inputs)
-    if steps:
-        for group in _sharing(variants):
-            _regress([variants[i] for i in group], [recordings[i] for i in group], steps, lr)
-    return {layer_idx: output_errors(variants[layer_idx], recordings[layer_idx]) for layer_idx in recordings}
+        for layer_idx in reported(list(recordings), "choosing starts", on_progress):
+            variant, recording = variants[layer_idx], recordings[layer_idx]
+            if steps or type(variant).calibrate is not AttentionVariant.calibrate:  # otherwise it stays as published
+                published[layer_idx] = output_errors(variant, recording).error
+            variant.calibrate(recording.inputs)
+    groups = _sharing(variants) if steps else []
+    for number, group in enumerate(groups):
+        told = None
+        if on_progress is not None:
+            told = partial(_tell_of_step, on_progress, number * steps, len(groups) * steps)
+            told(0)
+        _regress([variants[i] for i in group], [recordings[i] for i in group], steps, lr, told)
+    found = {layer_idx: output_errors(variants[layer_idx], recording) for layer_idx, recording in recordings.items()}
+    return {i: replace(errors, published_error=published.get(i, errors.error)) for i, errors in found.items()}
+
+
+def _tell_of_step(on_progress: OnProgress, before: int, total: int, step: int) -> None:
+    on_progress("training new parameters", before + step, total)
 
 
 def regress(variant: AttentionVariant, recording: Recording, steps: int, lr: float = DEFAULT_LEARNING_RATE) -> None:
@@ -142,64 +207,19 @@ def regress(variant: AttentionVariant, recording: Recording, steps: int, lr: flo
     _regress([variant], [recording], steps, lr)
 
 
-def layers_to_keep(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], count: int) -> list[int]:
-    """Layers whose variant, with softmax in all other layers, moves the final hidden states of real tokens most.
-
-    The error of a layer's own output predicts worse what its conversion costs: later layers may depend on it or not.
-
-    Args:
-        model: a converted model.
-        batches: keyword arguments of the model.
-        count: how many layers to choose.
-    """
-    converted = set(_variants(model))
-
-    def final_states(batch: Mapping[str, Any], kept: set[int]) -> torch.Tensor:
-        def run(module: Any, inputs: AttentionInputs, output: torch.Tensor) -> torch.Tensor | None:
-            return None if module.layer_idx in kept else module.linear_attn(inputs)[0]
-
-        states = _final_states(model, batch, run).float()
-        mask = batch.get("attention_mask")
-        if mask is None:
-            return states
-        return states[mask.to(states.device).bool().reshape(states.shape[:2])]  # choices are rows of the batch
-
-    moved = dict.fromkeys(sorted(converted), 0.0)
-    with _eval_mode(model):
-        for batch in batches:
-            exact = final_states(batch, converted)
-            for layer_idx in moved:
-                moved[layer_idx] += (final_states(batch, converted - {layer_idx}) - exact).square().sum().item()
-    return sorted(sorted(moved, key=lambda layer_idx: -moved[layer_idx])[:count])
-
-
 @torch.no_grad()
-def _forward(model: Any, batch: Mapping[str, Any], recorder: AttentionRecorder) -> None:
-    """A forward up to the end, or to an `_EnoughError`."""
+def run_recorded(model: Any, batch: Mapping[str, Any], recorder: AttentionRecorder) -> Any:
+    """The outputs of a forward, or None of one that an `EnoughError` ends."""
     on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     extra = {"use_cache": False} if get_patcher(model.config.base_model_type).is_causal(model.config) else {}
-    with suppress(_EnoughError):
-        model(**on_device, **extra, linear_attn_recorder=recorder)
-
-
-def _final_states(model: Any, batch: Mapping[str, Any], recorder: AttentionRecorder) -> torch.Tensor:
-    """Final hidden states of the base model, `[B, T, hidden_size]`; its head does not run."""
-    states: list[torch.Tensor] = []
-
-    def stop(_module: nn.Module, _args: Any, outputs: Any) -> None:
-        states.append(outputs[0])
-        raise _EnoughError
-
-    hook = model.base_model.register_forward_hook(stop)
-    try:
-        _forward(model, batch, recorder)
-    finally:
-        hook.remove()
-    return states[0]
+    with suppress(EnoughError):
+        return model(**on_device, **extra, linear_attn_recorder=recorder)
+    return None
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off meanwhile; each module goes back to the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -233,7 +253,8 @@ def _callers_level() -> int:
     return caller
 
 
-def _variants(model: Any) -> dict[int, AttentionVariant]:
+def variants_by_layer(model: Any) -> dict[int, AttentionVariant]:
+    """The variants of a converted model by the index of their layer, in order."""
     attentions = get_patcher(model.config.base_model_type).self_attentions(model)
     return {a.layer_idx: a.module.linear_attn for a in attentions if hasattr(a.module, "linear_attn")}
 
@@ -252,7 +273,13 @@ def _sharing(variants: Mapping[int, nn.Module]) -> list[list[int]]:
     return [layers for _, layers in groups]
 
 
-def _regress(variants: list[AttentionVariant], recordings: list[Recording], steps: int, lr: float) -> None:
+def _regress(
+    variants: list[AttentionVariant],
+    recordings: list[Recording],
+    steps: int,
+    lr: float,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
     trained, judged = copy.deepcopy(variants), copy.deepcopy(variants)  # a tensor that several share stays one
     for variant in trained:
         variant.eval().requires_grad_(True)
@@ -260,6 +287,8 @@ def _regress(variants: list[AttentionVariant], recordings: list[Recording], step
             parameter.data = parameter.data.to(accumulation_dtype(parameter.dtype))
     parameters = _parameters(trained)
     if not parameters:
+        if on_step is not None:
+            on_step(steps)
         return
 
     def error() -> float:
@@ -276,6 +305,8 @@ def _regress(variants: list[AttentionVariant], recordings: list[Recording], step
             parameter.grad = gradient
         optimizer.step()
         schedule.step()
+        if on_step is not None:
+            on_step(step)
         if step % max(1, steps // _CHECKS) == 0 or step == steps:
             _copy(_parameters(judged), parameters)
             found = error()

@@ -28,6 +28,7 @@ __all__ = [
     "check_kernels",
     "check_model",
     "check_regression",
+    "check_switch",
     "choose_layers",
 ]
 
@@ -201,20 +202,33 @@ def _check_side(patcher: ModelPatcher, model: PreTrainedModel, key: str) -> None
 
 
 def check_auto(
-    patcher: ModelPatcher, model: PreTrainedModel, variant: Any, layers: Any, keep_softmax: Any, calibration: Any
+    patcher: ModelPatcher,
+    model: PreTrainedModel,
+    variant: Any,
+    layers: Any,
+    keep_softmax: Any,
+    keep_softmax_by: Any,
+    calibration: Any,
 ) -> None:
-    """Raise `ValueError` unless `layers="auto"` comes with all it needs, and `keep_softmax` with `layers="auto"`."""
+    """Raise `ValueError` unless `layers="auto"` comes with all it needs, and what goes with it alone is not given."""
+    by = keep_softmax_by
+    if by is not None and (not isinstance(by, str) or by not in ("output", "states")):
+        raise ValueError(f"keep_softmax_by={by!r}; allowed: 'output', 'states' or None.")
     if isinstance(layers, str) and layers != "auto":
         raise ValueError(f"layers={layers!r}; allowed: None, layer indices or 'auto'.")
     if layers != "auto":
         if keep_softmax is not None:
             raise ValueError(f"keep_softmax={keep_softmax!r} goes with layers='auto'.")
+        if by is not None:
+            raise ValueError(f"keep_softmax_by={by!r} goes with layers='auto'.")
         return
     most = patcher.num_layers(model) - 1
     if not isinstance(variant, str):
         raise ValueError("layers='auto' takes a single variant by name, not a mapping of layers.")
     if isinstance(keep_softmax, bool) or not isinstance(keep_softmax, int) or not 1 <= keep_softmax <= most:
         raise ValueError(f"layers='auto' needs keep_softmax from 1 to {most}, got {keep_softmax!r}.")
+    if by == "output" and model.base_model is model:
+        raise ValueError(f"keep_softmax_by='output': {type(model).__name__} has no head; allowed: 'states' or None.")
     if calibration is None:
         raise ValueError("layers='auto' needs calibration, a list of batches on which layers are compared.")
 
@@ -257,6 +271,12 @@ def check_kernels(patcher: ModelPatcher, model: PreTrainedModel, backend: str, k
         raise ValueError(
             f"backend='triton': {', '.join(missing)} has no Triton kernel for {side}. Allowed: 'auto', 'torch'."
         )
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise `ValueError` unless an argument is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}; allowed: True or False.")
 
 
 def check_regression(calibration: Any, steps: Any, lr: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,7 +22,12 @@ from hf_linear_attn.auto import (
     settle,
 )
 from hf_linear_attn.auto_config import config_class_for
-from hf_linear_attn.calibration import DEFAULT_LEARNING_RATE, calibrate, layers_to_keep
+from hf_linear_attn.calibration import (
+    DEFAULT_LEARNING_RATE,
+    OnProgress,
+    calibrate,
+    progress_bars,
+)
 from hf_linear_attn.checks import (
     VariantChoice,
     check_auto,
@@ -32,9 +37,11 @@ from hf_linear_attn.checks import (
     check_kernels,
     check_model,
     check_regression,
+    check_switch,
     choose_layers,
 )
 from hf_linear_attn.config import LinearAttentionConfig, PositionsConfig
+from hf_linear_attn.layer_choice import KeepBy, layers_to_keep
 from hf_linear_attn.patchers.base import ModelPatcher, SelfAttention
 from hf_linear_attn.positions import extend_table, position_table, position_weight, set_table
 from hf_linear_attn.registry import get_patcher
@@ -58,12 +65,14 @@ def convert_model(
     *,
     layers: Iterable[int] | Literal["auto"] | None = None,
     keep_softmax: int | None = None,
+    keep_softmax_by: KeepBy | None = None,
     max_length: int | None = None,
     extend: ExtendMode = "tile",
     calibration: Iterable[Mapping[str, Any]] | None = None,
     calibration_steps: int = 0,
     calibration_lr: float = DEFAULT_LEARNING_RATE,
     backend: str = "auto",
+    progress: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """Rewrite the self-attention of a pretrained model, in place; its weights are kept.
@@ -76,9 +85,12 @@ def convert_model(
         variant: a variant's key (`list_variants()`) for all of `layers`, or a mapping from layer index to None
             (keep softmax), a key, or `(key, options)`; layers that the mapping does not name keep softmax.
         layers: indices to convert, all by default. Only with a single variant. `"auto"` converts all but
-            `keep_softmax` layers: those that, converted alone, move the final hidden states of the calibration
-            batches most.
+            `keep_softmax` layers: those that, converted alone, change what the model gives for the calibration batches
+            most.
         keep_softmax: how many layers `layers="auto"` leaves on softmax.
+        keep_softmax_by: what a layer must not change: `"output"`, the distributions of the head (by their KL
+            divergence); `"states"`, the final hidden states, for a head that was not trained yet. None means
+            `"output"` where the head gives distributions, `"states"` elsewhere.
         max_length: new limit in tokens; extends the position table, its buffers and the config. Rotary families
             (Llama, Qwen, Mistral) have no table: only the config changes, and the embeddings extrapolate.
         extend: how to fill new positions: `"tile"` repeats the table, `"interpolate"` stretches it linearly (refused
@@ -90,6 +102,7 @@ def convert_model(
             judged on the same batches: give it a few thousand tokens, or it fits those alone.
         calibration_lr: learning rate (Adam) of that regression, times the root mean square of each parameter.
         backend: what runs the variants, see `set_backend`.
+        progress: show bars with the time left while calibration runs: on a large model it takes minutes.
         **options: options of the variant; with a mapping, of every variant it names by key alone.
 
     Returns:
@@ -108,7 +121,8 @@ def convert_model(
     patcher = get_patcher(model.config.model_type)
     check_layers(patcher, model)
     check_regression(calibration, calibration_steps, calibration_lr)
-    check_auto(patcher, model, variant, layers, keep_softmax, calibration)
+    check_auto(patcher, model, variant, layers, keep_softmax, keep_softmax_by, calibration)
+    check_switch("progress", progress)
     spec = LinearAttentionConfig(
         layers=choose_layers(patcher, model, variant, None if layers == "auto" else layers, options),
         positions=check_extension(patcher, model, max_length, extend),
@@ -122,9 +136,16 @@ def convert_model(
     _warn_of_windows(patcher, upstream, spec)
     with _all_or_nothing(patcher, model):
         _install(patcher, model, config, built, max_length, extend)
-        errors = None if batches is None else calibrate(model, batches, calibration_steps, calibration_lr)
-        kept = [] if keep_softmax is None else _back_to_softmax(model, upstream, built, batches, keep_softmax)
-        setattr(model.base_model, REPORT_ATTRIBUTE, describe(model, errors, kept))
+        kept: list[int] = []
+        with progress_bars() if progress else nullcontext() as told:
+            errors = None
+            if batches is not None:
+                errors = calibrate(model, batches, calibration_steps, calibration_lr, told)
+            if keep_softmax is not None:
+                kept, keep_softmax_by = _back_to_softmax(
+                    model, upstream, built, batches, keep_softmax, keep_softmax_by, told
+                )
+        setattr(model.base_model, REPORT_ATTRIBUTE, describe(model, errors, kept, keep_softmax_by))
         unmark_unpacked(model)
     return model
 
@@ -258,16 +279,23 @@ def _install(
 
 
 def _back_to_softmax(
-    model: PreTrainedModel, upstream: PreTrainedConfig, built: Built, batches: Any, count: int
-) -> list[int]:
-    """Take the conversion of the `count` layers back whom it hurts most on the batches; their indices."""
-    kept, config = layers_to_keep(model, batches, count), model.config
+    model: PreTrainedModel,
+    upstream: PreTrainedConfig,
+    built: Built,
+    batches: Any,
+    count: int,
+    by: KeepBy | None,
+    on_progress: OnProgress | None,
+) -> tuple[list[int], KeepBy]:
+    """Take the conversion of the `count` layers back whom it hurts most on the batches; their indices, hurt in what."""
+    kept, by = layers_to_keep(model, batches, count, by, on_progress)
+    config = model.config
     spec = LinearAttentionConfig.from_dict(config.linear_attn)
     left = tuple(None if index in kept else layer for index, layer in enumerate(spec.layers))
     config.linear_attn = replace(spec, layers=left).to_dict()
     detach(model, upstream)
     attach(model, config, [pair for pair in built if pair[0].layer_idx not in kept])
-    return kept
+    return kept, by
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,12 +21,14 @@ class OutputErrors:
         cosine: mean cosine of each token's output with softmax's.
         head_errors: the same error in each head.
         head_cosines: the same cosine in each head.
+        published_error: what `error` was of the start as published, or None where that was not measured.
     """
 
     error: float
     cosine: float
     head_errors: list[float]
     head_cosines: list[float]
+    published_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class LayerReport:
         output_cosine: mean cosine of each token's output with softmax's, or None when not calibrated.
         head_errors: the relative error of each head, or None when not calibrated.
         head_cosines: the mean cosine of each head, or None when not calibrated.
+        published_error: the relative error of the start as published, before anything was chosen from the calibration
+            batches, or None when not calibrated.
     """
 
     layer: int
@@ -53,6 +57,7 @@ class LayerReport:
     output_cosine: float | None = None
     head_errors: list[float] | None = None
     head_cosines: list[float] | None = None
+    published_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,19 +68,23 @@ class ConversionReport:
         rows: one `LayerReport` per layer.
         max_length: longest sequence (tokens) the model reads now.
         kept_softmax: layers that `layers="auto"` left on softmax, where converting hurt most.
+        kept_softmax_by: what was hurt: `"output"` (the distribution that the head gives) or `"states"` (the final
+            hidden states); None without `layers="auto"`.
         tokenizer_max_length: what `tokenizer.model_max_length` should be set to.
     """
 
     rows: list[LayerReport] = field(default_factory=list)
     max_length: int = 0
     kept_softmax: list[int] = field(default_factory=list)
+    kept_softmax_by: str | None = None
 
     def errors_of(self, layer: int | None) -> OutputErrors | None:
         """What was measured of a layer, by index, or None."""
-        row = next((row for row in self.rows if row.layer == layer), None)
+        row: Any = next((row for row in self.rows if row.layer == layer), None)
         if row is None or row.output_error is None:
             return None
-        return OutputErrors(row.output_error, row.output_cosine, row.head_errors, row.head_cosines)  # type: ignore[arg-type]
+        heads = row.head_errors, row.head_cosines
+        return OutputErrors(row.output_error, row.output_cosine, *heads, row.published_error)
 
     @property
     def tokenizer_max_length(self) -> int:
@@ -93,20 +102,20 @@ class ConversionReport:
             "rows": [asdict(row) for row in self.rows],
             "max_length": self.max_length,
             "kept_softmax": list(self.kept_softmax),
+            "kept_softmax_by": self.kept_softmax_by,
             "tokenizer_max_length": self.tokenizer_max_length,
             "new_parameters": self.new_parameters,
         }
 
     def __str__(self) -> str:
-        header = ("layer", "variant", "new parameters", "state", "error", "cosine")
+        header = ("layer", "variant", "new parameters", "state", "as published", "error", "cosine")
         body = [
             (
                 str(row.layer),
                 row.variant,
                 f"{row.new_parameters:,}",
                 row.state,
-                "-" if row.output_error is None else f"{row.output_error:.3f}",
-                "-" if row.output_cosine is None else f"{row.output_cosine:.3f}",
+                *("-" if x is None else f"{x:.3f}" for x in (row.published_error, row.output_error, row.output_cosine)),
             )
             for row in self.rows
         ]
@@ -116,7 +125,8 @@ class ConversionReport:
         ]
         if self.kept_softmax:
             kept = ", ".join(map(str, self.kept_softmax))
-            lines.append(f"layers that keep softmax, chosen where converting hurt most on the batches: {kept}")
+            hurt = {"output": "output", "states": "final hidden states"}[self.kept_softmax_by or "states"]
+            lines.append(f"layers that keep softmax, where converting hurt the {hurt} most on the batches: {kept}")
         lines.append(
             f"{self.new_parameters:,} new parameters; reads up to {self.max_length:,} tokens "
             f"(set tokenizer.model_max_length = {self.tokenizer_max_length})"
@@ -125,7 +135,10 @@ class ConversionReport:
 
 
 def describe(
-    model: Any, errors: dict[int, OutputErrors] | None = None, kept_softmax: Sequence[int] = ()
+    model: Any,
+    errors: dict[int, OutputErrors] | None = None,
+    kept_softmax: Sequence[int] = (),
+    kept_softmax_by: str | None = None,
 ) -> ConversionReport:
     """Report of a converted model.
 
@@ -133,6 +146,7 @@ def describe(
         model: the converted model.
         errors: how far a layer is from softmax, by index.
         kept_softmax: layers that were left on softmax by measurement.
+        kept_softmax_by: of what, see `ConversionReport`.
     """
     patcher: Any = get_patcher(model.config.base_model_type)
     rows: list[LayerReport] = []
@@ -155,6 +169,7 @@ def describe(
                 output_cosine=None if found is None else found.cosine,
                 head_errors=None if found is None else found.head_errors,
                 head_cosines=None if found is None else found.head_cosines,
+                published_error=None if found is None else found.published_error,
             )
         )
-    return ConversionReport(rows, patcher.max_length(model.config), list(kept_softmax))
+    return ConversionReport(rows, patcher.max_length(model.config), list(kept_softmax), kept_softmax_by)

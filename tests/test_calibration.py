@@ -1,4 +1,4 @@
-"""Calibration: errors per layer and head, per-layer regression, and the choice of layers that keep softmax."""
+"""Calibration: errors per layer and head, per-layer regression, and what is told of it meanwhile."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, BertForMultipleChoice, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_linear_attn import convert_model, revert_model
-from hf_linear_attn.calibration import output_errors, record, regress
+from hf_linear_attn.calibration import calibrate, output_errors, progress_bars, record, regress
+from hf_linear_attn.layer_choice import layers_to_keep
 from hf_linear_attn.seam.sharing import variants_of
 from hf_linear_attn.variants.linformer import LinformerAttention
 from tests.test_real_weights import batches as documents
 from tests.test_real_weights import minilm
-from tests.tiny import base_model, build, causal_lm, inputs_for, outputs_of, tiny_config, token_batch
+from tests.tiny import base_model, causal_lm, outputs_of, token_batch
 
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("linformer", {"k": 4}),
@@ -68,6 +70,24 @@ def test_without_calibration_there_are_no_errors() -> None:
     row = convert_model(base_model("bert"), "linear").conversion_report.rows[0]
     assert row.head_errors is None
     assert row.head_cosines is None
+    assert row.published_error is None
+
+
+@pytest.mark.parametrize(("variant", "steps"), [("hedgehog", 0), ("hedgehog", 3), ("longformer", 0)])
+def test_the_report_says_what_the_start_was_before(variant: str, steps: int) -> None:
+    batches, options = padded_batches(), {} if variant == "hedgehog" else {"window_size": 4}
+    plain = convert_model(base_model("bert"), variant, **options)
+    variants = list(variants_of(plain).values())
+    published = [output_errors(variants[layer], found).error for layer, found in record(plain, batches).items()]
+    model = convert_model(base_model("bert"), variant, calibration=batches, calibration_steps=steps, **options)
+    rows = model.conversion_report.rows
+    assert [row.published_error for row in rows] == published
+    if variant == "hedgehog":
+        assert all(row.output_error < row.published_error for row in rows)
+    else:  # it chooses nothing
+        assert [row.output_error for row in rows] == published
+    assert "as published" in str(model.conversion_report)
+    assert model.conversion_report.errors_of(0).published_error == published[0]
 
 
 # ---- regression --------------------------------------------------------------------------------------------------
@@ -175,6 +195,7 @@ def test_an_exception_leaves_a_single_variant_as_it_was(monkeypatch: pytest.Monk
         ({"layers": "auto", "keep_softmax": 2, "calibration": 1}, "needs keep_softmax from 1 to 1, got 2"),
         ({"layers": "some"}, "layers='some'; allowed: None, layer indices or 'auto'"),
         ({"keep_softmax": 1}, "keep_softmax=1 goes with layers='auto'"),
+        ({"progress": "yes"}, "progress='yes'; allowed: True or False"),
         ({"variant": {0: "linear"}, "layers": "auto", "keep_softmax": 1, "calibration": 1}, "single variant by name"),
     ],
 )
@@ -188,74 +209,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
     assert not variants_of(model)
 
 
-# ---- layers that keep softmax -------------------------------------------------------------------------------------
-
-
-def moved_by(model: PreTrainedModel, layer: int, batches: list[dict[str, torch.Tensor]], **options: Any) -> float:
-    """How far the final hidden states move when only `layer` is converted."""
-
-    def states() -> list[torch.Tensor]:
-        return [outputs_of(model, batch)[0][batch["attention_mask"].bool()] for batch in batches]
-
-    softmax = states()
-    convert_model(model, layers=[layer], calibration=batches, **options)
-    moved = sum((a - b).square().sum().item() for a, b in zip(states(), softmax, strict=True))
-    revert_model(model)
-    return moved
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_auto_keeps_softmax_where_converting_hurts_most(family: str) -> None:
-    model, batches = base_model(family, num_hidden_layers=4), padded_batches()
-    options = {"variant": "longformer", "window_size": 2}
-    moved = [moved_by(model, layer, batches, **options) for layer in range(4)]
-    worst = sorted(sorted(range(4), key=lambda layer: -moved[layer])[:2])
-    convert_model(model, layers="auto", keep_softmax=2, calibration=batches, **options)
-    report = model.conversion_report
-    assert report.kept_softmax == worst
-    assert [row.layer for row in report.rows if row.variant == "softmax"] == worst
-    assert [row.output_error is None for row in report.rows] == [layer in worst for layer in range(4)]
-    assert f"keep softmax, chosen where converting hurt most on the batches: {worst[0]}, {worst[1]}" in str(report)
-    assert report.to_dict()["kept_softmax"] == worst
-    same = convert_model(
-        base_model(family, num_hidden_layers=4),
-        {layer: None if layer in worst else ("longformer", {"window_size": 2}) for layer in range(4)},
-        calibration=batches,
-    )
-    for a, b in zip(outputs_of(model, batches[0]), outputs_of(same, batches[0]), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_auto_with_shared_parameters_a_longer_table_and_steps_reloads(tmp_path: Any) -> None:
-    model, batches = base_model("bert", num_hidden_layers=4), padded_batches(1)
-    softmax = outputs_of(model, batches[0])
-    convert_model(
-        model,
-        "linformer",
-        layers="auto",
-        keep_softmax=1,
-        calibration=batches,
-        calibration_steps=2,
-        max_length=200,
-        k=4,
-        sharing="layerwise",
-    )
-    assert model.config.max_position_embeddings == 200
-    assert len(variants_of(model)) == 3
-    model.save_pretrained(tmp_path)
-    again = AutoModel.from_pretrained(tmp_path).eval()
-    for a, b in zip(outputs_of(model, batches[0]), outputs_of(again, batches[0]), strict=True):
-        assert torch.equal(a, b)
-    revert_model(model)
-    for a, b in zip(outputs_of(model, batches[0]), softmax, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_auto_on_a_head_whose_batches_have_choices() -> None:
-    model = build(BertForMultipleChoice, tiny_config("bert", num_hidden_layers=3))
-    batches = [inputs_for(model, batch) for batch in padded_batches(1)]
-    convert_model(model, "linear", layers="auto", keep_softmax=1, calibration=batches)
-    assert len(model.conversion_report.kept_softmax) == 1
+# ---- what is computed, and what is told --------------------------------------------------------------------------
 
 
 def test_what_no_layer_receives_is_not_computed() -> None:
@@ -267,59 +221,60 @@ def test_what_no_layer_receives_is_not_computed() -> None:
     convert_model(model, "linear", layers=[0, 1], calibration=batches)
     assert ran == []
     revert_model(model)
-    convert_model(model, "linear", layers="auto", keep_softmax=1, calibration=batches)
+    arguments = {"layers": "auto", "keep_softmax": 1, "keep_softmax_by": "states", "calibration": batches}
+    convert_model(model, "linear", **arguments)
     assert "model.layers.2.self_attn" in ran
     assert "lm_head" not in ran
 
 
-def test_an_exception_in_the_choice_undoes_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any) -> list[int]:
-        raise RuntimeError("no choice")
+def test_progress_is_told_from_0_to_the_end() -> None:
+    model, batches = convert_model(base_model("bert"), "hedgehog"), padded_batches(3)
+    told: list[tuple[str, int, int]] = []
+    calibrate(model, batches, steps=4, on_progress=lambda *what: told.append(what))
+    expected = [("recording softmax", done, 3) for done in range(4)]
+    expected += [("choosing starts", done, 2) for done in range(3)]
+    expected += [("training new parameters", done, 8) for done in range(9)]
+    assert list(dict.fromkeys(told)) == expected
+    told.clear()
+    layers_to_keep(model, batches, 1, on_progress=lambda *what: told.append(what))
+    assert told == [("choosing layers", done, 9) for done in range(10)]  # softmax, and each layer, on each batch
 
-    monkeypatch.setattr("hf_linear_attn.convert.layers_to_keep", fails)
-    model, batches = base_model("bert"), padded_batches(1)
-    cls, config = type(model), model.config
-    with pytest.raises(RuntimeError, match="no choice"):
-        convert_model(model, "linear", layers="auto", keep_softmax=1, calibration=batches)
-    assert type(model) is cls
-    assert model.config is config
-    assert not variants_of(model)
+
+def test_progress_reaches_the_end_where_there_is_nothing_to_train() -> None:
+    model, told = convert_model(base_model("bert"), "linear"), []
+    calibrate(model, padded_batches(1), steps=4, on_progress=lambda *what: told.append(what))
+    assert told[-1] == ("training new parameters", 8, 8)
+
+
+def test_the_library_is_quiet_unless_it_is_asked_for_bars(capfd: pytest.CaptureFixture[str]) -> None:
+    given = {"calibration": padded_batches(2), "calibration_steps": 2, "layers": "auto", "keep_softmax": 1}
+    logging.enable_progress_bar()
+    try:
+        convert_model(base_model("bert"), "hedgehog", **given)
+        assert capfd.readouterr() == ("", "")
+        convert_model(base_model("bert"), "hedgehog", progress=True, **given)
+        shown = capfd.readouterr().err
+        for what in (
+            "recording softmax: 100%",
+            "choosing starts: 100%",
+            "training new parameters: 100%",
+            "choosing layers",
+        ):
+            assert what in shown
+        logging.disable_progress_bar()
+        convert_model(base_model("bert"), "hedgehog", progress=True, **given)
+        assert capfd.readouterr() == ("", "")
+    finally:
+        logging.enable_progress_bar()
+
+
+def test_a_bar_that_is_cut_off_is_closed(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bars() as show:
+        show("choosing starts", 1, 3)
+    assert capfd.readouterr().err.endswith("\n")
 
 
 # ---- real weights -------------------------------------------------------------------------------------------------
-
-
-def short_documents() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    return tuple({name: x[:, :256] for name, x in batch.items()} for batch in documents())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "options"), [("hedgehog", {}), ("longformer", {"window_size": 32})])
-def test_auto_is_better_than_chance_on_other_documents(variant: str, options: dict[str, Any]) -> None:
-    """Final hidden states of MiniLM with two layers on softmax, against every other pair."""
-    calibration, held_out = short_documents()
-    model = convert_model(minilm(), variant, calibration=[calibration], **options)
-    running: set[int] = set()
-
-    def run(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-        return module.linear_attn(inputs)[0] if module.layer_idx in running else None
-
-    def states(kept: set[int]) -> torch.Tensor:
-        running.clear()
-        running.update(set(range(6)) - kept)
-        with torch.no_grad():
-            states = model(**held_out, linear_attn_recorder=run).last_hidden_state
-        return states[held_out["attention_mask"].bool()]
-
-    exact = states(set(range(6)))
-    errors = {kept: (states(set(kept)) - exact).norm().item() for kept in itertools.combinations(range(6), 2)}
-    auto = convert_model(
-        minilm(), variant, layers="auto", keep_softmax=2, calibration=[calibration], **options
-    ).conversion_report.kept_softmax
-    chosen = errors[(auto[0], auto[1])]
-    assert chosen <= 1.02 * errors[(0, 1)]  # the first layers; for some methods they are the ones to keep
-    assert chosen < 0.97 * sum(errors.values()) / len(errors)
-    assert sorted(errors.values()).index(chosen) < 5
 
 
 @pytest.mark.slow
