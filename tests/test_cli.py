@@ -138,6 +138,7 @@ def test_every_example_in_the_help_runs(
             arguments = small_measurement(tmp_path, command, arguments)
         if command == "convert":
             arguments[arguments.index("minilm")] = str(save_checkpoint(tmp_path / "checkpoint"))
+            arguments += ["--calibration", str(save_documents(tmp_path / "documents") / "train" / "fruit")]
         result = runner.invoke(app, arguments)
         assert result.exit_code == 0, result.output + caplog.text
     if command in ("compare", "demo"):
@@ -214,6 +215,7 @@ def test_analyze_names_what_it_refuses(tmp_path: Path) -> None:
 def test_convert_writes_a_model_that_reads_longer_documents(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     arguments = ["convert", str(checkpoint), "longformer", "--option", "window_size=8", "--max-length", "256"]
+    arguments += ["--calibration", "none"]
     result = runner.invoke(app, [*arguments, "--layers", "1", "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

@@ -74,7 +74,7 @@ def sentence_encoder(folder: Path) -> Path:
 
 
 def convert(*arguments: Any) -> str:
-    result = runner.invoke(app, ["convert", *map(str, arguments)])
+    result = runner.invoke(app, ["convert", *map(str, arguments), "--calibration", "none"])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -147,6 +147,7 @@ def test_convert_that_fails_while_it_saves_leaves_the_old_checkpoint(
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
     arguments = ["convert", str(tmp_path / "plain"), "longformer", "--output", str(out), "--overwrite"]
+    arguments += ["--calibration", "none"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1
     assert "No space left on device" in result.output
@@ -253,7 +254,7 @@ def test_convert_by_hub_id_keeps_what_convert_of_the_folder_keeps(tmp_path: Path
         "import sys; from huggingface_hub import HfApi; from hf_linear_attn.cli import app\n"
         "api = HfApi(); api.create_repo('tester/encoder')\n"
         "api.upload_folder(repo_id='tester/encoder', folder_path=sys.argv[1])\n"
-        "app(['convert', 'tester/encoder', 'linear', '--output', sys.argv[2]])\n"
+        "app(['convert', 'tester/encoder', 'linear', '--calibration', 'none', '--output', sys.argv[2]])\n"
     )
     with run_hub_server({"hf_tester": "tester"}) as hub:
         done = subprocess.run(

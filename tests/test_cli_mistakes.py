@@ -53,6 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "list.yaml").write_text("- model\n")
     (folder / "empty.yaml").write_text("")
     (folder / "file").write_text("mine")
+    (folder / "blank").write_text(" \n")
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("mine")
     latin = save_documents(folder / "latin", train=2, test=1)
@@ -115,7 +116,7 @@ CONVERT = {
     "convert model linear --output out --option calibration=7": "Unknown option",
     "convert model linear --output out --option model=x": "Unknown option",
     "convert model linear --output out --option variant=x": "Unknown option",
-    "convert model linear --output out --layers 0;1": "--layers takes integers",
+    "convert model linear --output out --layers 0;1": "--layers takes integers with commas between them, or auto",
     "convert model linear --output out --layers 7": "7",
     "convert model linear --output out --max-length 0": "Invalid value for '--max-length'",
     "convert model linear --output out --max-length -5": "Invalid value for '--max-length'",
@@ -128,6 +129,30 @@ CONVERT = {
     "convert model linear --output full": "'full' is not empty: name another one, or pass --overwrite",
     "convert model linear --output model": "'model' is not empty: name another one, or pass --overwrite",
     "convert model linear --outptu out": "No such option",
+    "convert model linear --output out --calibration nowhere.txt": "there is no file or folder 'nowhere.txt'; allowed:",
+    "convert model linear --output out --calibration EMPTY": "there is no file or folder ''",
+    "convert model linear --output out --calibration sotu": "one folder of .txt files, auto or none",
+    "convert model linear --output out --calibration none --calibration auto": "none goes with no other",
+    "convert model linear --output out --calibration file --calibration auto": "auto goes with no other",
+    "convert model linear --output out --calibration file --calibration full": "full goes with no other",
+    "convert model linear --output out --calibration file --calibration file": "file is given twice",
+    "convert model linear --output out --calibration documents": "no .txt file in the folder 'documents' itself",
+    "convert model linear --output out --calibration blank": "blank holds no text",
+    "convert model linear --output out --calibration latin/train/fruit": "0.txt is not UTF-8 text",
+    "convert model linear --output out --calibration file --calibration-documents 1": "goes with a folder or auto",
+    "convert model linear --output out --calibration full --calibration-documents 2": "documents 2: there are 1",
+    "convert model linear --output out --calibration full --calibration-documents 0": "Invalid value for",
+    "convert model linear --output out --calibration file --calibration-length 65": "the model reads 64 tokens",
+    "convert model linear --output out --calibration file --calibration-length 2": "Invalid value for",
+    "convert model linear --output out --calibration file --calibration-steps -1": "Invalid value for",
+    "convert model linear --output out --calibration none --calibration-steps 5": "steps 5 needs documents",
+    "convert model linear --output out --calibration none --calibration-documents 5": "--calibration none leaves",
+    "convert model linear --output out --calibration none --calibration-length 9": "--calibration none leaves",
+    "convert model linear --output out --calibration none --layers auto --keep-softmax 1": "auto needs documents",
+    "convert model linear --output out --calibration file --layers auto": "needs keep_softmax from 1 to 1",
+    "convert model linear --output out --calibration file --layers auto --keep-softmax 2": "from 1 to 1, got 2",
+    "convert model linear --output out --calibration file --keep-softmax 1": "goes with layers='auto'",
+    "convert model linear --output out --layers all": "--layers takes integers with commas between them, or auto",
 }
 TRAINING = {
     "train": "Missing argument",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from hf_linear_attn.cli.calibration_texts import CalibrationTexts
     from hf_linear_attn.compare.run import Comparison
     from hf_linear_attn.report import ConversionReport
     from hf_linear_attn.training.recipe import Recipe
@@ -24,26 +25,44 @@ def convert_checkpoint(
     options: dict[str, Any],
     max_length: int | None,
     extend: str,
-    layers: list[int] | None,
+    layers: list[int] | Literal["auto"] | None,
+    keep_softmax: int | None,
+    calibration: CalibrationTexts,
+    calibration_steps: int,
+    progress: bool,
 ) -> ConversionReport:
     """Load `name` with the head its config names, convert it, and save it to `output`.
 
     Its tokenizer and what else of its folder still holds go there too. Of a checkpoint that lies there nothing that
-    loading reads is left; other files stay.
+    loading reads is left; other files stay. `calibration` knows afterwards which documents served.
     """
     from hf_linear_attn.convert import convert_model
     from hf_linear_attn.data.companions import copy_companions, is_part_of_checkpoint
     from hf_linear_attn.data.models import load_checkpoint, load_tokenizer, resolve_model
+    from hf_linear_attn.registry import get_patcher
     from hf_linear_attn.saving import whole_folder
 
     check_options(variant, options)
+    if not calibration.wanted and (calibration_steps or layers == "auto"):
+        what = "--layers auto" if layers == "auto" else f"--calibration-steps {calibration_steps}"
+        raise ValueError(f"{what} needs documents, and --calibration none names none.")
     tokenizer = load_tokenizer(name)
+    checkpoint = load_checkpoint(name)
+
+    def batches() -> Iterator[dict[str, Any]]:  # read after everything else was checked
+        limit = max_length or get_patcher(checkpoint.config.model_type).max_length(checkpoint.config)
+        yield from calibration.batches(tokenizer, limit)
+
     model: Any = convert_model(
-        load_checkpoint(name),
+        checkpoint,
         variant,
         layers=layers,
+        keep_softmax=keep_softmax,
         max_length=max_length,
         extend=extend,  # type: ignore[arg-type]
+        calibration=batches() if calibration.wanted else None,
+        calibration_steps=calibration_steps,
+        progress=progress,
         **options,
     )
     report = model.conversion_report

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ __all__ = [
     "Overwrite",
     "check_output",
     "check_output_file",
+    "layers_or_auto",
     "names",
     "need_extra",
     "need_train_extra",
@@ -70,6 +71,16 @@ def numbers(text: str | None, flag: str) -> list[int] | None:
         return [int(entry) for entry in text.split(",")]
     except ValueError:
         raise ValueError(f"{flag} takes integers with commas between them, got {text!r}") from None
+
+
+def layers_or_auto(text: str | None) -> list[int] | Literal["auto"] | None:
+    """`0,1,4` as integers, or `auto`; None stays None."""
+    if text == "auto":
+        return "auto"
+    try:
+        return numbers(text, "--layers")
+    except ValueError:
+        raise ValueError(f"--layers takes integers with commas between them, or auto; got {text!r}") from None
 
 
 def names(text: str | None, flag: str) -> list[str] | None:
@@ -147,13 +158,14 @@ def need_train_extra(command: str) -> None:
     need_extra(command, "train", _TRAIN_MODULES)
 
 
-def need_extra(command: str, extra: str, modules: Iterable[str]) -> None:
-    """Raise `ModuleNotFoundError` naming the `modules` that are missing and the extra that installs them."""
+def need_extra(command: str, extra: str, modules: Iterable[str], instead: str = "") -> None:
+    """Raise `ModuleNotFoundError` naming the `modules` that are missing, the extra that installs them, and what does
+    without them."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
             f"`hf-linear-attn {command}` needs the extra [{extra}], and {', '.join(missing)} cannot be found. "
-            f"Install it: pip install 'hf-linear-attn[{extra}]'"
+            f"Install it: pip install 'hf-linear-attn[{extra}]'" + (f"; {instead}" if instead else "")
         )
 
 

@@ -13,9 +13,9 @@ from hf_linear_attn.cli.arguments import (
     Options,
     Overwrite,
     check_output,
+    layers_or_auto,
     names,
     need_train_extra,
-    numbers,
     pairs,
     plain_errors,
     shipped_recipe,
@@ -86,19 +86,48 @@ def convert_command(
     option: Options = None,
     max_length: Annotated[int | None, typer.Option("--max-length", min=1, help="New limit in tokens.")] = None,
     extend: Annotated[str, typer.Option("--extend", help="How positions grow: tile or interpolate.")] = "tile",
-    layers: Annotated[str | None, typer.Option("--layers", help="Layers to convert, as 0,1,4 (default: all).")] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Layers to convert, as 0,1,4, or auto (default: all).")
+    ] = None,
+    keep_softmax: Annotated[
+        int | None,
+        typer.Option("--keep-softmax", min=1, help="Layers that --layers auto leaves: where converting hurts most."),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE|auto|none",
+            help="Text to choose starts on: files (repeat it), one folder of .txt, auto (bundled documents) or none.",
+        ),
+    ] = None,
+    calibration_documents: Annotated[
+        int | None,
+        typer.Option("--calibration-documents", min=1, help="How many of a folder's or the bundled ones (default: 4)."),
+    ] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option("--calibration-length", min=8, help="Most tokens of a document (default: 512).")
+    ] = None,
+    calibration_steps: Annotated[
+        int, typer.Option("--calibration-steps", min=0, help="Steps that train each layer alone on these documents.")
+    ] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a checkpoint and save it, with its tokenizer and what else of its folder still holds.
+    """Convert a checkpoint, calibrated, and save it, with its tokenizer and what else of its folder still holds.
 
-    Example:
+    Examples:
 
         hf-linear-attn convert minilm linear --max-length 4096 --output outputs/minilm-linear
+
+        hf-linear-attn convert minilm hedgehog --layers auto --keep-softmax 1 --output outputs/minilm-hybrid
     """
     with plain_errors():
         check_output(output, overwrite)
         from hf_linear_attn.cli.actions import convert_checkpoint
+        from hf_linear_attn.cli.calibration_texts import CalibrationTexts
+        from hf_linear_attn.cli.listing import describe_calibration
 
+        texts = CalibrationTexts(calibration or ["auto"], calibration_documents, calibration_length)
         report = convert_checkpoint(
             model,
             variant,
@@ -106,9 +135,14 @@ def convert_command(
             options=pairs(option, "--option"),
             max_length=max_length,
             extend=extend,
-            layers=numbers(layers, "--layers"),
+            layers=layers_or_auto(layers),
+            keep_softmax=keep_softmax,
+            calibration=texts,
+            calibration_steps=calibration_steps,
+            progress=sys.stderr.isatty(),
         )
     typer.echo(str(report))
+    typer.echo(describe_calibration(report, texts))
     typer.echo(f"Saved to {output}")
 
 

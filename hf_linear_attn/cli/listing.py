@@ -1,13 +1,25 @@
-"""What the registry says of each method, as text: for `hf-linear-attn list` and the tables of the README."""
+"""What the registry says of each method, and a report of its start, as text: for commands and the README's tables."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_linear_attn.registry import VariantSpec
 
-__all__ = ["KEEPS", "all_facts", "exact_limit", "exported_form", "short_facts", "spell_defaults"]
+if TYPE_CHECKING:
+    from hf_linear_attn.cli.calibration_texts import CalibrationTexts
+    from hf_linear_attn.report import ConversionReport
+
+__all__ = [
+    "KEEPS",
+    "all_facts",
+    "describe_calibration",
+    "exact_limit",
+    "exported_form",
+    "short_facts",
+    "spell_defaults",
+]
 
 # kind of decode state -> what generation keeps
 KEEPS = {"constant": "constant size", "window": "a window of keys", "kv": "all keys", "none": "-"}
@@ -77,3 +89,16 @@ def all_facts(spec: VariantSpec) -> dict[str, str]:
         else "none: plain PyTorch",
         "options": "\n".join(spell_defaults(spec)),
     }
+
+
+def describe_calibration(report: ConversionReport, texts: CalibrationTexts) -> str:
+    """Which documents served and what they brought, or what it may cost that none did."""
+    if not texts.wanted:
+        return (
+            "Not calibrated: the start is the method as published, which may be many times further from the checkpoint "
+            "than one chosen on documents (--calibration auto, or FILE)."
+        )
+    errors = [(row.published_error, row.output_error) for row in report.rows if row.output_error is not None]
+    before, after = (sum(x or 0.0 for x in column) / len(errors) for column in zip(*errors, strict=True))
+    chosen = "the method chooses nothing from documents" if before == after else f"{before:.3f} as published"
+    return f"Calibrated on {texts}\nError of the layers against softmax, on average: {after:.3f} ({chosen})"
