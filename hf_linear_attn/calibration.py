@@ -99,7 +99,7 @@ def record(
 
     def keep(module: Any, inputs: AttentionInputs, output: torch.Tensor) -> None:
         recording = recordings.setdefault(module.layer_idx, Recording())
-        recording.inputs.append(inputs)
+        recording.inputs.append(replace(inputs, softmax_output=output))
         recording.outputs.append(output)
         if module.layer_idx == last:
             raise EnoughError
@@ -130,12 +130,7 @@ def output_errors(attend: Attend, recording: Recording) -> OutputErrors:
     """
     squared_error = squared_norm = head_cosine = torch.zeros(())  # [H] in the end
     cosine, tokens = 0.0, 0
-    for inputs, expected in zip(recording.inputs, recording.outputs, strict=True):
-        output = attend(inputs)[0]
-        real = torch.ones(output.shape[0], output.shape[2], dtype=torch.bool, device=output.device)
-        if inputs.token_mask is not None:
-            real = inputs.token_mask
-        got, want = (x.transpose(1, 2)[real].float() for x in (output, expected))  # [tokens, H, D]
+    for got, want in _real_outputs(attend, recording):
         squared_error = squared_error.to(got.device) + (got - want).square().sum((0, 2))
         squared_norm = squared_norm.to(got.device) + want.square().sum((0, 2))
         head_cosine = head_cosine.to(got.device) + F.cosine_similarity(got, want, dim=-1).sum(0)
@@ -147,6 +142,22 @@ def output_errors(attend: Attend, recording: Recording) -> OutputErrors:
         head_errors=(squared_error / squared_norm.clamp(min=1e-30)).sqrt().tolist(),
         head_cosines=(head_cosine / max(tokens, 1)).tolist(),
     )
+
+
+def _output_error(attend: Attend, recording: Recording) -> float:
+    """`error` of `output_errors` alone."""
+    squares = [((got - want).square().sum(), want.square().sum()) for got, want in _real_outputs(attend, recording)]
+    error, norm = (sum(x.item() for x in column) for column in zip(*squares, strict=True))
+    return (error / max(norm, 1e-30)) ** 0.5
+
+
+def _real_outputs(attend: Attend, recording: Recording) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What an attention and softmax give for the real tokens of each batch, `[tokens, H, D]` in float32."""
+    for inputs, expected in zip(recording.inputs, recording.outputs, strict=True):
+        output = attend(inputs)[0]
+        real = slice(None) if inputs.token_mask is None else inputs.token_mask
+        got, want = (x.transpose(1, 2)[real].flatten(0, -3).float() for x in (output, expected))
+        yield got, want
 
 
 @torch.no_grad()
@@ -175,7 +186,7 @@ def calibrate(
         for layer_idx in reported(list(recordings), "choosing starts", on_progress):
             variant, recording = variants[layer_idx], recordings[layer_idx]
             if steps or type(variant).calibrate is not AttentionVariant.calibrate:  # otherwise it stays as published
-                published[layer_idx] = output_errors(variant, recording).error
+                published[layer_idx] = _output_error(variant, recording)
             variant.calibrate(recording.inputs)
     groups = _sharing(variants) if steps else []
     for number, group in enumerate(groups):
@@ -292,7 +303,7 @@ def _regress(
         return
 
     def error() -> float:
-        return sum(output_errors(v, recording).error ** 2 for v, recording in zip(judged, recordings, strict=True))
+        return sum(_output_error(v, recording) ** 2 for v, recording in zip(judged, recordings, strict=True))
 
     best, smallest = [p.detach().clone() for p in _parameters(variants)], error()
     optimizer = torch.optim.Adam([{"params": [p], "lr": lr * _scale(p)} for p in parameters])

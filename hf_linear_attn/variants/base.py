@@ -170,6 +170,7 @@ class AttentionInputs:
         scaling: factor of the softmax logits, usually `D ** -0.5`.
         hidden_states: input of the attention layer `[B, Tq, hidden_size]`, or None.
         global_mask: bool `[B, Tq]` of the call's global tokens, or None when the call named none.
+        softmax_output: softmax attention's output `[B, H, Tq, D]` of a recorded call, for calibration; None elsewhere.
     """
 
     query: torch.Tensor
@@ -180,6 +181,7 @@ class AttentionInputs:
     scaling: float = 1.0
     hidden_states: torch.Tensor | None = None
     global_mask: torch.Tensor | None = None
+    softmax_output: torch.Tensor | None = None
 
 
 class AttentionVariant(nn.Module):

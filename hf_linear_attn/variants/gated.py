@@ -135,16 +135,17 @@ class GatedLinearAttention(AttentionVariant):
             return self(AttentionInputs(*row, is_causal=True, scaling=scaling, hidden_states=hidden_of[id(row)]))[0]
 
         errors = error_meter(attend, rows, is_causal=True, scaling=scaling)
+        known = None
         if self.reduces:
             means = reducer_starts(*head_tokens(rows), centered=False)
-            choose_start({"query_mean": self.query_mean}, [{"query_mean": a} for a, _, _ in means], errors)
+            known = choose_start({"query_mean": self.query_mean}, [{"query_mean": a} for a, _, _ in means], errors)
         bias = self.gate_bias.clone()
         # sigmoid(b) = exp(-TEMPERATURE * rate)
         decayed = [torch.full_like(bias, -math.log(math.expm1(TEMPERATURE * rate))) for rate in RATES]
         # Or every other feature only: what all queries attend to, a first token say, then stays in the rest.
         every_other = torch.arange(bias.shape[1], device=bias.device) % 2 == 0
         starts = [bias, *decayed, *(torch.where(every_other, x, bias) for x in decayed)]
-        choose_start({"gate_bias": self.gate_bias}, [{"gate_bias": x} for x in starts], errors)
+        choose_start({"gate_bias": self.gate_bias}, [{"gate_bias": x} for x in starts], errors, known)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim

@@ -143,9 +143,9 @@ class LolcatsAttention(AttentionVariant):
         errors = self.error_meter(rows, scaling)
         present = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         starts = [{**start, **centers, "window_log_factor": torch.zeros_like(a[:, 0])} for start in starts]
-        measure.choose_start(present, [{}, *starts], errors)
+        known = measure.choose_start(present, [{}, *starts], errors)
         steps = [{"window_log_factor": self.window_log_factor + step} for step in _FACTOR_STEPS]
-        measure.choose_start({"window_log_factor": self.window_log_factor}, [{}, *steps], errors)
+        measure.choose_start({"window_log_factor": self.window_log_factor}, [{}, *steps], errors, known)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim

@@ -114,13 +114,13 @@ class RetentionAttention(AttentionVariant):
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose decay and mean query in each head by its error against softmax on these inputs."""
         rows, scaling = collect_rows(batches), batches[0].scaling
-        present, errors = dict(self.state_dict(keep_vars=True)), self.error_meter(rows, scaling)
+        present, errors, known = dict(self.state_dict(keep_vars=True)), self.error_meter(rows, scaling), None
         if self.reduces:
             means = reducer_starts(*head_tokens(rows), centered=False)
-            choose_start(present, [{"query_mean": a} for a, _, _ in means], errors)
+            known = choose_start(present, [{"query_mean": a} for a, _, _ in means], errors)
         if self.config.learnable:
             rates = [self.decay_rate.clone(), *(torch.full_like(self.decay_rate, rate) for rate in RATES)]
-            choose_start(present, [{"decay_rate": x} for x in rates], errors)
+            choose_start(present, [{"decay_rate": x} for x in rates], errors, known)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim

@@ -94,11 +94,12 @@ class T2RAttention(FeatureMapVariant):
         q, k = measure.head_tokens(rows)
         present = self.state_dict()
         starts = [{name: x.clone() for name, x in present.items()}]
-        identity = torch.eye(self.context.head_dim, device=q.device).expand(q.shape[0], -1, -1)
+        identity, centered = torch.eye(self.context.head_dim, device=q.device).expand(q.shape[0], -1, -1), None
         for a, q_center, k_center in measure.reducer_starts(q, k):
             if a.any() and not self.config.variance_reducer:
                 break
-            principal = measure.principal_maps(q - q_center[:, None], k - k_center[:, None])
+            if q_center is not centered:  # several starts have one center
+                principal, centered = measure.principal_maps(q - q_center[:, None], k - k_center[:, None]), q_center
             for p, r in ((identity, identity), principal):
                 start = measure.centered_maps(self._signed(p), self._signed(r), q_center, k_center)
                 starts.append({**start, "query_mean": a} if self.config.variance_reducer else start)

@@ -109,19 +109,20 @@ class TaylorAttention(FeatureMapVariant):
         errors, present = self.error_meter(rows, scaling), self.state_dict()
         q, k = measure.head_tokens(rows)
         published = {name: x.clone() for name, x in present.items()}
-        starts = [published]
+        starts, centered = [published], None
+        p = r = torch.eye(self.context.head_dim, device=q.device).expand(q.shape[0], -1, -1)
         for a, q_center, k_center in measure.reducer_starts(q, k):
             if a.any() and not self.config.variance_reducer:
                 break
-            p = r = torch.eye(self.context.head_dim, device=q.device).expand(q.shape[0], -1, -1)
-            if self.rank < self.context.head_dim:
+            if self.rank < self.context.head_dim and q_center is not centered:  # several starts have one center
                 p, r = measure.principal_maps(q - q_center[:, None], k - k_center[:, None])
+                centered = q_center
             start = measure.centered_maps(p[:, : self.rank], r[:, : self.rank], q_center, k_center)
             starts.append({**start, "query_mean": a} if self.config.variance_reducer else start)
-        measure.choose_start(present, starts, errors)
+        known = measure.choose_start(present, starts, errors)
         chosen = {name: x.clone() for name, x in present.items() if name != "query_mean"}
         stretched = [{name: x * stretch**0.5 for name, x in chosen.items()} for stretch in _STRETCHES]
-        measure.choose_start(present, [chosen, *stretched], errors)
+        measure.choose_start(present, [chosen, *stretched], errors, known)
 
     def feature_maps(self, scaling: float) -> tuple[maps.FeatureMap, maps.FeatureMap]:
         def query_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> maps.Features:

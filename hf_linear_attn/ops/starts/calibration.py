@@ -12,6 +12,7 @@ from hf_linear_attn.ops.features.softmax_map import KEY_CENTROIDS, QUERY_CENTROI
 
 __all__ = [
     "Row",
+    "Rows",
     "SelfAttentionCall",
     "balancing_maps",
     "centered_maps",
@@ -26,7 +27,6 @@ __all__ = [
     "mean_squared_sum",
     "nonpositive_share",
     "principal_maps",
-    "real_rows",
     "reducer_starts",
 ]
 
@@ -43,45 +43,57 @@ _SHARPNESS = 8.0  # beta times twice the mean squared distance to the nearest ce
 
 
 class SelfAttentionCall(Protocol):
-    """One recorded call: query, key, value `[B, H, T, D]`, token_mask bool `[B, T]` or None."""
+    """One recorded call: query, key, value `[B, H, T, D]`, token_mask bool `[B, T]` or None, and what softmax attention
+    made of them, `[B, H, T, D]`, or None where that was not recorded."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     token_mask: torch.Tensor | None
+    softmax_output: torch.Tensor | None
 
 
-def collect_rows(batches: Iterable[SelfAttentionCall], max_tokens: int = _MAX_TOKENS) -> list[Row]:
-    """`real_rows` of every call, at most `max_tokens` of each."""
-    rows = [row for call in batches for row in real_rows(call.query, call.key, call.value, call.token_mask)]
-    return [(q[:, :, :max_tokens], k[:, :, :max_tokens], v[:, :, :max_tokens]) for q, k, v in rows]
+class Rows(list[Row]):
+    """Sequences, and what softmax attention gives for each, `[1, H, T, D]`, or None where it has to be computed."""
+
+    def __init__(self, rows: Iterable[Row], outputs: Iterable[torch.Tensor | None]) -> None:
+        super().__init__(rows)
+        self.outputs = list(outputs)
+
+
+def collect_rows(batches: Iterable[SelfAttentionCall], max_tokens: int = _MAX_TOKENS) -> Rows:
+    """The sequences of every call without their padding, in float32, at most their first `max_tokens` or 1024 tokens.
+
+    Raises:
+        ValueError: when queries and keys are not the same tokens.
+    """
+    rows: list[Row] = []
+    outputs: list[torch.Tensor | None] = []
+    most = min(max_tokens, _MAX_TOKENS)
+    for call in batches:
+        q, k, v, softmax = call.query, call.key, call.value, call.softmax_output
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"Calibration needs self-attention inputs, got {q.shape[2]} queries, {k.shape[2]} keys.")
+        for b in range(q.shape[0]):
+            keep = slice(None) if call.token_mask is None else call.token_mask[b]
+            row = [x[b : b + 1, :, keep].detach() for x in (q, k, v)]
+            tokens = row[0].shape[2]
+            if not tokens:
+                continue
+            row = [x[:, :, :most].float() for x in row]
+            rows.append((row[0], row[1], row[2]))
+            # In half precision it is rounded more than the errors that are to be told apart.
+            if softmax is None or softmax.dtype not in (torch.float32, torch.float64) or tokens > most:
+                outputs.append(None)
+            else:
+                outputs.append(softmax[b : b + 1, :, keep].detach().float())
+    return Rows(rows, outputs)
 
 
 def head_tokens(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """All queries and all keys of each head, `[H, tokens, D]`."""
     q, k = (torch.cat([row[i][0] for row in rows], 1) for i in (0, 1))
     return q, k
-
-
-def real_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, token_mask: torch.Tensor | None) -> list[Row]:
-    """The sequences of a batch without their padding, in float32, at most their first 1024 tokens.
-
-    Args:
-        q, k, v: `[B, H, T, D]`.
-        token_mask: bool `[B, T]`, True for a real token, or None.
-
-    Raises:
-        ValueError: when queries and keys are not the same tokens.
-    """
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"Calibration needs self-attention inputs, got {q.shape[2]} queries, {k.shape[2]} keys.")
-    rows = []
-    for b in range(q.shape[0]):
-        keep = slice(None) if token_mask is None else token_mask[b]
-        row = tuple(x[b : b + 1, :, keep][:, :, :_MAX_TOKENS].detach().float() for x in (q, k, v))
-        if row[0].shape[2]:
-            rows.append((row[0], row[1], row[2]))
-    return rows
 
 
 def head_errors(
@@ -102,8 +114,12 @@ def head_errors(
 def error_meter(
     attend: Callable[[Row], torch.Tensor], rows: Sequence[Row], *, is_causal: bool, scaling: float
 ) -> Callable[[], torch.Tensor]:
-    """`head_errors` as a function to call again after each change of `attend`; softmax is computed once."""
-    outputs = [F.scaled_dot_product_attention(*row, is_causal=is_causal, scale=scaling) for row in rows]
+    """`head_errors` as a function to call again after each change of `attend`; softmax is computed at most once."""
+    recorded = rows.outputs if isinstance(rows, Rows) else [None] * len(rows)
+    outputs = [
+        F.scaled_dot_product_attention(*row, is_causal=is_causal, scale=scaling) if known is None else known
+        for row, known in zip(rows, recorded, strict=True)
+    ]
     norm = torch.stack([exact.square().sum((0, 2, 3)) for exact in outputs]).sum(0)
 
     def measure() -> torch.Tensor:
@@ -130,7 +146,8 @@ def choose_start(
     present: Mapping[str, torch.Tensor],
     starts: Iterable[Mapping[str, torch.Tensor]],
     errors: Callable[[], torch.Tensor],
-) -> None:
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Try each start in place and leave every head with the one whose error is smallest.
 
     Args:
@@ -138,11 +155,18 @@ def choose_start(
         starts: values for them, the method as published first: it wins ties and non-numbers. A name that a start
             leaves out keeps what it held before.
         errors: measures what is in place: `[H]`.
+        known: what it would give for the first start, where an earlier choice told.
+
+    Returns:
+        the smallest error of each head, `[H]`; infinite for non-numbers.
     """
     before = best = {name: x.detach().clone() for name, x in present.items()}
     smallest: torch.Tensor | None = None
     for start in starts:
         candidate = {**before, **start}
+        if smallest is None and known is not None:
+            best, smallest = candidate, known
+            continue
         for name, x in present.items():
             x.copy_(candidate[name])
         error = errors().nan_to_num(nan=float("inf"))
@@ -156,6 +180,8 @@ def choose_start(
         smallest = smallest.minimum(error)
     for name, x in present.items():
         x.copy_(best[name])
+    assert smallest is not None, "no start was given"
+    return smallest
 
 
 def _like(per_head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -278,26 +304,35 @@ def kmeans(x: torch.Tensor, k: int, seed: int) -> torch.Tensor:
         nearest = torch.sub(x, centroids[-1][:, None], out=offset).square_().sum(-1)
         distance = nearest if len(centroids) == 1 else distance.minimum(nearest)
     c = torch.stack(centroids, 1)  # [H, k, D]
-    distances_to, first = _distances(x, k), every_head[:, None] * k
+    squares_to, first = _squared_distances(x, k), every_head[:, None] * k
     for _ in range(_KMEANS_ROUNDS):
-        label = (distances_to(c).argmin(-1) + first).flatten()  # of all heads' centroids
+        label = (_argmin(squares_to(c)) + first).flatten()  # of all heads' centroids
         size = torch.bincount(label, minlength=heads * k).view(heads, k, 1).to(x.dtype)
         total = torch.zeros_like(c).view(heads * k, -1).index_add_(0, label, x.flatten(0, 1)).view_as(c)
         c = torch.where(size > 0, total / size.clamp(min=1), c)
     return c
 
 
-def _distances(x: torch.Tensor, k: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`torch.cdist` of tokens `[H, tokens, D]` to k centroids `[H, k, D]` that move, always into the same memory."""
+def _squared_distances(x: torch.Tensor, k: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Squares of the distances of tokens `[H, tokens, D]` to k centroids `[H, k, D]` that move, always into the same
+    memory; rounding may leave the smallest below 0."""
     # |x - c|^2 = (-2 x, |x|^2, 1) . (c, 1, |c|^2)
     tokens = torch.cat([x.mul(-2), x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
     found = x.new_empty(*x.shape[:2], k)
 
     def to(c: torch.Tensor) -> torch.Tensor:
         c = torch.cat([c, torch.ones_like(c[..., :1]), c.square().sum(-1, keepdim=True)], -1)
-        return torch.bmm(tokens, c.mT, out=found).clamp_min_(0).sqrt_()
+        return torch.bmm(tokens, c.mT, out=found)
 
     return to
+
+
+def _argmin(x: torch.Tensor) -> torch.Tensor:
+    """`x.argmin(-1)` of finite float32 numbers, which it overwrites: on a CPU minima are found faster than places."""
+    # Differences from the minimum are above 0, or 0 of either sign: as integers above 0, or not.
+    above = x.sub_(x.amin(-1, keepdim=True)).view(torch.int32).clamp_(0, 1)
+    places = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    return torch.add(places, above, alpha=x.shape[-1]).amin(-1).long() % x.shape[-1]
 
 
 def centroid_starts(
@@ -323,7 +358,7 @@ def centroid_starts(
 def _centroid_maps(x: torch.Tensor, num_features: int, scaling: float) -> tuple[Affine, Affine]:
     """With centroids C of `x` `[H, tokens, D]`: p(c | x), and the logits of C with what `x` is multiplied by."""
     centroids = kmeans(x, num_features, seed=0)
-    spread = torch.cdist(x, centroids).amin(-1).square().mean(-1)
+    spread = _squared_distances(x, num_features)(centroids).amin(-1).clamp(min=0).mean(-1)
     # Tokens that are centroids would make logits that float32 cannot tell apart.
     spread = spread.maximum(_SMALLEST_SPREAD * x.square().sum(-1).mean(-1)).clamp(min=1e-6)
     beta = (0.5 * _SHARPNESS / spread)[:, None]

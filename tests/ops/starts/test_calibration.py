@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.features.maps import taylor_features, weighted_by_mean_logit
 from hf_linear_attn.ops.starts.calibration import (
+    _argmin,
     balancing_maps,
     choose_start,
     collect_rows,
@@ -28,7 +29,10 @@ def draw(*shape, seed=0, dtype=torch.float32):
 def test_rows_are_the_real_tokens_of_every_call():
     q, k, v = draw(3, 2, 4, 10, 5).unbind(0)
     padding = torch.arange(10) >= torch.tensor([[3], [10]])
-    calls = [SimpleNamespace(query=x, key=k, value=v, token_mask=p) for x, p in ((q, padding), (2 * q, None))]
+    calls = [
+        SimpleNamespace(query=x, key=k, value=v, token_mask=p, softmax_output=None)
+        for x, p in ((q, padding), (2 * q, None))
+    ]
     rows = collect_rows(calls)
     assert [row[0].shape for row in rows] == [(1, 4, 7, 5), (1, 4, 10, 5), (1, 4, 10, 5)]
     torch.testing.assert_close(rows[0][0], q[:1, :, 3:])
@@ -36,6 +40,29 @@ def test_rows_are_the_real_tokens_of_every_call():
     assert queries.shape == keys.shape == (4, 27, 5)
     torch.testing.assert_close(queries[:, 7:17], 2 * q[0])
     assert [row[1].shape[2] for row in collect_rows(calls, max_tokens=8)] == [7, 8, 8]
+
+
+def test_softmax_that_was_recorded_is_not_computed_again(monkeypatch):
+    q, k, v = draw(3, 2, 4, 10, 5).unbind(0)
+    real = torch.arange(10) < torch.tensor([[7], [10]])
+    allowed = real[:, None, None, :] & torch.ones(10, 10, dtype=torch.bool).tril()
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=0.5)
+    call = SimpleNamespace(query=q, key=k, value=v, token_mask=real, softmax_output=output)
+    rows = collect_rows([call])
+
+    def attend(row):
+        return F.scaled_dot_product_attention(*row, is_causal=True, scale=0.5) * 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_linear_attn.ops.starts.calibration.F.scaled_dot_product_attention", None)
+        measure = error_meter(attend, rows, is_causal=True, scaling=0.5)
+    torch.testing.assert_close(measure(), torch.full((4,), 4.0))
+    call.softmax_output = 2 * output  # what cannot serve is not taken: other tokens, and rounded numbers
+    cut = error_meter(attend, collect_rows([call], max_tokens=6), is_causal=True, scaling=0.5)()
+    call.softmax_output = 2 * output.bfloat16()
+    rounded = error_meter(attend, collect_rows([call]), is_causal=True, scaling=0.5)()
+    for found in (cut, rounded):
+        torch.testing.assert_close(found, torch.full((4,), 4.0))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -72,6 +99,28 @@ def test_the_first_start_wins_ties_and_what_a_start_leaves_out_stays():
     choose_start(present, starts, lambda: torch.ones(2))
     assert present["weight"].tolist() == [1.0, 1.0]
     assert present["bias"].tolist() == [5.0, 5.0]
+
+
+def test_a_first_start_that_was_measured_is_not_measured_again():
+    present, measured = {"weight": torch.tensor([5.0, 7.0])}, []
+
+    def errors():
+        measured.append(present["weight"].clone())
+        return present["weight"].abs()
+
+    smallest = choose_start(present, [{}, {"weight": torch.tensor([6.0, 2.0])}], errors, torch.tensor([5.0, 7.0]))
+    assert [x.tolist() for x in measured] == [[6.0, 2.0]]
+    assert present["weight"].tolist() == smallest.tolist() == [5.0, 2.0]
+
+
+@pytest.mark.parametrize("width", [1, 3, 128])
+def test_the_place_of_the_smallest_number_is_the_first_one(width):
+    x = draw(2, 500, width).mul(3).round().div(3)  # with ties, zeros of both signs and negative numbers
+    x[0, 0] = -0.0
+    x[0, 1], x[1, 1] = 1e-42, float(torch.finfo(torch.float32).max)
+    x[0, 3] = float("nan")
+    x[0, 2, -1] = torch.nextafter(x[0, 2].min(), torch.tensor(-torch.inf))
+    assert torch.equal(_argmin(x.clone()), x.argmin(-1))
 
 
 @pytest.mark.parametrize("centered", [True, False])
