@@ -87,7 +87,7 @@ def test_the_calibrated_projection_keeps_low_rank_logits():
     q, k, v = draw(100, dtype=torch.float32)
     q = q @ torch.diag_embed(torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0]))
     module = build(num_features=2, variance_reducer=False)
-    module.calibrate([type("Call", (), {"query": q, "key": k, "value": v, "token_mask": None, "scaling": SCALING})()])
+    module.calibrate([AttentionInputs(q, k, v, scaling=SCALING)])
     full = build(num_features=None, variance_reducer=False)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=SCALING)
     errors = [(attend(x, q, k, v) - exact).norm() / exact.norm() for x in (module, full)]
