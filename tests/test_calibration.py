@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -288,3 +289,68 @@ def test_regression_helps_on_other_documents() -> None:
     after = output_errors(variant, test)
     assert after.error < 0.99 * before.error
     assert after.cosine > before.cosine
+
+
+COMPLETED = {
+    # the method, its options, and how what stands beside the window is switched off
+    "taylor": ("lolcats", {"window_size": 32}, lambda layer: layer.window_log_factor.add_(60)),
+    "hedgehog": (
+        "lolcats",
+        {"window_size": 32, "tail": "hedgehog"},
+        lambda layer: layer.window_log_factor.add_(60),
+    ),
+    "landmarks": ("long_short", {"window_size": 32}, lambda layer: layer.landmark_bias.sub_(60)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPLETED)
+def test_what_completes_a_window_learns(case: str) -> None:
+    """On other documents: it closes more of the gap that the window alone leaves than it did at its start."""
+    key, options, switch_off = COMPLETED[case]
+    calibration, held_out = documents()
+    model = convert_model(minilm(), key, layers=[3], calibration=[calibration], **options)
+    variant, test = next(iter(variants_of(model).values())), record(model, [held_out])[3]
+
+    def errors() -> tuple[float, float]:
+        """With it, and without it."""
+        without = copy.deepcopy(variant)
+        with torch.no_grad():
+            switch_off(without)
+        return output_errors(variant, test).error, output_errors(without, test).error
+
+    before, window_before = errors()
+    regress(variant, record(model, [calibration])[3], 20)
+    after, window_after = errors()
+    assert after < 0.97 * before
+    assert after < 0.9 * window_after
+    assert window_after == pytest.approx(window_before, rel=0.03)  # the window is not what became better
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tail", ["taylor", "hedgehog"])
+def test_the_tail_of_a_window_learns_what_it_stands_for(tail: str) -> None:
+    """On other documents, alone: nearer to softmax over the keys outside the window."""
+    calibration, held_out = documents()
+    options = {"window_size": 32, "tail": tail}
+    model = convert_model(minilm(), "lolcats", layers=[3], calibration=[calibration], **options)
+    variant, test = next(iter(variants_of(model).values())), record(model, [held_out])[3].inputs[0]
+    place = torch.arange(test.query.shape[2])
+    outside = (place - place[:, None]).abs() > 16
+    if test.token_mask is not None:
+        outside = outside & test.token_mask[:, None, None, :]
+    logits = (test.query @ test.key.mT * test.scaling).masked_fill(~outside, -torch.inf)
+    expected = logits.softmax(-1) @ test.value
+    real = torch.ones(test.query.shape[0], len(place), dtype=torch.bool)
+    real = (real if test.token_mask is None else test.token_mask)[:, None, :, None].expand_as(expected)
+
+    def error() -> float:
+        alone = copy.deepcopy(variant)
+        with torch.no_grad():
+            alone.window_log_factor.sub_(60)
+            got = alone(test)[0]
+        return ((got - expected)[real].norm() / expected[real].norm()).item()
+
+    before = error()
+    regress(variant, record(model, [calibration])[3], 20)
+    assert error() < 0.97 * before

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_linear_attn.registry import get_variant
+from hf_linear_attn.variants.base import AttentionInputs
 from hf_linear_attn.variants.taylor import TaylorAttention, TaylorConfig
 from tests.variants.kernels import (
     DIM,
