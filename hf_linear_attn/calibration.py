@@ -195,8 +195,11 @@ def calibrate(
             told = partial(_tell_of_step, on_progress, number * steps, len(groups) * steps)
             told(0)
         _regress([variants[i] for i in group], [recordings[i] for i in group], steps, lr, told)
-    found = {layer_idx: output_errors(variants[layer_idx], recording) for layer_idx, recording in recordings.items()}
-    return {i: replace(errors, published_error=published.get(i, errors.error)) for i, errors in found.items()}
+    found: dict[int, OutputErrors] = {}
+    for layer_idx in reported(list(recordings), "measuring errors", on_progress):
+        errors = output_errors(variants[layer_idx], recordings[layer_idx])
+        found[layer_idx] = replace(errors, published_error=published.get(layer_idx, errors.error))
+    return found
 
 
 def _tell_of_step(on_progress: OnProgress, before: int, total: int, step: int) -> None:

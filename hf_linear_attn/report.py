@@ -69,7 +69,7 @@ class ConversionReport:
         max_length: longest sequence (tokens) the model reads now.
         kept_softmax: layers that `layers="auto"` left on softmax, where converting hurt most.
         kept_softmax_by: what was hurt: `"output"` (the distribution that the head gives) or `"states"` (the final
-            hidden states); None without `layers="auto"`.
+            hidden states); None where that is not known.
         tokenizer_max_length: what `tokenizer.model_max_length` should be set to.
     """
 
@@ -125,8 +125,8 @@ class ConversionReport:
         ]
         if self.kept_softmax:
             kept = ", ".join(map(str, self.kept_softmax))
-            hurt = {"output": "output", "states": "final hidden states"}[self.kept_softmax_by or "states"]
-            lines.append(f"layers that keep softmax, where converting hurt the {hurt} most on the batches: {kept}")
+            hurt = {"output": " the output", "states": " the final hidden states", None: ""}[self.kept_softmax_by]
+            lines.append(f"layers that keep softmax, where converting hurt{hurt} most on the batches: {kept}")
         lines.append(
             f"{self.new_parameters:,} new parameters; reads up to {self.max_length:,} tokens "
             f"(set tokenizer.model_max_length = {self.tokenizer_max_length})"

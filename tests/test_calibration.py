@@ -235,6 +235,7 @@ def test_progress_is_told_from_0_to_the_end() -> None:
     expected = [("recording softmax", done, 3) for done in range(4)]
     expected += [("choosing starts", done, 2) for done in range(3)]
     expected += [("training new parameters", done, 8) for done in range(9)]
+    expected += [("measuring errors", done, 2) for done in range(3)]
     assert list(dict.fromkeys(told)) == expected
     told.clear()
     layers_to_keep(model, batches, 1, on_progress=lambda *what: told.append(what))
@@ -244,7 +245,7 @@ def test_progress_is_told_from_0_to_the_end() -> None:
 def test_progress_reaches_the_end_where_there_is_nothing_to_train() -> None:
     model, told = convert_model(base_model("bert"), "linear"), []
     calibrate(model, padded_batches(1), steps=4, on_progress=lambda *what: told.append(what))
-    assert told[-1] == ("training new parameters", 8, 8)
+    assert ("training new parameters", 8, 8) in told
 
 
 def test_the_library_is_quiet_unless_it_is_asked_for_bars(capfd: pytest.CaptureFixture[str]) -> None:
