@@ -155,10 +155,12 @@ def _final_states(model: Any, batch: Mapping[str, Any], recorder: AttentionRecor
 
 def _distributions(model: Any, batch: Mapping[str, Any], recorder: AttentionRecorder) -> list[torch.Tensor]:
     """Logits of all distributions that the model gives, `[rows, classes]` for each of its outputs; none for scores."""
-    problem, mask, found = getattr(model.config, "problem_type", None), batch.get("attention_mask"), []
-    if model.base_model is model or problem == "regression":
-        return []
-    for name, logits in run_recorded(model, batch, recorder).items():
+    problem, mask = getattr(model.config, "problem_type", None), batch.get("attention_mask")
+    found: list[torch.Tensor] = []
+    outputs = None if model.base_model is model or problem == "regression" else run_recorded(model, batch, recorder)
+    if not isinstance(outputs, Mapping):  # a tuple, with return_dict=False in the config, does not say what is what
+        return found
+    for name, logits in outputs.items():
         if not name.endswith("logits"):
             continue
         if name in ("start_logits", "end_logits"):  # over the tokens of a row

@@ -137,7 +137,7 @@ def test_the_choice_is_by_what_the_user_says() -> None:
     assert chosen["output"] == chosen[None] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("overrides", [{"num_labels": 1}, {"problem_type": "regression"}])
+@pytest.mark.parametrize("overrides", [{"num_labels": 1}, {"problem_type": "regression"}, {"return_dict": False}])
 def test_a_head_that_gives_scores_is_left_out_of_it(overrides: dict[str, Any]) -> None:
     batches = padded_batches(1)
 
