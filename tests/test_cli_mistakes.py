@@ -135,7 +135,7 @@ CONVERT = {
     "convert model linear --output out --calibration none --calibration auto": "none goes with no other",
     "convert model linear --output out --calibration file --calibration auto": "auto goes with no other",
     "convert model linear --output out --calibration file --calibration full": "full goes with no other",
-    "convert model linear --output out --calibration file --calibration file": "file is given twice",
+    "convert model linear --output out --calibration file --calibration ./file": "./file is given twice",
     "convert model linear --output out --calibration documents": "no .txt file in the folder 'documents' itself",
     "convert model linear --output out --calibration blank": "blank holds no text",
     "convert model linear --output out --calibration latin/train/fruit": "0.txt is not UTF-8 text",

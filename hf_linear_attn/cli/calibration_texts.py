@@ -48,8 +48,9 @@ class CalibrationTexts:
         single = [word for word in self.given if word not in files or Path(word).is_dir()]
         if single and len(self.given) > 1:
             raise ValueError(f"--calibration {single[0]} goes with no other; allowed: {_ALLOWED}.")
-        if repeated := [word for word in files if files.count(word) > 1]:
-            raise ValueError(f"--calibration {repeated[0]} is given twice.")
+        places = [Path(word).resolve() for word in files]
+        if repeated := [word for word, place in zip(files, places, strict=True) if places.count(place) > 1]:
+            raise ValueError(f"--calibration {repeated[-1]} is given twice.")
         if self.documents is not None and not single:
             raise ValueError("--calibration-documents goes with a folder or auto: of files all that are named serve.")
         if self.given[0] == NONE and (self.documents, self.length) != (None, None):
