@@ -461,7 +461,7 @@ def settle(model: Any, always: bool = False) -> None:
         if stored is not None:
             kept = [place for place, number in came_from.items() if number in stored.kept_softmax]
             errors = {place: stored.errors_of(number) for place, number in came_from.items()}
-            module.__dict__[REPORT_ATTRIBUTE] = describe(module, errors, kept)  # type: ignore[arg-type]
+            module.__dict__[REPORT_ATTRIBUTE] = describe(module, errors, kept, stored.kept_softmax_by)  # type: ignore[arg-type]
 
 
 def _take_first_layers(model: Any, config: Any) -> None:

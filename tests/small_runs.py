@@ -17,15 +17,21 @@ WORDS = {"fruit": ["apple", "pear", "plum"], "metal": ["iron", "zinc", "lead"]}
 FILLER = [f"w{index}" for index in range(20)]
 
 
-def save_checkpoint(folder: Path, **overrides: Any) -> Path:
-    """A random two-layer BERT (32 wide, 64 positions) and a word-level tokenizer."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLER, *WORDS["fruit"], *WORDS["metal"]]
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that frames a text as BERT's does."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLER, *WORDS["fruit"], *WORDS["metal"], "[MASK]"]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
+    special = {
+        name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_checkpoint(folder: Path, **overrides: Any) -> Path:
+    """A random two-layer BERT (32 wide, 64 positions) and a word-level tokenizer."""
+    small_tokenizer().save_pretrained(folder)
     torch.manual_seed(0)
     BertForSequenceClassification(tiny_config("bert", max_position_embeddings=64, **overrides)).save_pretrained(folder)
     return folder
@@ -54,13 +60,13 @@ def small_recipe(folder: Path, **sections: Any) -> Recipe:
             "model": {"name": str(checkpoint)},
             "data": {"source": str(documents)},
             "training": {
-                "epochs": 1,
-                "batch_size": 4,
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": 4,
                 "learning_rate": 1e-3,
-                "max_length": 64,
+                "logging_steps": 1,
                 "output_dir": str(folder / "run"),
-                "tracker": None,
             },
+            "stages": [{"stage": "finetune", "max_length": 64}],
             "evaluation": {"forward_lengths": [], "num_resamples": 50},
         }
     )

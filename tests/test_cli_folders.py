@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,18 +184,23 @@ def test_a_converted_checkpoint_is_not_converted_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_train_refuses_a_folder_in_use_and_goes_on_in_one(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path)
-    text = json.dumps(recipe.replace(training={"save_every": 1, "max_steps": 2}).to_dict())
+    saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    text = json.dumps(recipe.replace(training=saves).to_dict())
     (tmp_path / "recipe.yaml").write_text(text)  # JSON is YAML
     train = ["train", str(tmp_path / "recipe.yaml")]
-    assert runner.invoke(app, train).exit_code == 0
+    done = runner.invoke(app, train)
+    assert done.exit_code == 0, done.output
+    assert "Stages: finetune; the model goes to" in done.output
+    assert "trains all parameters" in done.output
     folder = tmp_path / "run"
     refused = runner.invoke(app, train)
     assert refused.exit_code == 1
     assert "pass --overwrite" in refused.output
-    place = folder / "checkpoints" / "step_1"
-    resumed = runner.invoke(app, [*train, "--set", f"training.resume_from={place}"])
+    shutil.rmtree(folder / "checkpoint-2")
+    before = (folder / "model.safetensors").read_bytes()
+    resumed = runner.invoke(app, [*train, "--resume"])
     assert resumed.exit_code == 0, resumed.output
-    assert json.loads((folder / "train_result.json").read_text())["steps_run"] == 1
+    assert (folder / "model.safetensors").read_bytes() == before
     assert runner.invoke(app, [*train, "--overwrite"]).exit_code == 0
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
 
@@ -227,14 +233,14 @@ def test_a_gguf_checkpoint_is_converted_as_the_language_model_it_is(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("conversion", ["{variant: longformer, layers: [0]}", "null"])
+@pytest.mark.parametrize("conversion", ["{variant: longformer, layers: [0], calibration_documents: 0}", "null"])
 def test_a_gguf_checkpoint_can_be_trained(tmp_path: Path, conversion: str) -> None:
     """What `train` and each row of `compare` do, the softmax baseline among them."""
     save_documents(tmp_path / "documents", train=2, test=1, words=(8, 12))
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{name: smollm2}}\ndata: {{source: {tmp_path / 'documents'}}}\nconversion: {conversion}\n"
-        "training: {max_steps: 1, batch_size: 2, trainable: head, max_length: 16, tracker: null, "
-        f"output_dir: {tmp_path / 'out'}}}\n"
+        f"training: {{max_steps: 1, per_device_train_batch_size: 2, output_dir: {tmp_path / 'out'}}}\n"
+        "stages: [{stage: finetune, trainable: head, max_length: 16}]\n"
     )
     result = runner.invoke(app, ["train", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 0, result.output

@@ -16,7 +16,10 @@ from tests.small_runs import save_checkpoint, save_documents
 
 runner = CliRunner(env={"COLUMNS": "200"})
 ROOT = Path(__file__).parents[1]
-TRAIN = "model: {name: model}\ndata: {source: documents}\ntraining: {epochs: 1, output_dir: out, tracker: null}\n"
+TRAIN = (
+    "model: {name: model}\ndata: {source: documents}\nstages: [{stage: finetune}]\n"
+    "training: {num_train_epochs: 1, output_dir: out}\n"
+)
 BENCH = "title: t\nlayers: [{name: a, lengths: [8], hidden_size: 16, num_heads: 2, variants: [linear]}]\n"
 METHODS = (
     "models: [{name: model, lengths: [16]}]\nmethods: [linear]\n"
@@ -162,19 +165,22 @@ TRAINING = {
     "train latin.yaml": "'latin.yaml' is not YAML in UTF-8",
     "train list.yaml": "recipe must be a mapping",
     "train empty.yaml": "Missing key",
-    "train train.yaml --set training.epochs=[1": "the value is not YAML",
-    "train train.yaml --set training.epochs": "takes KEY=VALUE",
+    "train train.yaml --set training.max_steps=[1": "the value is not YAML",
+    "train train.yaml --set training.max_steps": "takes KEY=VALUE",
+    "train train.yaml --set training.epochs=1": "TrainingArguments has none of that name",
+    "train train.yaml --set distill.max_length=1": "The recipe has no stage distill",
     "train train.yaml --set epochs=1": "SECTION.KEY=VALUE",
     "train train.yaml --set nosection.epochs=1": "nosection",
-    "train train.yaml --set training.max_length=-5": "training.max_length must be positive",
-    "train train.yaml --set training.max_length=many": "training.max_length must be int",
-    "train train.yaml --set training.save_every=-1": "training.save_every must not be negative",
-    "train train.yaml --set training.eval_every=-1": "training.eval_every must not be negative",
-    "train train.yaml --set training.learning_rate=-1": "training.learning_rate must not be negative",
-    "train train.yaml --set training.trainable=last_layers:9": "the model has 2 layers",
+    "train train.yaml --set finetune.max_length=-5": "finetune.max_length must be a finite number above 0",
+    "train train.yaml --set finetune.max_length=many": "max_length must be int",
+    "train train.yaml --set training.save_strategy=often": "often",
+    "train train.yaml --set training.learning_rate=-1": "learning_rate must be a finite number above 0",
+    "train train.yaml --set finetune.trainable=last_layers:9": "the model has 2 layers",
+    "train train.yaml --from-stage distill": "from_stage='distill'; the stages of this recipe: finetune",
+    "train train.yaml --until-stage transfer": "until_stage='transfer'",
     "train train.yaml --set training.output_dir=file": "The output 'file' is a file",
     "train train.yaml --set training.output_dir=full": "pass --overwrite",
-    "train train.yaml --set training.resume_from=nowhere": "'nowhere' holds no place.json",
+    "train train.yaml --set training.resume_from_checkpoint=nowhere": "hf-linear-attn train --resume",
     "train train.yaml --set evaluation.metrics=[acuracy]": "acuracy",
     "train train.yaml --set evaluation.batch_size=0": "evaluation.batch_size must be positive",
     "train train.yaml --set data.source=nowhere": "'nowhere' is none of",

@@ -17,8 +17,8 @@ from hf_linear_attn.calibration import Recording, record
 from hf_linear_attn.convert import convert_model, extend_positions, revert_model
 from hf_linear_attn.data import load_config, resolve_model, resolve_model_kwargs
 from hf_linear_attn.data.models import named_errors
+from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.registry import get_patcher, list_variants
-from hf_linear_attn.training.setup import quiet_libraries
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = [

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from hf_linear_attn.compare.run import Comparison
     from hf_linear_attn.report import ConversionReport
     from hf_linear_attn.training.recipe import Recipe
-    from hf_linear_attn.training.trainer import TrainResult
+    from hf_linear_attn.training.run import TrainResult
 
-__all__ = ["check_options", "convert_checkpoint", "run_comparison", "run_training"]
+__all__ = ["check_options", "convert_checkpoint", "run_comparison", "run_language_comparison", "run_training"]
 
 
 def convert_checkpoint(
@@ -83,11 +83,18 @@ def check_options(variant: str, options: dict[str, Any]) -> None:
     config.from_dict(options)
 
 
-def run_training(recipe: Recipe) -> TrainResult | None:
-    """Train; the result on the main process, None on the others."""
-    from hf_linear_attn.training.trainer import train
+def run_training(recipe: Recipe, **options: Any) -> TrainResult | None:
+    """Train, with the options of `train`; the result on the main process, None on the others."""
+    from hf_linear_attn.training.run import train
 
-    return _on_main_process(partial(train, recipe))
+    return _on_main_process(partial(train, recipe, **options))
+
+
+def run_language_comparison(recipe: Recipe, variants: list[str] | None, command: str) -> dict[str, Any] | None:
+    """Compare language models; the results on the main process, None on the others."""
+    from hf_linear_attn.compare.language import compare_language
+
+    return _on_main_process(partial(compare_language, recipe, variants, command=command))
 
 
 def run_comparison(recipe: Recipe, variants: list[str] | None, title: str, command: str) -> Comparison | None:

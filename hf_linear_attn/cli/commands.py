@@ -37,7 +37,7 @@ app = typer.Typer(
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe or of a stage; repeatable."),
 ]
 
 
@@ -150,28 +150,37 @@ def convert_command(
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, see recipes/README.md.")],
     changes: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where this recipe's run was cut off.")] = False,
+    from_stage: Annotated[
+        str | None, typer.Option("--from-stage", help="Begin with this stage, from what the one before it left.")
+    ] = None,
+    until_stage: Annotated[str | None, typer.Option("--until-stage", help="End with this stage.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fine-tune one model as a recipe says; `accelerate launch -m hf_linear_attn train ...` for many processes.
+    """Train one model as a recipe says; `accelerate launch -m hf_linear_attn train ...` for many processes.
 
-    Example:
+    Examples:
 
-        hf-linear-attn train recipes/minilm/matching.yaml --set training.epochs=1
+        hf-linear-attn train recipes/minilm/matching.yaml --set training.num_train_epochs=1
+
+        hf-linear-attn train recipes/minilm/matching.yaml --resume
     """
     with plain_errors():
         need_train_extra("train")
         loaded = _load_recipe(recipe, changes)
         # A run that goes on writes to the folder it was cut off in.
-        check_output(loaded.training.output_dir, overwrite or loaded.training.resume_from is not None)
+        check_output(loaded.output_dir, overwrite or resume or from_stage is not None)
         from hf_linear_attn.cli.actions import run_training
 
-        result = run_training(loaded)
+        places = {"from_stage": from_stage, "until_stage": until_stage, "resume": resume}
+        result = run_training(loaded, **places, on_message=typer.echo)
     if result is None:  # not the main process
         return
     for name, value in result.metrics.items():
         typer.echo(f"{name}: {value:.4f}")
-    typer.echo(f"Trained {result.trained} for {result.steps} steps on {result.num_processes} process(es)")
-    typer.echo(f"Saved to {result.output_dir}")
+    for stage in result.stages:
+        typer.echo(f"{stage.stage}: trained {stage.trained} for {stage.steps} steps")
+    typer.echo(f"Saved to {result.output_dir}, by {result.num_processes} process(es)")
 
 
 @app.command("compare")
@@ -185,6 +194,8 @@ def compare_command(
 ) -> None:
     """Train softmax and converted models under one budget, and write a report.
 
+    A recipe that ends with finetune compares classifiers; another one language models, stage by stage.
+
     Example:
 
         hf-linear-attn compare recipes/minilm/sotu_demo.yaml --variants linear,longformer
@@ -192,8 +203,13 @@ def compare_command(
     with plain_errors():
         need_train_extra("compare")
         loaded = _load_recipe(recipe, changes)
-        check_output(loaded.training.output_dir, overwrite)
-        _run_comparison(loaded, names(variants, "--variants"), "Converted models beside the checkpoint")
+        asked = names(variants, "--variants")
+        if loaded.stages[-1].kind == "finetune":
+            check_output(loaded.output_dir, overwrite)
+            _run_comparison(loaded, asked, "Converted models beside the checkpoint")
+        else:
+            check_output(loaded.output_dir, overwrite, resumes="language.rows.jsonl")
+            _run_language_comparison(loaded, asked)
 
 
 @app.command("demo")
@@ -220,8 +236,8 @@ def demo_command(
 
         loaded = _load_recipe(recipe or shipped_recipe("minilm/sotu_demo.yaml"), changes)
         first = RetrievalRecipe.from_yaml(embedders or shipped_recipe("minilm/embedder_demo.yaml"))
-        check_output(loaded.training.output_dir, overwrite)
-        run_embedders(first, Path(loaded.training.output_dir) / "embedders", fresh=True)
+        check_output(loaded.output_dir, overwrite)
+        run_embedders(first, loaded.output_dir / "embedders", fresh=True)
         _run_comparison(loaded, None, "A converted classifier on documents longer than the checkpoint reads")
 
 
@@ -262,6 +278,23 @@ def _run_comparison(recipe: Recipe, variants: list[str] | None, title: str) -> N
         raise typer.Exit(code=1)
 
 
+def _run_language_comparison(recipe: Recipe, variants: list[str] | None) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from hf_linear_attn.cli.actions import run_language_comparison
+
+    results = run_language_comparison(recipe, variants, command=" ".join(["hf-linear-attn", *sys.argv[1:]]))
+    if results is None:  # not the main process
+        return
+    from hf_linear_attn.compare.language import language_table
+
+    Console().print(Markdown(language_table(results)))
+    typer.echo(f"Table: {recipe.output_dir / 'language.md'}")
+    if any("failure" in row for row in results["rows"]):
+        raise typer.Exit(code=1)
+
+
 def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:
     from hf_linear_attn.training.recipe import Recipe
 
@@ -273,5 +306,6 @@ def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:
                 raise ValueError(f"--set takes SECTION.KEY=VALUE (or SECTION=null), got {name}={value}")
             recipe = recipe.replace(**{section: value})
             continue
-        recipe = recipe.replace(**{section: {key: value}})
+        stage, dot, argument = key.partition(".")  # distill.training.learning_rate=...
+        recipe = recipe.replace(**{section: {stage: {argument: value}} if dot else {key: value}})
     return recipe

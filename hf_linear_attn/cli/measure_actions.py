@@ -41,7 +41,7 @@ class Documents:
         """The documents themselves."""
         from hf_linear_attn.data import load_documents
 
-        return load_documents(self.source, seed=self.seed)
+        return load_documents(self.source, task="text", seed=self.seed)
 
     def batches(self, tokenizer: Any, length: int | None = None) -> tuple[list[Any], list[Any]]:
         """Batches for calibration and for measuring, one document each."""

@@ -6,35 +6,30 @@ import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from hf_linear_attn.compare.report import ReportPaths, write_report
 from hf_linear_attn.compare.systems import PlannedBar, System, make_folds, with_recipe_options
-from hf_linear_attn.data import bag_of_words_correct
+from hf_linear_attn.data import DocumentTask, bag_of_words_correct
 from hf_linear_attn.measure.bootstrap import bootstrap_statistic
 from hf_linear_attn.measure.methods import Method, parse_methods, spell_options
 from hf_linear_attn.measure.metrics import macro_f1
 from hf_linear_attn.measure.profile import forward_time_against_length
+from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.training.arguments import training_arguments
+from hf_linear_attn.training.finetune import kept_dtype
+from hf_linear_attn.training.parts import last_layers
 from hf_linear_attn.training.prefix import FrozenPrefix
 from hf_linear_attn.training.recipe import Recipe
-from hf_linear_attn.training.setup import (
-    build_model,
-    build_tokenizer,
-    load_task,
-    prefix_dtype,
-    quiet_libraries,
-    resolve_precision,
-)
-from hf_linear_attn.training.trainer import TrainResult, train, work
+from hf_linear_attn.training.run import TrainResult, train
+from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_task, process_state
 
 __all__ = ["BASELINE", "Comparison", "compare"]
 
@@ -91,7 +86,9 @@ def compare(
     Raises:
         ValueError: for an unknown variant, metric or option, before anything runs.
     """
-    for metric in recipe.evaluation.metrics:
+    if recipe.stages[-1].kind != "finetune" or recipe.stages[-1].task != "sequence_classification":
+        raise ValueError("compare takes a recipe whose last stage is finetune for sequence_classification")
+    for metric in recipe.evaluation.metrics or ():
         if metric not in _SCORES:
             raise ValueError(f"compare takes the metrics {', '.join(_SCORES)}; got {metric!r}")
     own = parse_methods(recipe.evaluation.variants)
@@ -109,19 +106,23 @@ class _Comparison:
         show_progress: bool,
     ) -> None:
         self.recipe, self.title, self.command, self.show_progress = recipe, title, command, show_progress
-        self.main = PartialState().is_main_process
-        self.output_dir = Path(recipe.training.output_dir)
-        with PartialState().main_process_first():
-            self.task = load_task(recipe.data)
+        self.main = process_state().is_main_process
+        self.output_dir = recipe.output_dir
+        self.metrics = recipe.evaluation.metrics or list(_SCORES)
+        self.finetune = recipe.stages[-1]
+        self.arguments = training_arguments(recipe.training, self.finetune.training)
+        with process_state().main_process_first():
+            self.task = load_task(self.finetune.data or recipe.data, "sequence_classification")
             self.tokenizer = build_tokenizer(recipe)
-        set_seed(recipe.training.seed)
-        plain = replace(recipe, conversion=None, training=replace(recipe.training, max_length=None))
-        probe, own_limit = build_model(plain, self.task, self.tokenizer)
+        set_seed(self.arguments.seed)
+        plain = recipe.replace(conversion=None, stages=[{"stage": "finetune"}])
+        probe = self._build(plain, self.task)
         self.layers = int(probe.config.num_hidden_layers)
         self.device_name = _device_name()
         # fails before anything is trained where the family is not known
-        table = get_patcher(probe.config.model_type).position_table(probe)
-        self.max_length = recipe.training.max_length or own_limit
+        patcher = get_patcher(probe.config.model_type)
+        table, own_limit = patcher.position_table(probe), patcher.max_length(probe.config)
+        self.max_length = recipe.max_length or own_limit
         width = 0 if table is None else getattr(*table).embedding_dim
         self.position_parameters = max(self.max_length - own_limit, 0) * width
         self.systems = self._systems(variants, min(own_limit, self.max_length))
@@ -130,9 +131,14 @@ class _Comparison:
         self.document_tokens = self._document_tokens()
         self.failed: dict[str, str] = {}
 
+    def _build(self, recipe: Recipe, task: DocumentTask) -> Any:
+        auto = auto_class(recipe.stages[-1], recipe.model.name)
+        return build_model(recipe, auto, task, self.tokenizer, task.train)
+
     def _systems(self, variants: list[Method], truncated: int) -> list[System]:
         base = self.recipe.conversion
-        keep = {} if base is None else {"layers": base.layers, "extend": base.extend}
+        same = ("layers", "keep_softmax", "extend", "calibration_documents", "calibration_tokens", "calibration_steps")
+        keep = {} if base is None else {name: getattr(base, name) for name in same}
         plans: list[tuple[str, str, dict[str, Any], int, dict[str, Any] | None]] = [
             (BASELINE, "softmax", {}, truncated, None)
         ]
@@ -147,15 +153,16 @@ class _Comparison:
             if name in names:
                 raise ValueError(f"The variant {name} is asked for twice")
             names.add(name)
-            calibration = 0 if base is None else base.calibration_documents
-            own: dict[str, Any] = {"variant": key, "options": options, "calibration_documents": calibration, **keep}
+            own: dict[str, Any] = {"variant": key, "options": options, **keep}
             plans.append((name, key, options, self.max_length, own))
         systems = []
         for name, variant, options, length, conversion in plans:
             data = self.recipe.to_dict()
             data["conversion"] = conversion
-            folder = name.replace(" ", "_")
-            data["training"].update(max_length=length, output_dir=str(self.output_dir / folder), resume_from=None)
+            if conversion is None:  # it has nothing to win back
+                data["stages"] = [stage for stage in data["stages"] if stage["stage"] not in ("transfer", "distill")]
+            data["stages"][-1]["max_length"] = length
+            data["training"]["output_dir"] = str(self.output_dir / name.replace(" ", "_"))
             systems.append(System(name, Recipe.from_dict(data), variant, options))
         return systems
 
@@ -178,7 +185,7 @@ class _Comparison:
             for system in self.systems:
                 bar.start(system.name)
                 try:
-                    outcomes = self._run_folds(system, bar.advance)
+                    outcomes = self._run_folds(system, bar.reach)
                     row, correct[system.name] = self._row(system, outcomes, correct.get(BASELINE))
                 except Exception as error:
                     if system.name == BASELINE:
@@ -193,7 +200,7 @@ class _Comparison:
                 if self.main:
                     paths = write_report(results, self.output_dir)
             bar.start("forward time")
-            self._time_forward(rows, bar.advance)
+            self._time_forward(rows, bar.reach)
             bar.finish("forward time")
             if self.main:
                 paths = write_report(results, self.output_dir)
@@ -201,7 +208,7 @@ class _Comparison:
 
     # One system --------------------------------------------------------------------------------------------------
 
-    def _run_folds(self, system: System, advance: Callable[[str, int], None]) -> list[TrainResult]:
+    def _run_folds(self, system: System, reach: Callable[[float], None]) -> list[TrainResult]:
         conversion = system.recipe.conversion
         calibrated = conversion is not None and conversion.calibration_documents > 0
         shared = self._new_prefix(system) if not calibrated else None
@@ -209,20 +216,19 @@ class _Comparison:
         for number, fold in enumerate(self.folds):
             recipe = system.recipe
             if len(self.folds) > 1:
-                folder = f"{recipe.training.output_dir}/fold_{number}"
-                recipe = replace(recipe, training=replace(recipe.training, output_dir=folder))
+                recipe = recipe.replace(training={"output_dir": str(recipe.output_dir / f"fold_{number}")})
             # a calibrated conversion depends on the fold's training documents, and so do its frozen layers
             prefix = shared if shared is not None else self._new_prefix(system)
             save = number == len(self.folds) - 1
-            outcomes.append(train(recipe, task=fold, prefix=prefix, on_progress=advance, save_model=save))
+
+            def share(done: float, number: int = number) -> None:
+                reach((number + done) / len(self.folds))
+
+            outcomes.append(train(recipe, task=fold, prefix=prefix, on_step=share, save_model=save))
         return outcomes
 
-    @staticmethod
-    def _new_prefix(system: System) -> FrozenPrefix | None:
-        options = system.recipe.training
-        if not options.cache_frozen_layers:
-            return None
-        return FrozenPrefix(prefix_dtype(options.mixed_precision))
+    def _new_prefix(self, system: System) -> FrozenPrefix | None:
+        return FrozenPrefix(kept_dtype(self.arguments)) if system.recipe.stages[-1].cache_frozen_layers else None
 
     def _row(
         self, system: System, outcomes: list[TrainResult], baseline: np.ndarray | None
@@ -239,41 +245,42 @@ class _Comparison:
         }
         quality = {
             metric: bootstrap_statistic(_SCORES[metric], predictions, references, **settings).to_dict()
-            for metric in evaluation.metrics
+            for metric in self.metrics
         }
         difference = None
         if baseline is not None:
-            score = _SCORES[evaluation.metrics[0]]
+            score = _SCORES[self.metrics[0]]
 
             def gain(own: np.ndarray, other: np.ndarray, truth: np.ndarray) -> float:
                 return score(own, truth) - score(other, truth)
 
             difference = bootstrap_statistic(gain, predictions, baseline, references, **settings).to_dict()
-        seconds = sum(outcome.train_seconds for outcome in outcomes)
+        stages = [stage for outcome in outcomes for stage in outcome.stages]
+        seconds, steps = sum(stage.seconds for stage in stages), sum(stage.steps for stage in stages)
         first = outcomes[0]
         row = {
             "name": system.name,
             "variant": system.variant,
             "options": system.full_options(),
-            "max_length": first.max_length,
+            "max_length": first.last.max_length,
             "quality": quality,
             "difference_to_baseline": difference,
             "parameters_total": first.parameters_total,
             "parameters_added": first.parameters_added,
-            "parameters_trained": first.parameters_trained,
-            "seconds_per_step": seconds / sum(outcome.steps_run for outcome in outcomes),
-            "tokens_per_second": sum(outcome.tokens_seen for outcome in outcomes) / max(seconds, 1e-9),
-            "peak_memory_mb": max(outcome.peak_memory_mb for outcome in outcomes),
+            "parameters_trained": first.last.parameters_trained,
+            "seconds_per_step": seconds / steps,
+            "tokens_per_second": sum(stage.tokens_seen for stage in stages) / max(seconds, 1e-9),
+            "peak_memory_mb": max(stage.peak_memory_mb for stage in stages),
             "train_seconds": seconds,
             "forward": [],
             "eval_documents": len(predictions),
             "predictions": [int(prediction) for prediction in predictions],
         }
-        self.trained, self.steps = first.trained, sum(outcome.steps_run for outcome in outcomes)
-        self.documents_seen = sum(outcome.documents_seen for outcome in outcomes)
+        self.trained, self.steps = first.last.trained, sum(outcome.last.steps for outcome in outcomes)
+        self.documents_seen = sum(outcome.last.documents_seen for outcome in outcomes)
         return row, predictions
 
-    def _time_forward(self, rows: list[dict[str, Any]], advance: Callable[[str, int], None]) -> None:
+    def _time_forward(self, rows: list[dict[str, Any]], reach: Callable[[float], None]) -> None:
         """Fill in `forward`: fresh models, one after the other at each length, so that they share the machine's
         good and bad moments. The reference of the ratios is softmax attention on as long a table as the variants'."""
         evaluation = self.recipe.evaluation
@@ -285,15 +292,25 @@ class _Comparison:
         systems = {system.name: system for system in self.systems}
         models = {}
         for name in dict.fromkeys(ordered):
-            set_seed(self.recipe.training.seed)
-            models[name], _ = build_model(systems[name].recipe, self.task, self.tokenizer)
+            set_seed(self.arguments.seed)
+            models[name] = self._build(systems[name].recipe, self.task)
+        readers = {name: by_name[name]["max_length"] for name in models}
+        passes = evaluation.forward_repeats + 1
+        total = passes * sum(length for length in lengths for limit in readers.values() if length <= limit)
+        done = 0
+
+        def step(_: str, length: int) -> None:
+            nonlocal done
+            done += length
+            reach(done / total)
+
         rows_timed = forward_time_against_length(
             models,
             lengths,
             repeats=evaluation.forward_repeats,
-            device=PartialState().device,
-            max_lengths={name: by_name[name]["max_length"] for name in models},
-            on_step=lambda name, length: advance("forward", length * self.layers),
+            device=process_state().device,
+            max_lengths=readers,
+            on_step=step,
         )
         for timed in rows_timed:
             point = {"length": timed.length, "seconds": timed.seconds, "ratio": timed.ratio}
@@ -304,13 +321,20 @@ class _Comparison:
     def _results(self, rows: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> dict[str, Any]:
         recipe, task = self.recipe, self.task
         folds = len(self.folds)
-        cached = recipe.training.cache_frozen_layers
+        args, head_rate = self.arguments, self.finetune.head_learning_rate
+        stages = ", ".join(stage.kind for stage in recipe.stages[:-1])
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         budget = (
             f"Each system trains {self.trained} for {self.steps} optimizer steps over {self.documents_seen} documents "
-            f"(repeats counted), in the same order, from the same seed; learning rate {recipe.training.learning_rate:g}"
-            + (f", {recipe.training.head_learning_rate:g} for the head" if recipe.training.head_learning_rate else "")
-            + f"; mixed precision: {resolve_precision(recipe.training.mixed_precision)}."
-            + (" The frozen layers run once per document; their time is in the step time." if cached else "")
+            f"(repeats counted), in the same order, from the same seed; learning rate {args.learning_rate:g}"
+            + (f", {head_rate:g} for the head" if head_rate else "")
+            + f"; mixed precision: {precision}."
+            + (f" Converted models first went through: {stages}." if stages else "")
+            + (
+                " The frozen layers run once per document; their time is in the step time."
+                if self.finetune.cache_frozen_layers
+                else ""
+            )
             + (f" {folds} folds: every document is tested once." if folds > 1 else "")
         )
         notes = [f"{name} failed: {error}" for name, error in self.failed.items()]
@@ -334,7 +358,7 @@ class _Comparison:
                 "model": recipe.model.name,
                 "device": self.device_name,
                 "threads": torch.get_num_threads(),
-                "seed": recipe.training.seed,
+                "seed": args.seed,
                 "versions": versions,
             },
             "task": {
@@ -354,7 +378,7 @@ class _Comparison:
                 "documents_seen": self.documents_seen,
                 "trained": self.trained,
             },
-            "primary_metric": recipe.evaluation.metrics[0],
+            "primary_metric": self.metrics[0],
             "baseline": BASELINE,
             "rows": rows,
             "baselines": baselines,
@@ -362,7 +386,7 @@ class _Comparison:
         }
 
     def _bag_of_words(self) -> list[dict[str, Any]]:
-        lengths: list[int | None] = [self.systems[0].recipe.training.max_length, self.max_length, None]
+        lengths: list[int | None] = [self.systems[0].recipe.max_length, self.max_length, None]
         found = []
         for length in dict.fromkeys(lengths):
             reads = "whole documents" if length is None else f"first {length} tokens"
@@ -384,7 +408,7 @@ class _Comparison:
 
         plan = {system.name: self._planned(system) for system in self.systems}
         evaluation = self.recipe.evaluation
-        readers = {system.name: system.recipe.training.max_length or 0 for system in self.systems}
+        readers = {system.name: system.recipe.max_length or 0 for system in self.systems}
         plan["forward time"] = sum(
             length * self.layers * (evaluation.forward_repeats + 1)
             for length in evaluation.forward_lengths
@@ -397,28 +421,27 @@ class _Comparison:
             yield PlannedBar(bar, plan)
 
     def _planned(self, system: System) -> int:
-        """Work of a system in tokens x layers, see `work`."""
-        options = system.recipe.training
-        tokens = {
-            document: min(count, options.max_length or count) for document, count in enumerate(self.document_tokens)
-        }
+        """Work of a system's last stage in tokens x layers, a training pass counting three times."""
+        limit, stage, args = system.recipe.max_length, system.recipe.stages[-1], self.arguments
+        tokens = [min(count, limit or count) for count in self.document_tokens]
+        kept = last_layers(stage.trainable or "all") if stage.cache_frozen_layers else None
+        trained = self.layers if kept is None else max(kept, 1)
         total = 0
         for number, fold in enumerate(self.folds):
-            train_set, test_set = (
-                [tokens[document] for document in part["document"]] for part in (fold.train, fold.test)
+            train_tokens, test_tokens = (
+                sum(tokens[document] for document in part["document"]) for part in (fold.train, fold.test)
             )
-            batches = -(-len(train_set) // options.batch_size)
-            steps = -(-batches // options.gradient_accumulation_steps)
-            epochs = options.epochs or (options.max_steps or 0) / steps
-            last = options.last_layers if options.cache_frozen_layers else None
-            total += work(train_set, test_set, self.layers, epochs, last)
-            if last is not None and number:  # frozen layers ran in the first fold
-                total -= sum((*train_set, *test_set)) * (self.layers - max(last, 1))
+            batches = -(-len(fold.train) // args.train_batch_size)
+            steps = -(-batches // args.gradient_accumulation_steps)
+            epochs = args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs
+            total += int(train_tokens * trained * 3 * epochs + test_tokens * trained)
+            if kept is not None and not number:  # frozen layers run in the first fold
+                total += (train_tokens + test_tokens) * (self.layers - trained)
         return total
 
 
 def _device_name() -> str:
-    device = PartialState().device
+    device = process_state().device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"

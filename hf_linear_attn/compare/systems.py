@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accelerate import PartialState
 from datasets import concatenate_datasets
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -56,17 +55,16 @@ class PlannedBar:
     """One progress bar over systems whose shares are planned; each system ends where its plan does."""
 
     def __init__(self, bar: Any, plan: dict[str, int]) -> None:
-        self._bar, self._plan, self._done, self._inside = bar, plan, 0, 0
+        self._bar, self._plan, self._done, self._name = bar, plan, 0, ""
 
     def start(self, name: str) -> None:
         """Name the system that runs now."""
-        self._inside = 0
+        self._name = name
         self._bar.set_description_str(f"{name:20s}")
 
-    def advance(self, phase: str, amount: int) -> None:
-        """`amount` more tokens x layers are done on each process."""
-        self._inside += amount * PartialState().num_processes
-        self._move(self._done + self._inside)
+    def reach(self, share: float) -> None:
+        """This share of the system that runs now is done, from 0 to 1."""
+        self._move(self._done + int(share * self._plan[self._name]))
 
     def finish(self, name: str) -> None:
         """Jump to the end of the system's share."""

@@ -38,6 +38,7 @@ _OF_THE_OLD_MODEL = (
     "README.md",
     "*.py",  # of a package that carries it, and code that the converted config does not name
     "*results*.json",
+    "stages.json",
     "train_result.json",
     "trainer_state.json",
     "adapter_config.json",

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 NPM_TIMEOUT_SECONDS = 180
 
 
-class PackageUnavailableError(RuntimeError):
+class PackageUnavailableError(OSError):
     """A package is neither in the cache nor can npm fetch it."""
 
 

@@ -1,1 +1,30 @@
-"""Floor 8: training."""
+"""Stages that win a converted model's quality back, over `transformers.Trainer`; and recipes that run them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_linear_attn.training.distill import DistillTrainer
+    from hf_linear_attn.training.finetune import FinetuneTrainer
+    from hf_linear_attn.training.parts import Lora
+    from hf_linear_attn.training.transfer import TransferTrainer
+    from hf_linear_attn.training.uptrain import UptrainTrainer
+
+__all__ = ["DistillTrainer", "FinetuneTrainer", "Lora", "TransferTrainer", "UptrainTrainer"]
+
+_MODULES = {
+    "DistillTrainer": "distill",
+    "FinetuneTrainer": "finetune",
+    "Lora": "parts",
+    "TransferTrainer": "transfer",
+    "UptrainTrainer": "uptrain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Trainer takes seconds to import, and a recipe that is only read must not wait for it.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

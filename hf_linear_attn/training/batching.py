@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["LengthGroupedBatches"]
+__all__ = ["LengthGroupedSampler"]
 
 
-class LengthGroupedBatches(Sampler[list[int]]):
-    """Batch sampler: shuffle, sort within pools of `pool_size` batches by length, shuffle the batches.
+class LengthGroupedSampler(Sampler[int]):
+    """Shuffle, sort within pools of `pool_size` batches by length, shuffle the batches; yields documents one by one.
 
     A batch is padded to its longest document, so documents of like length belong together. The order is a function
     of `(lengths, seed, epoch)` only: give the *full* lengths of the documents, not the truncated ones, and two
@@ -20,38 +20,26 @@ class LengthGroupedBatches(Sampler[list[int]]):
     Args:
         lengths: length of each document, in any unit.
         batch_size: documents per batch; the last batch may be smaller.
-        shuffle: False sorts all documents from long to short (evaluation: the largest batch comes first).
         seed: of the order.
         pool_size: batches per sorted pool.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, *, shuffle: bool = True, seed: int = 0, pool_size: int = 8
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int = 0, pool_size: int = 8) -> None:
         self.lengths = list(lengths)
         self.batch_size = batch_size
-        self.drop_last = False  # Accelerate reads it
-        self.shuffle = shuffle
         self.seed = seed
         self.pool_size = pool_size
         self.epoch = 0
 
-    def start_epoch(self, epoch: int) -> None:
-        """Choose the epoch, and with it the order.
-
-        Not called `set_epoch`: Accelerate calls that with its own count, which starts again after a resume.
-        """
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return len(self.lengths)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[int]:
         size = self.batch_size
-        if not self.shuffle:
-            order = sorted(range(len(self.lengths)), key=lambda index: (-self.lengths[index], index))
-            yield from (order[start : start + size] for start in range(0, len(order), size))
-            return
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         batches: list[list[int]] = []
@@ -61,5 +49,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
         # the short batch stays last: Accelerate deals full batches to the processes and completes the last one
         full = [batch for batch in batches if len(batch) == size]
         for index in torch.randperm(len(full), generator=generator).tolist():
-            yield full[index]
-        yield from (batch for batch in batches if len(batch) < size)
+            yield from full[index]
+        for batch in batches:
+            if len(batch) < size:
+                yield from batch

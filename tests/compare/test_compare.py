@@ -15,7 +15,7 @@ from hf_linear_attn.compare.systems import make_folds
 from hf_linear_attn.measure.bootstrap import paired_bootstrap_difference
 from hf_linear_attn.measure.methods import Method, parse_methods
 from hf_linear_attn.training.recipe import Recipe
-from hf_linear_attn.training.trainer import TrainResult
+from hf_linear_attn.training.run import TrainResult
 from tests.small_runs import small_recipe
 
 
@@ -23,7 +23,7 @@ from tests.small_runs import small_recipe
 def recipe(tmp_path: Path) -> Recipe:
     return small_recipe(
         tmp_path,
-        training={"max_length": 96, "trainable": "last_layers:1", "cache_frozen_layers": True},
+        finetune={"max_length": 96, "trainable": "last_layers:1", "cache_frozen_layers": True},
         evaluation={"forward_lengths": [32, 96], "forward_repeats": 1},
     )
 
@@ -36,11 +36,12 @@ def test_all_systems_share_one_budget_and_the_report_is_written(recipe: Recipe) 
     assert list(rows) == [BASELINE, "softmax-long", "linear", "longformer"]
     assert [row["max_length"] for row in rows.values()] == [64, 96, 96, 96]
     assert rows["longformer"]["options"]["window_size"] == 8
-    folders = [Path(recipe.training.output_dir) / name for name in rows]
+    folders = [recipe.output_dir / name for name in rows]
     runs = [json.loads((folder / "train_result.json").read_text()) for folder in folders]
+    last = [run["stages"][-1] for run in runs]
     for same in ("steps", "documents_seen", "trained"):
-        assert len({run[same] for run in runs}) == 1, same
-    assert runs[0]["tokens_seen"] < runs[1]["tokens_seen"] == runs[2]["tokens_seen"]
+        assert len({run[same] for run in last}) == 1, same
+    assert last[0]["tokens_seen"] < last[1]["tokens_seen"] == last[2]["tokens_seen"]
     assert rows["longformer"]["parameters_added"] > 0 == rows["softmax-long"]["parameters_added"]
     assert all(row["seconds_per_step"] > 0 and row["tokens_per_second"] > 0 for row in rows.values())
     # the truncated checkpoint is not timed past its limit
@@ -94,7 +95,7 @@ def test_what_is_done_is_on_disk_before_the_next_system_starts(recipe: Recipe, m
     monkeypatch.setattr(module, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(recipe, ["linear"], show_progress=False)
-    written = json.loads((Path(recipe.training.output_dir) / "results.json").read_text())
+    written = json.loads((recipe.output_dir / "results.json").read_text())
     assert [row["name"] for row in written["rows"]] == [BASELINE, "softmax-long"]
 
 
@@ -102,7 +103,7 @@ def test_folds_test_every_document_once_and_never_divide_a_group(recipe: Recipe)
     folded = recipe.replace(data={"folds": 3}, evaluation={"softmax_long": False, "forward_lengths": []})
     results = compare(folded, ["longformer"], show_progress=False).results
     assert [row["eval_documents"] for row in results["rows"]] == [24, 24]
-    task = module.load_task(folded.data)
+    task = module.load_task(folded.data, "sequence_classification")
     folds = make_folds(task, 3, seed=0)
     numbers = sorted(number for fold in folds for number in fold.test["document"])
     assert numbers == list(range(24))
@@ -132,7 +133,7 @@ def test_variants_are_read_in_every_form_and_checked_before_anything_runs(recipe
         compare(recipe.replace(evaluation={"metrics": ["bleu"]}), ["linear"])
     with pytest.raises(ValueError, match="named twice: linear"):
         compare(recipe, ["linear", "linear"])
-    assert not Path(recipe.training.output_dir).exists()
+    assert not recipe.output_dir.exists()
 
 
 def test_a_named_variant_takes_the_recipes_options(recipe: Recipe) -> None:

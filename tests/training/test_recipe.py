@@ -1,4 +1,4 @@
-"""Recipes reject what they do not know, and every recipe in the repository is one."""
+"""Recipes reject what they do not know."""
 
 from __future__ import annotations
 
@@ -7,90 +7,125 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_linear_attn.registry import get_variant
+from hf_linear_attn.training.arguments import training_arguments
 from hf_linear_attn.training.recipe import Recipe
 
-ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes" / "minilm").glob("*.yaml"))
-MINIMAL = {"model": {"name": "minilm"}, "data": {}, "training": {"epochs": 1}}
+MINIMAL = {"model": {"name": "minilm"}, "data": {}, "stages": [{"stage": "finetune"}]}
 
 
 def changed(section: str, **values: object) -> dict:
     return {**MINIMAL, section: {**MINIMAL.get(section, {}), **values}}
 
 
-def test_unknown_key_raises_with_the_allowed_ones(tmp_path: Path) -> None:
+def staged(kind: str, **values: object) -> dict:
+    conversion = {"conversion": {"variant": "hedgehog"}}
+    return {**MINIMAL, **conversion, "stages": [{"stage": kind, **values}]}
+
+
+def test_unknown_key_raises_with_the_nearest_ones(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(changed("training", learningrate=1e-3)))
-    with pytest.raises(ValueError, match=r"learningrate.*recipe\.training.*Allowed:.*learning_rate"):
+    with pytest.raises(ValueError, match=r"'learningrate' in recipe\.training.*Did you mean learning_rate"):
         Recipe.from_yaml(path)
+    with pytest.raises(ValueError, match=r"'batch_size' in stages: distill\.training"):
+        Recipe.from_dict(staged("distill", training={"batch_size": 4}))
 
 
 def test_unknown_section_and_nested_key_raise() -> None:
-    with pytest.raises(ValueError, match=r"trainer.*Allowed: model, data, training"):
+    with pytest.raises(ValueError, match=r"trainer.*Allowed: model, data, stages"):
         Recipe.from_dict({**MINIMAL, "trainer": {}})
-    with pytest.raises(ValueError, match=r"rank.*recipe\.training\.lora.*Allowed: r, alpha"):
-        Recipe.from_dict(changed("training", lora={"rank": 4}))
+    with pytest.raises(ValueError, match=r"rank.*recipe\.stages\[0\]\.lora.*Allowed: r, alpha"):
+        Recipe.from_dict(staged("finetune", lora={"rank": 4}))
+    with pytest.raises(ValueError, match=r"Unknown key\(s\) \['window'\] in recipe\.stages\[0\]"):
+        Recipe.from_dict(staged("transfer", window=4))
+    with pytest.raises(ValueError, match="stage is one of transfer, distill, uptrain, finetune, got 'pretrain'"):
+        Recipe.from_dict(staged("pretrain"))
 
 
 def test_missing_key_is_named() -> None:
     with pytest.raises(ValueError, match=r"Missing.*name.*recipe\.model"):
         Recipe.from_dict({**MINIMAL, "model": {}})
+    with pytest.raises(ValueError, match=r"Missing.*stages"):
+        Recipe.from_dict({"model": {"name": "minilm"}, "data": {}})
 
 
 @pytest.mark.parametrize(
-    ("section", "values", "message"),
+    ("data", "message"),
     [
-        ("training", {"max_steps": 3}, "epochs or training.max_steps"),
-        ("training", {"trainable": "last_layer"}, "last_layers:<k>"),
-        ("training", {"trainable": "last_layers:0"}, "last_layers:<k>"),
-        ("training", {"mixed_precision": "fp8"}, "'bf16', 'fp16', 'auto'"),
-        ("training", {"scheduler": "step"}, "cosine"),
-        ("training", {"task": "translation"}, "sequence_classification"),
-        ("training", {"batch_size": 0}, "batch_size must be positive"),
-        ("training", {"batch_size": "four"}, "must be int"),
-        ("training", {"gradient_checkpointing": "yes please"}, "must be bool"),
-        ("training", {"learning_rate": "fast"}, "must be a number"),
-        ("training", {"cache_frozen_layers": True}, "cache_frozen_layers needs"),
-        ("training", {"tracker": "wandb"}, "tensorboard"),
-        ("data", {"folds": 1}, "folds"),
-        ("conversion", {"variant": "linear", "extend": "repeat"}, "interpolate"),
+        (staged("finetune", trainable="last_layer"), "last_layers:<k>"),
+        (staged("finetune", trainable="last_layers:0"), "last_layers:<k>"),
+        (staged("finetune", task="translation"), "finetune.task is one of sequence_classification"),
+        (staged("finetune", cache_frozen_layers=True), "cache_frozen_layers needs"),
+        (staged("finetune", max_length=0), "finetune.max_length must be a finite number above 0"),
+        (staged("finetune", max_length="many"), "max_length must be int"),
+        (staged("finetune", head_learning_rate=float("inf")), "head_learning_rate must be a finite number"),
+        (staged("finetune", new_learning_rate=-1), "new_learning_rate must be a finite number"),
+        (staged("distill", objective="hidden"), "objective is one of logits, states"),
+        (staged("distill", temperature="hot"), "temperature must be a number"),
+        (staged("uptrain", packing="yes please"), "packing must be bool"),
+        (changed("training", per_device_train_batch_size="four"), "must be int"),
+        (changed("training", gradient_accumulation_steps=True), "must be int"),
+        (changed("training", learning_rate="fast"), "must be a number"),
+        (changed("training", resume_from_checkpoint="x"), "hf-linear-attn train --resume"),
+        (changed("training", do_eval=True), "always evaluated"),
+        (changed("data", folds=1), "folds"),
+        (changed("conversion", variant="linear", extend="repeat"), "interpolate"),
+        (changed("conversion", variant="linear", layers="some"), "layers is one of auto"),
+        (changed("conversion", variant="linear", calibration_documents=0, calibration_steps=3), "needs calibration"),
+        ({**MINIMAL, "stages": []}, "at least one stage"),
+        ({**MINIMAL, "stages": [{"stage": "finetune"}, {"stage": "uptrain"}]}, "finetune comes last"),
+        ({**MINIMAL, "stages": [{"stage": "transfer"}]}, "needs a section conversion"),
+        ({**MINIMAL, "evaluation": {"metrics": []}}, "at least one"),
     ],
 )
-def test_bad_values_say_what_is_allowed(section: str, values: dict, message: str) -> None:
+def test_bad_values_say_what_is_allowed(data: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Recipe.from_dict(changed(section, **values))
+        Recipe.from_dict(data)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("model: {name: minilm}\ndata: {}\ntraining: {epochs: 1, learning_rate: 3e-5}\n")
-    assert Recipe.from_yaml(path).training.learning_rate == 3e-5
+    stages = "stages: [{stage: finetune, head_learning_rate: 1e-3, training: {weight_decay: 1e-2}}]"
+    path.write_text(f"model: {{name: minilm}}\ndata: {{}}\ntraining: {{learning_rate: 3e-5}}\n{stages}\n")
+    recipe = Recipe.from_yaml(path)
+    assert recipe.stages[0].head_learning_rate == 1e-3
+    arguments = training_arguments(recipe.training, recipe.stages[0].training, {"output_dir": str(tmp_path)})
+    assert (arguments.learning_rate, arguments.weight_decay) == (3e-5, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "got nan"),
+        ({"learning_rate": float("inf")}, "got inf"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be"),
+        ({"num_train_epochs": -1}, "num_train_epochs must be"),
+        ({"max_steps": 0}, "max_steps must be positive"),
+        ({"lr_scheduler_type": "step"}, "step"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_loaded(arguments: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_arguments(arguments, {"output_dir": str(tmp_path)})
+
+
+def test_a_stages_own_arguments_win_and_the_length_named_last_decides(tmp_path: Path) -> None:
+    where = {"output_dir": str(tmp_path)}
+    shared = {"learning_rate": 1e-3, "max_steps": 7, "per_device_train_batch_size": 3}
+    found = training_arguments(shared, {"num_train_epochs": 2, "seed": 5}, where)
+    assert (found.learning_rate, found.max_steps, found.num_train_epochs, found.seed) == (1e-3, -1, 2, 5)
+    assert found.per_device_eval_batch_size == 3
+    assert training_arguments(shared, where).max_steps == 7
 
 
 def test_recipe_survives_its_own_dictionary_and_replace_changes_one_key() -> None:
     recipe = Recipe.from_dict(changed("conversion", variant="longformer", options={"window_size": 8}))
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     other = recipe.replace(training={"seed": 3})
-    assert (other.training.seed, other.conversion) == (3, recipe.conversion)
+    assert (other.seed, other.conversion) == (3, recipe.conversion)
     assert recipe.replace(conversion=None).conversion is None
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_repository_recipes_load_and_open_with_their_command(path: Path) -> None:
-    recipe = Recipe.from_yaml(path)
-    first = path.read_text().splitlines()[0]
-    assert first.startswith("# hf-linear-attn ")
-    assert f"recipes/minilm/{path.name}" in first or first == "# hf-linear-attn demo"
-    for entry in recipe.evaluation.variants:
-        key, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
-        get_variant(key).config_class.from_dict(options)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_accelerate_configs_are_read_by_accelerate(path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(path))
-    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
-    assert path.read_text().splitlines()[0].count(f"recipes/accelerate_configs/{path.name}") == 1
+    staged_one = recipe.replace(finetune={"max_length": 32, "training": {"max_steps": 2}})
+    assert (staged_one.max_length, staged_one.stages[0].training) == (32, {"max_steps": 2})
+    with pytest.raises(ValueError, match="no stage distill; it has finetune"):
+        recipe.replace(distill={"max_length": 3})

@@ -98,7 +98,8 @@ def take_passages(
     """What is left of a document, and its passages; their margins are in neither."""
     span = passages.tokens + 2 * passages.margin
     # Places between the spans, drawn as if each span were a point: any two sets of places are as likely.
-    free = np.sort(rng.integers(len(document) - passages.count * span + 1, size=passages.count))
+    drawn_from = len(document) if passages.within is None else min(len(document), passages.within)
+    free = np.sort(rng.integers(drawn_from - passages.count * span + 1, size=passages.count))
     starts = free + span * np.arange(passages.count)
     left: Tokens = []
     taken, end = [], 0

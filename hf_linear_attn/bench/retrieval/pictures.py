@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 
-from hf_linear_attn.bench.retrieval.tables import at, first_of
+from hf_linear_attn.bench.retrieval.tables import at, first_of, measured_lengths
 from hf_linear_attn.measure.style import COLORS, GRAY, INK, new_figure, save_figure, style
 
 __all__ = ["draw_retrieval"]
@@ -26,7 +26,7 @@ def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
         path: of the PNG.
     """
     quality = {n: at(results, "long", n) for n in results["recipe"]["lengths"]}
-    measured = [n for n, rows in quality.items() if any("top1" in row for row in rows.values())]
+    measured = measured_lengths(results)
     lengths, first = sorted(measured), quality[measured[0]]
     costs = at(results, "cost", measured[0])
     timed = any("seconds" in row for row in costs.values())
@@ -44,7 +44,7 @@ def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
         "hollow as published, filled calibrated on other documents, or nothing to calibrate."
     )
     with matplotlib.rc_context(style()):
-        figure = new_figure(3.4 + 2.7 * (len(lengths) + timed), 0.27 * len(names) + 2.3, title, subtitle)
+        figure = new_figure(max(11.5, 3.4 + 2.7 * (len(lengths) + timed)), 0.27 * len(names) + 2.3, title, subtitle)
         panels: Sequence[Axes] = figure.subplots(1, len(lengths) + timed, sharey=True, squeeze=False)[0]
         for axes, length in zip(panels, lengths, strict=False):
             _quality(axes, results, systems, length)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_linear_attn.measure.methods import Method, parse_methods
-from hf_linear_attn.training.recipe import build_strictly, read_yaml
+from hf_linear_attn.measure.strict import build_strictly, read_yaml
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = [
@@ -73,15 +73,19 @@ class PassagesRecipe:
     Attributes:
         tokens: of a passage.
         count: passages of each document, at places drawn at random that do not overlap.
+        within: take them from the first so many tokens of a document; from all of it when null.
         margin: further tokens on both sides of a passage that are taken out, so that no word is half in each.
     """
 
     tokens: int = 128
     count: int = 4
+    within: int | None = None
     margin: int = 16
 
     def __post_init__(self) -> None:
         _check_counts("passages", self, ("tokens", "count"))
+        if self.within is not None:
+            _check_counts("passages", self, ("within",))
         _check_counts("passages", self, ("margin",), at_least=0)
 
     @property
@@ -246,9 +250,11 @@ class RetrievalRecipe:
             f"{self.lengths}.",
         )
         taken, least = self.passages.taken, self.documents.min_tokens
+        least = least if self.passages.within is None else min(least, self.passages.within)
         _check(
             2 * taken <= least,
-            f"The passages take {taken} of a document's tokens, at most half of documents.min_tokens may go: {least}.",
+            f"The passages take {taken} tokens of a document, at most half of those that they are drawn from may go: "
+            f"{least}.",
         )
 
     @classmethod

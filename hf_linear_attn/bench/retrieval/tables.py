@@ -10,7 +10,17 @@ from typing import Any
 
 from hf_linear_attn.measure.markdown import markdown_table
 
-__all__ = ["about", "at", "failed", "first_of", "render_headline", "render_overview", "render_retrieval", "verdict"]
+__all__ = [
+    "about",
+    "at",
+    "failed",
+    "first_of",
+    "measured_lengths",
+    "render_headline",
+    "render_overview",
+    "render_retrieval",
+    "verdict",
+]
 
 Row = Mapping[str, Any]
 
@@ -23,6 +33,17 @@ def at(results: Mapping[str, Any], kind: str, length: int) -> dict[str, Row]:
 def first_of(results: Mapping[str, Any], reads: str) -> str | None:
     """The first system that reads in this way, which others are compared with."""
     return next((system["name"] for system in results["systems"] if system["reads"] == reads), None)
+
+
+def measured_lengths(results: Mapping[str, Any]) -> list[int]:
+    """Lengths at which a system was measured that reads them; the first measured one if only its limit was read."""
+    reads = {system["name"]: system["reads"] for system in results["systems"]}
+    found = {
+        length: {reads[name] for name, row in at(results, "long", length).items() if "top1" in row}
+        for length in results["recipe"]["lengths"]
+    }
+    long = [length for length, kinds in found.items() if kinds & {"whole", "chunks"}]
+    return long or [length for length, kinds in found.items() if kinds][:1]
 
 
 def failed(results: Mapping[str, Any]) -> list[Row]:
@@ -106,6 +127,8 @@ def render_overview(results: Mapping[str, Any], length: int) -> str:
     lines = []
     for name in (system["name"] for system in results["systems"]):
         row, cost = rows.get(name), costs.get(name)
+        if row is None and cost is None:  # of an unfinished run
+            continue
         line = [f"`{name}`", *([_missing(row)] * 4 if row is None or "top1" not in row else _quality(row))]
         line += [_interval((row or {}).get("top1_less", {}).get(other), "+") for other in references]
         if costs:
@@ -131,13 +154,15 @@ def about(results: Mapping[str, Any]) -> str:
     """What was searched with what, and on which machine."""
     corpus, recipe, meta = results["corpus"], results["recipe"], results["meta"]
     passages, calibration = recipe["passages"], recipe["calibration"]
+    drawn = f" from its first {passages['within']:,} tokens" if passages["within"] is not None else ""
+    chosen = f"{calibration['documents']} documents of {calibration['tokens']:,} tokens"
     return (
-        f"{corpus['queries']:,} passages of {passages['tokens']} tokens, {passages['count']} from each of "
+        f"{corpus['queries']:,} passages of {passages['tokens']} tokens, {passages['count']} of each of "
         f"{corpus['documents']} documents ({corpus['source']}; {corpus['groups']} groups, median "
-        f"{corpus['median_tokens']:,} tokens), search the rest of their documents: a passage and {passages['margin']} "
-        "tokens on both sides are in no document. Queries are read by the system that reads the documents. Nothing is "
-        f"trained; calibrated starts are chosen on {calibration['documents']} documents of {calibration['tokens']:,} "
-        "tokens, of groups that are not searched. Intervals are 95% bootstrap intervals over groups, differences are "
+        f"{corpus['median_tokens']:,} tokens){drawn}, search the rest of their documents: a passage and "
+        f"{passages['margin']} tokens on both sides are in no document. Queries are read by the system that reads the "
+        f"documents. Nothing is trained; calibrated starts are chosen on {chosen}, of groups that are not searched. "
+        "Intervals are 95% bootstrap intervals over groups, differences are "
         f"paired, bold where they exclude zero. Checkpoint: {recipe['model']}, which reads {corpus['limit']:,} tokens. "
         f"Left out: {corpus['too_short']} documents below {recipe['documents']['min_tokens']:,} tokens, "
         f"{corpus['duplicates']} duplicates. {corpus['note'] + ' ' if corpus['note'] else ''}Made by "
@@ -152,9 +177,8 @@ def render_retrieval(results: Mapping[str, Any]) -> str:
     parts = ["# A passage finds the rest of its document", about(results)]
     if results["meta"]["unfinished"]:
         parts.append("Not all is measured yet: the same command goes on.")
-    for length in recipe["lengths"]:
-        if at(results, "long", length):
-            parts += [f"## {length:,} tokens", verdict(results, length), render_overview(results, length)]
+    for length in measured_lengths(results):
+        parts += [f"## {length:,} tokens", verdict(results, length), render_overview(results, length)]
     for length in recipe["short_lengths"]:
         rows = at(results, "short", length)
         if rows:

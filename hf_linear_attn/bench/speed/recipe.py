@@ -241,7 +241,7 @@ class BenchRecipe:
         Raises:
             ValueError: for an unknown key, a missing one or a bad value.
         """
-        from hf_linear_attn.training.recipe import build_strictly, read_yaml
+        from hf_linear_attn.measure.strict import build_strictly, read_yaml
 
         return build_strictly(cls, read_yaml(path), "recipe")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_linear_attn.measure.methods import Method, parse_methods
-from hf_linear_attn.training.recipe import build_strictly, read_yaml
+from hf_linear_attn.measure.strict import build_strictly, read_yaml
 
 __all__ = [
     "UNIFORM",

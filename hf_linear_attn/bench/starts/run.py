@@ -109,7 +109,7 @@ def _measure_starts(
         if model is None:
             model, tokenizer = load_model(where.name, max_length=length), load_tokenizer(where.name)
             causal = get_patcher(model.config.model_type).is_causal(model.config)
-        task = load_documents(recipe.documents.source, seed=seed)
+        task = load_documents(recipe.documents.source, task="text", seed=seed)
         recorded = []
         wanted = ((task.train, recipe.documents.calibration_tokens), (task.test, recipe.documents.test_tokens))
         for part, tokens in wanted:

@@ -1,0 +1,128 @@
+"""Checkpoints of Transformers' Trainer that are whole or not there, and steps that are finite or end the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+__all__ = ["CheckedTrainer", "NotFiniteError", "last_checkpoint", "remove_checkpoints", "writing"]
+
+_STATE = "trainer_state.json"
+
+
+class NotFiniteError(ValueError):
+    """A loss or a trained weight is not a finite number."""
+
+
+class CheckedTrainer(Trainer):
+    """A `Trainer` that never writes weights which are not finite, and whose last file of a checkpoint is its state.
+
+    Raises:
+        NotFiniteError: in `train`, at the step whose loss is not finite (on a GPU at the next time that the loss is
+            logged or anything is saved: reading it every step would wait for the device). Checkpoints written before
+            stay.
+    """
+
+    # never None once a Trainer is made, whatever its annotations allow
+    args: Any
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+    _finite: torch.Tensor | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        finite = torch.isfinite(loss).all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        if loss.device.type == "cpu":
+            self._check_loss()
+        return loss
+
+    def _check_loss(self) -> None:
+        if self._finite is not None and not bool(self._finite):
+            raise NotFiniteError(
+                f"The loss is not finite at step {self.state.global_step + 1}; no weights were written since the last "
+                "checkpoint. Lower the learning rate, or look at the data of this step."
+            )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._check_loss()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def check_finite(self) -> None:
+        """Raise `NotFiniteError` unless every loss so far and every trained weight is a finite number."""
+        self._check_loss()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
+                raise NotFiniteError(f"{name} holds numbers that are not finite: nothing is saved")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.check_finite()
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:  # its state says that it is whole
+            (folder / _STATE).unlink(missing_ok=True)
+        try:
+            with writing(folder):
+                super()._save_checkpoint(*args, **kwargs)
+        except OSError:
+            if self.args.should_save and not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # it fills a disk that may be full
+            raise
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process writes the trainer's state next: not before every process has written its part.
+        self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Errors of the libraries that write weights, as the `OSError` that they stand for: a full disk, as a rule."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(next(path for path in Path(folder).absolute().parents if path.exists())).free
+        raise OSError(f"{str(folder)!r} could not be written ({free // 2**20:,} MiB are free): {error}") from error
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint that a `CheckedTrainer` left in `folder`, or None.
+
+    A process that was killed while it wrote leaves one without a state that can be read; that one is passed over.
+    """
+    whole = {number: path for number, path in _checkpoints(folder).items() if _is_whole(path)}
+    return str(whole[max(whole)]) if whole else None
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove the checkpoints that a Trainer left in `folder`."""
+    for path in _checkpoints(folder).values():
+        (path / _STATE).unlink(missing_ok=True)  # killed here, what is left of it is no whole one
+        shutil.rmtree(path)
+
+
+def _checkpoints(folder: str | Path) -> dict[int, Path]:
+    found = {path.name.rpartition("-")[2]: path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return {int(number): path for number, path in found.items() if number.isdigit() and path.is_dir()}
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

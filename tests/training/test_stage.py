@@ -1,0 +1,94 @@
+"""Stages that end early: resumed bit for bit, refused under other settings, stopped at a loss that is not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_linear_attn import convert_model
+from hf_linear_attn.seam.trainer import NotFiniteError, last_checkpoint
+from hf_linear_attn.training import DistillTrainer, TransferTrainer, UptrainTrainer
+from tests.small_runs import small_tokenizer
+from tests.small_stages import arguments, moved, texts, weights
+from tests.tiny import build, causal_lm, tiny_config, without_dropout
+
+
+@pytest.mark.parametrize("kind", ["transfer", "distill", "uptrain"])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_resumed_stage_ends_with_the_same_bits(family: str, kind: str, tmp_path: Path) -> None:
+    stage = {"transfer": TransferTrainer, "distill": DistillTrainer, "uptrain": UptrainTrainer}[kind]
+
+    def run(folder: Path, **changes: Any) -> Any:
+        # dropout is on: the random generators must come back too
+        if family == "bert":
+            from transformers import BertForMaskedLM
+
+            upstream: Any = build(BertForMaskedLM, tiny_config("bert"))
+        else:
+            upstream = causal_lm(family)
+        model = convert_model(upstream, "hedgehog")
+        args = arguments(folder, max_steps=7, save_strategy="steps", save_steps=2, **changes)
+        return stage(model, args, train_dataset=texts(), processing_class=small_tokenizer(), max_length=32)
+
+    whole = run(tmp_path)
+    whole.train()
+    expected = weights(whole.model)
+    for path in (tmp_path / "checkpoint-6", tmp_path / "checkpoint-7"):
+        (path / "trainer_state.json").write_text('{"epoch": 1.')  # killed in the middle of a save
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    again = run(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert moved(expected, weights(again.model)) == set()
+
+
+def test_a_resume_under_other_settings_is_refused_with_the_difference(tmp_path: Path) -> None:
+    def run(data: list[str], **changes: Any) -> Any:
+        model = convert_model(causal_lm(), "hedgehog")
+        args = arguments(tmp_path, save_strategy="steps", save_steps=2, **changes)
+        return TransferTrainer(model, args, train_dataset=data, processing_class=small_tokenizer(), max_length=32)
+
+    run(texts()).train()
+    path = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"learning_rate=0.01 there and 0.02 here"):
+        run(texts(), learning_rate=2e-2).train(resume_from_checkpoint=path)
+    with pytest.raises(ValueError, match="seed=42 there and 1 here"):
+        run(texts(), seed=1).train(resume_from_checkpoint=path)
+    with pytest.raises(ValueError, match="training_data="):
+        run(texts(seed=5)).train(resume_from_checkpoint=path)
+    run(texts(), logging_steps=1).train(resume_from_checkpoint=path)  # what does not decide may differ
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    model = convert_model(causal_lm(**without_dropout("gpt2")), "hedgehog")
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=1)
+    trainer = UptrainTrainer(model, args, train_dataset=texts(), processing_class=small_tokenizer(), max_length=32)
+    compute = trainer.compute_loss
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        loss = compute(*args, **kwargs)
+        return loss * float("nan") if trainer.state.global_step == 4 else loss
+
+    trainer.compute_loss = poisoned  # type: ignore[method-assign]
+    with pytest.raises(NotFiniteError, match="not finite at step 5"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    good = type(model).from_pretrained(tmp_path / "checkpoint-4")
+    assert all(torch.isfinite(p).all() for p in good.parameters())
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("inf"))
+    trainer._finite = None
+    with pytest.raises(NotFiniteError, match="nothing is saved"):
+        trainer.save_model(str(tmp_path / "bad"))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_tokenizer_without_padding_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    bare = small_tokenizer()
+    bare.pad_token = None
+    with pytest.raises(ValueError, match=r"tokenizer\.pad_token = tokenizer\.eos_token"):
+        UptrainTrainer(
+            convert_model(causal_lm(), "linear"), arguments(tmp_path), train_dataset=texts(), processing_class=bare
+        )
