@@ -27,7 +27,13 @@ from hf_linear_attn.bench.retrieval.recipe import (
 from hf_linear_attn.bench.retrieval.run import measure_retrieval
 from hf_linear_attn.bench.retrieval.scores import rank_documents, summarize
 from hf_linear_attn.bench.retrieval.systems import Embedder, build_embedder, embed, load_encoder, pieces_of
-from hf_linear_attn.bench.retrieval.tables import render_headline, render_overview, render_retrieval, verdict
+from hf_linear_attn.bench.retrieval.tables import (
+    measured_lengths,
+    render_headline,
+    render_overview,
+    render_retrieval,
+    verdict,
+)
 from hf_linear_attn.measure.methods import RefusedError
 from tests.small_runs import FILLER, WORDS, save_checkpoint
 
@@ -147,6 +153,14 @@ def test_nothing_of_a_passage_or_its_margin_is_left(seed: int) -> None:
     gone = {place for passage in taken for place in range(passage[0] - 3, passage[-1] + 4)}
     assert len(gone) == passages.taken  # they do not overlap
     assert gone.isdisjoint(left)
+
+
+def test_passages_are_drawn_from_the_beginning_where_that_is_asked_for() -> None:
+    passages = PassagesRecipe(tokens=8, count=2, margin=1, within=40)
+    for seed in range(20):
+        left, taken = take_passages(range(100), passages, np.random.default_rng(seed))
+        assert max(passage[-1] for passage in taken) < 39
+        assert left[-60:] == list(range(40, 100))
 
 
 def test_passages_may_take_a_whole_document() -> None:
@@ -280,7 +294,7 @@ def test_truncation_fails_where_documents_begin_alike_and_reading_all_succeeds(
     assert "refused" in cost["gated", 512]
 
     text = render_retrieval(results)
-    assert "21 passages of 16 tokens, 3 from each of 7 documents" in text
+    assert "21 passages of 16 tokens, 3 of each of 7 documents" in text
     assert "gated (512 tokens): " in text
     assert "*truncated* finds 0.000; above it all 4 that read 512 tokens at a time." in verdict(results, 512)
     assert "*chunk and average* converts nothing" in verdict(results, 512)
@@ -343,6 +357,19 @@ def test_the_minutes_end_a_run(recipe: RetrievalRecipe, tmp_path: Path) -> None:
     assert results["rows"] == []
     assert "go on" in said[-1]
     assert "Not all is measured yet" in render_retrieval(results)
+
+
+def test_lengths_that_were_not_reached_are_left_out(recipe: RetrievalRecipe, tmp_path: Path) -> None:
+    recipe = replace(recipe, systems=recipe.systems[:3], cost_repeats=0)
+    results = measure_retrieval(recipe, tmp_path, say=silent)
+    assert measured_lengths(results) == [512, 256]
+    late = [row for row in results["rows"] if row["length"] != 256 or row["system"] == "truncated"]
+    assert measured_lengths({**results, "rows": late}) == [512]  # truncated is the same at every length
+    fixed = [row for row in results["rows"] if row["system"] == "truncated"]
+    assert measured_lengths({**results, "rows": fixed}) == [512]
+    assert measured_lengths({**results, "rows": []}) == []
+    lines = render_overview({**results, "rows": fixed}, 512).splitlines()
+    assert len(lines) == 3  # systems without a row are left out
 
 
 def test_a_system_that_fails_does_not_stop_the_others(
@@ -436,7 +463,9 @@ WRONG = {
     "model: m\nsystems: [{}]\nminutes: 0": "recipe.minutes must be positive",
     "model: m\nsystems: [{}]\nnum_resamples: 0": "recipe.num_resamples must be at least 1",
     "model: m\nsystems: [{}]\npassages: {tokens: 0}": "passages.tokens must be at least 1",
-    "model: m\nsystems: [{}]\npassages: {count: 20}": "The passages take 3200 of a document's tokens, at most half",
+    "model: m\nsystems: [{}]\npassages: {count: 20}": "The passages take 3200 tokens of a document, at most half",
+    "model: m\nsystems: [{}]\npassages: {within: 1000}": "The passages take 640 tokens of a document, .* go: 1000",
+    "model: m\nsystems: [{}]\npassages: {within: 0}": "passages.within must be at least 1",
     "model: m\nsystems: [{}]\ndocuments: {max_documents: 1}": "documents.max_documents must be at least 2",
     "model: m\nsystems: [{}]\nlengths: [512]": "calibration.tokens has 1024, more than the shortest of recipe.lengths",
     "model: m\nsystems: [{}]\ncalibration: {documents: 0}": "calibration.documents must be at least 1",
