@@ -120,8 +120,8 @@ def test_bundled_documents_are_the_default(checkpoint: Path, tmp_path: Path, mon
 def test_what_replaced_the_bundled_documents_is_said(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_linear_attn.data.sotu.default_cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr("hf_linear_attn.data.sotu.shutil.which", lambda name: None)
+    monkeypatch.setattr("hf_linear_attn.data.npm.default_cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr("hf_linear_attn.data.npm.shutil.which", lambda name: None)
     _, said = convert(checkpoint, tmp_path / "out", "--calibration-length", 24)
     assert "Calibrated on 4 documents of source files of the installed packages" in said
     assert "Fallback: the State of the Union addresses could not be had" in said

@@ -194,7 +194,7 @@ TRAINING = {
     "compare train.yaml --variants lineer": "Did you mean 'linear'",
     "compare train.yaml --variants linear,": "names with commas",
     "compare train.yaml --set training.output_dir=full": "pass --overwrite",
-    "compare train.yaml --set evaluation.forward_lengths=[-1]": "evaluation.forward_lengths must be positive",
+    "compare train.yaml --set evaluation.forward_lengths=[-1]": "evaluation.forward_lengths must be at least 1",
     "compare train.yaml --set evaluation.confidence=7": "evaluation.confidence must be between 0 and 1",
     "compare syntax.yaml": "'syntax.yaml' is not YAML in UTF-8",
     "demo --recipe no.yaml": "There is no recipe 'no.yaml'",

@@ -61,4 +61,10 @@ class TransferTrainer(LossStage):
         model.eval()  # the targets are those of the checkpoint
         # Among the outputs: DDP takes what these do not lead to for unused, and fails when it gets a gradient.
         with self.accelerator.unwrap_model(model).register_forward_hook(lambda *given: (losses.mean(), given[-1])):
-            return model(**inputs, **self.extra, linear_attn_recorder=losses)
+            loss, outputs = model(**inputs, **self.extra, linear_attn_recorder=losses)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"No layer's output depends on its new parameters for texts of {inputs['input_ids'].shape[1]} tokens, "
+                "which a window covers: take longer texts or a narrower window"
+            )
+        return loss, outputs

@@ -112,3 +112,10 @@ def test_a_step_under_ddp_is_a_step_without(tmp_path: Path) -> None:
     for one, other in zip(alone, together, strict=True):
         assert one.abs().sum() > 0
         torch.testing.assert_close(other, one)
+
+
+def test_texts_within_the_window_have_nothing_to_transfer(tmp_path: Path) -> None:
+    model = convert_model(causal_lm(), "lolcats", window_size=64)
+    trainer = TransferTrainer(model, arguments(tmp_path), train_dataset=texts(), processing_class=small_tokenizer())
+    with pytest.raises(ValueError, match="22 tokens, which a window covers: take longer texts or a narrower window"):
+        trainer.train()
