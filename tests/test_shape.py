@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,8 @@ ISE = re.compile(r".*(adv|ar|compr|comprom|conc|cr|dev|exerc|no|prec|prem|prom|r
 
 def repository_files() -> Iterator[Path]:
     """Files of the repository, relative to its root, without what `.gitignore` names."""
-    ignored = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())]
+    lines = [line.strip() for line in (ROOT / ".gitignore").read_text().splitlines()]
+    ignored = [".git", *(line.rstrip("/") for line in lines if line and not line.startswith("#"))]
 
     def walk(folder: Path) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):
@@ -55,6 +57,15 @@ def repository_files() -> Iterator[Path]:
                 yield path.relative_to(ROOT)
 
     yield from walk(ROOT)
+
+
+def test_what_is_checked_is_all_that_is_tracked() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    assert {path for path in listed.stdout.splitlines() if (ROOT / path).is_file()} <= {
+        path.as_posix() for path in repository_files()
+    }
 
 
 def test_top_level_keeps_its_shape() -> None:

@@ -127,13 +127,16 @@ class _Language:
         return bool(list(method.spec.module_class(method.config(), context).parameters()))
 
     def _budgeted(self) -> Recipe:
-        """Softmax on the steps of every stage that trains the checkpoint's weights, at the last one's settings."""
+        """Softmax uptrained with the arguments of every stage but `transfer`, which leaves the checkpoint's weights."""
         data = self.recipe.to_dict()
-        last = data["stages"][-1]
-        stage = {"stage": "uptrain", **{name: last[name] for name in ("training", "data", "max_length", "lora")}}
-        stage["trainable"] = "all" if last["trainable"] == "new" else last["trainable"]  # softmax has nothing new
+        stages = [stage for stage in data["stages"] if stage["stage"] != "transfer"] or data["stages"][-1:]
+        same = ("training", "data", "max_length", "lora", "trainable")
+        stages = [{"stage": "uptrain", **{name: stage[name] for name in same}} for stage in stages]
+        for stage in stages:
+            if stage["trainable"] == "new":  # softmax has nothing new
+                stage["trainable"] = "all"
         folder = str(self.output / "softmax")
-        data |= {"conversion": None, "stages": [stage], "training": {**data["training"], "output_dir": folder}}
+        data |= {"conversion": None, "stages": stages, "training": {**data["training"], "output_dir": folder}}
         return Recipe.from_dict(data)
 
     def _convert(self, method: Method) -> Any:

@@ -201,7 +201,7 @@ class LossStage(StageTrainer):
 
     def loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         """The loss of a batch, a scalar, and the model's outputs; `model` may be wrapped (DDP)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not implement loss")
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

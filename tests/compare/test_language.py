@@ -171,3 +171,16 @@ def test_the_command_prints_the_table(recipe: Recipe, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "softmax, same tokens" in result.output
     assert CliRunner().invoke(app, command).exit_code == 0  # goes on: nothing is left to do
+
+
+def test_softmax_gets_the_budget_of_every_stage_that_trains_its_weights(recipe: Recipe) -> None:
+    shared = {"max_length": 32}
+    stages = [
+        {"stage": "transfer", **shared},
+        {"stage": "distill", "trainable": "new", "training": {"max_steps": 3}, **shared},
+        {"stage": "uptrain", "trainable": "last_layers:1", **shared},
+    ]
+    budgeted = module._Language(recipe.replace(stages=stages), [], "", print)._budgeted()
+    assert budgeted.conversion is None
+    found = [(stage.kind, stage.trainable, stage.training) for stage in budgeted.stages]
+    assert found == [("uptrain", "all", {"max_steps": 3}), ("uptrain", "last_layers:1", {})]
