@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer
+from tqdm.std import tqdm
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 __all__ = ["CheckedTrainer", "NotFiniteError", "last_checkpoint", "remove_checkpoints", "writing"]
@@ -39,6 +40,26 @@ class CheckedTrainer(Trainer):
     eval_dataset: Any
     _signature_columns: Any
     _finite: torch.Tensor | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self._bars_closed_on_errors():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._bars_closed_on_errors():
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextmanager
+    def _bars_closed_on_errors(self) -> Iterator[None]:
+        """An error's message begins a line of its own: Trainer closes its progress bars at its regular ends alone."""
+        try:
+            yield
+        except BaseException:
+            for callback in self.callback_handler.callbacks:
+                for bar in vars(callback).values() if isinstance(callback, ProgressCallback) else ():
+                    if isinstance(bar, tqdm):
+                        bar.close()
+            raise
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

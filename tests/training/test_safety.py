@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from hf_linear_attn.cli import app
@@ -192,10 +194,21 @@ def _memory_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_linear_attn.training.setup.reuse_freed_memory", lambda: None)
 
 
+@pytest.fixture
+def _trainers_bar_alone() -> Iterator[None]:
+    """Without the bars of written shards, which end a line, an error's sentence would follow Trainer's bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    yield
+    if shown:
+        logging.enable_progress_bar()
+
+
+@pytest.mark.usefixtures("_trainers_bar_alone")
 def test_a_loss_that_is_not_finite_ends_the_command_with_the_last_checkpoint_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = staged_recipe(tmp_path, "gpt2", training={"save_steps": 1})
+    recipe = staged_recipe(tmp_path, "gpt2", training={"save_steps": 1, "disable_tqdm": False})
     own = StageTrainer.compute_loss
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -235,6 +248,7 @@ def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.usefixtures("_trainers_bar_alone")
 @pytest.mark.parametrize(
     ("place", "error"),
     [
@@ -251,7 +265,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(
         from safetensors import SafetensorError
 
         error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    recipe = staged_recipe(tmp_path, "gpt2", stages=STAGES["gpt2"][:1], training={"save_steps": 1})
+    training = {"save_steps": 1, "disable_tqdm": False}
+    recipe = staged_recipe(tmp_path, "gpt2", stages=STAGES["gpt2"][:1], training=training)
     expected = train(recipe.replace(training={"output_dir": str(tmp_path / "whole")}))
     import importlib
 
