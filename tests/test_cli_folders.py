@@ -253,24 +253,35 @@ def test_a_gguf_checkpoint_can_be_trained(tmp_path: Path, conversion: str) -> No
 
 
 @pytest.mark.slow
-def test_convert_by_hub_id_keeps_what_convert_of_the_folder_keeps(tmp_path: Path) -> None:
+def test_a_hub_id_gives_what_its_folder_gives(tmp_path: Path) -> None:
     source = sentence_encoder(tmp_path / "source")
     convert(source, "linear", "--output", tmp_path / "from_folder")
+    recipe = {
+        "model": {"name": "tester/encoder"},
+        "data": {"source": str(save_documents(tmp_path / "documents", train=2, test=1))},
+        "conversion": {"variant": "linear", "calibration_documents": 0},
+        "training": {"max_steps": 1, "output_dir": str(tmp_path / "trained")},
+        "stages": [{"stage": "distill", "max_length": 32}],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     code = (
         "import sys; from huggingface_hub import HfApi; from hf_linear_attn.cli import app\n"
         "api = HfApi(); api.create_repo('tester/encoder')\n"
         "api.upload_folder(repo_id='tester/encoder', folder_path=sys.argv[1])\n"
+        "app(['train', sys.argv[3]], standalone_mode=False)\n"
         "app(['convert', 'tester/encoder', 'linear', '--calibration', 'none', '--output', sys.argv[2]])\n"
     )
     with run_hub_server({"hf_tester": "tester"}) as hub:
         done = subprocess.run(
-            [sys.executable, "-c", code, str(source), str(tmp_path / "from_hub")],
+            [sys.executable, "-c", code, str(source), str(tmp_path / "from_hub"), str(tmp_path / "recipe.yaml")],
             env={**os.environ, **hub.environment(tmp_path / "home", "hf_tester"), "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).parents[1],
             capture_output=True,
             text=True,
         )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert files(tmp_path / "from_hub") - {".gitattributes"} == files(tmp_path / "from_folder")
-    dense = "2_Dense/model.safetensors"
-    assert (tmp_path / "from_hub" / dense).read_bytes() == (source / dense).read_bytes()
+    assert files(tmp_path / "from_hub") == files(tmp_path / "from_folder")
+    assert files(tmp_path / "trained") - files(tmp_path / "from_hub") == {"stages.json", "train_result.json"}
+    for name in ("2_Dense/model.safetensors", "1_Pooling/config.json", "modules.json"):
+        for folder in ("from_hub", "trained"):
+            assert (tmp_path / folder / name).read_bytes() == (source / name).read_bytes()

@@ -37,10 +37,9 @@ def convert_checkpoint(
     loading reads is left; other files stay. `calibration` knows afterwards which documents served.
     """
     from hf_linear_attn.convert import convert_model
-    from hf_linear_attn.data.companions import copy_companions, is_part_of_checkpoint
+    from hf_linear_attn.data.companions import checkpoint_folder, find_companions
     from hf_linear_attn.data.models import load_checkpoint, load_tokenizer, resolve_model
     from hf_linear_attn.registry import get_patcher
-    from hf_linear_attn.saving import whole_folder
 
     check_options(variant, options)
     if not calibration.wanted and (calibration_steps or layers == "auto"):
@@ -48,6 +47,7 @@ def convert_checkpoint(
         raise ValueError(f"{what} needs documents, and --calibration none names none.")
     tokenizer = load_tokenizer(name)
     checkpoint = load_checkpoint(name)
+    companions = find_companions(resolve_model(name))
 
     def batches() -> Iterator[dict[str, Any]]:  # read after everything else was checked
         limit = max_length or get_patcher(checkpoint.config.model_type).max_length(checkpoint.config)
@@ -67,8 +67,7 @@ def convert_checkpoint(
     )
     report = model.conversion_report
     tokenizer.model_max_length = report.tokenizer_max_length
-    with whole_folder(output, replaces=partial(is_part_of_checkpoint, output)) as stage:
-        copy_companions(resolve_model(name), stage, None if max_length is None else report.tokenizer_max_length)
+    with checkpoint_folder(output, companions, None if max_length is None else report.tokenizer_max_length) as stage:
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
     return report

@@ -10,12 +10,18 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["copy_companions", "is_part_of_checkpoint"]
+from hf_linear_attn.saving import whole_folder
+
+__all__ = ["checkpoint_folder", "find_companions"]
 
 _MODULES = "modules.json"  # of sentence-transformers: the parts of the model, each with its folder
+_SETTINGS = "sentence_*_config.json"  # of its first module: the limit in tokens
 _WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index*.json",
@@ -35,9 +41,13 @@ _WEIGHTS = (
     "*.tflite",
 )
 _OF_THE_OLD_MODEL = (
+    ".*",  # of a repository, or of a run that writes to the folder
     "README.md",
     "*.py",  # of a package that carries it, and code that the converted config does not name
     "*results*.json",
+    "special_tokens_map.json",  # the tokenizer is saved with its own: an old one would win over them
+    "added_tokens.json",
+    "stage.json",
     "stages.json",
     "train_result.json",
     "trainer_state.json",
@@ -69,18 +79,20 @@ _READ_ON_LOADING = (
     "sentencepiece.bpe.model",
     "adapter_config.json",
     _MODULES,
-    "sentence_*_config.json",
+    _SETTINGS,
     "config_sentence_transformers.json",
 )
 
 
-def copy_companions(source: str, folder: Path, max_length: int | None) -> None:
-    """Copy what still holds from a checkpoint into `folder`.
+def find_companions(source: str) -> Path:
+    """The folder that `checkpoint_folder` copies from: the checkpoint's own, or where its Hub id lies once fetched.
 
     Args:
         source: the checkpoint's folder or Hub id.
-        folder: of the converted checkpoint; files that it holds are replaced.
-        max_length: new limit (tokens) of a sentence encoder; None leaves its own.
+
+    Raises:
+        ValueError: for modules or settings of a sentence encoder that cannot be read.
+        OSError: where the Hub cannot be reached, and nothing of the id is cached.
     """
     root = Path(source)
     if not root.is_dir():
@@ -89,6 +101,34 @@ def copy_companions(source: str, folder: Path, max_length: int | None) -> None:
         root = Path(snapshot_download(source, ignore_patterns=["*/*", *_WEIGHTS, *_OF_THE_OLD_MODEL]))
         if folders := _module_folders(root):
             snapshot_download(source, allow_patterns=[f"{name}/*" for name in folders])
+    _module_folders(root)
+    for path in root.glob(_SETTINGS):
+        _read_settings(path)
+    return root
+
+
+@contextmanager
+def checkpoint_folder(folder: Path, companions: Path | None, max_length: int | None) -> Iterator[Path]:
+    """A new folder to save a model and its tokenizer in, which takes the place of the checkpoint in `folder`.
+
+    What still holds of the checkpoint that the model was made from lies in it already. Of an old checkpoint in `folder`
+    nothing that loading reads is left; other files stay.
+
+    Args:
+        folder: made if it is not there.
+        companions: what `find_companions` gave; None where nothing of the checkpoint's use still holds.
+        max_length: new limit (tokens) of a sentence encoder; None leaves its own.
+
+    Raises:
+        FileExistsError: if `folder` is a file.
+    """
+    with whole_folder(folder, replaces=partial(_is_part_of_checkpoint, folder)) as stage:
+        if companions is not None:
+            _copy(companions, stage, max_length)
+        yield stage
+
+
+def _copy(root: Path, folder: Path, max_length: int | None) -> None:
     for path in sorted(root.iterdir()):
         if path.is_file() and not _matches(path.name, (*_WEIGHTS, *_OF_THE_OLD_MODEL)):
             shutil.copyfile(path, folder / path.name)
@@ -96,13 +136,12 @@ def copy_companions(source: str, folder: Path, max_length: int | None) -> None:
         if (root / name).is_dir():
             shutil.copytree(root / name, folder / name, dirs_exist_ok=True)
     if max_length is not None:
-        for path in folder.glob("sentence_*_config.json"):
-            settings = _read_json(path)
-            settings["max_seq_length"] = max_length
+        for path in folder.glob(_SETTINGS):
+            settings = {**_read_settings(path), "max_seq_length": max_length}
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def is_part_of_checkpoint(folder: Path, name: str) -> bool:
+def _is_part_of_checkpoint(folder: Path, name: str) -> bool:
     """Whether a file of a saved checkpoint, relative to its folder, takes part in loading it."""
     first, *rest = Path(name).parts
     if rest:
@@ -118,8 +157,18 @@ def _module_folders(root: Path) -> list[str]:
     """Folders of the modules after the Transformers model, which lies in the root."""
     if not (root / _MODULES).is_file():
         return []
-    found = [str(module["path"]) for module in _read_json(root / _MODULES)]
-    return [path for path in found if path and Path(path).name == path and path not in (".", "..")]
+    modules = _read_json(root / _MODULES)
+    paths = [x.get("path") if isinstance(x, dict) else None for x in modules] if isinstance(modules, list) else [None]
+    if not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"{root / _MODULES} must hold a list of modules, each with the path of its folder.")
+    return [path for path in paths if path and Path(path).name == path and path not in (".", "..")]
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    settings = _read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a mapping, given {settings!r}.")
+    return settings
 
 
 def _read_json(path: Path) -> Any:

@@ -13,10 +13,12 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 from transformers import PrinterCallback, ProgressCallback
 
+from hf_linear_attn.data.companions import checkpoint_folder, find_companions
+from hf_linear_attn.data.models import resolve_model
 from hf_linear_attn.measure.metrics import check_metrics, load_metrics
 from hf_linear_attn.measure.profile import parameter_counts, track_peak_memory
 from hf_linear_attn.measure.quiet import quiet_libraries
-from hf_linear_attn.saving import whole_folder, write_json
+from hf_linear_attn.saving import write_json
 from hf_linear_attn.seam.trainer import remove_checkpoints, writing
 from hf_linear_attn.training.arguments import training_arguments
 from hf_linear_attn.training.describe import LossBar, OnStep, Share, describe_conversion, describe_stage
@@ -68,7 +70,8 @@ def train(
 
     Everything that can be wrong is looked at before the first step: arguments, metrics, documents of every stage,
     lengths, the output folder. A stage's model lies in `<output_dir>/<number>-<kind>`, the last one's in `output_dir`,
-    each with the result up to there in `train_result.json`.
+    each with the result up to there in `train_result.json`, and with what still holds of the checkpoint's folder
+    (`hf_linear_attn.data.companions`: a sentence encoder's modules, its limit the new one), unless the head is new.
 
     Args:
         recipe: the run.
@@ -134,11 +137,13 @@ class _Run:
         return first, last
 
     def load(self, task: DocumentTask | None) -> None:
-        """The tokenizer, and the documents of every stage."""
+        """The tokenizer, the documents of every stage, and what goes along with the model."""
         with self.state.main_process_first():
             self.tokenizer = build_tokenizer(self.recipe)
             self.tasks = [self._documents(stage) for stage in self.recipe.stages[:-1]]
             self.tasks.append(task if task is not None else self._documents(self.recipe.stages[-1]))
+            heads = [TRAINERS[stage.kind].new_head for stage in self.recipe.stages]
+            self.companions = None if all(heads) else find_companions(resolve_model(self.recipe.model.name))
         self.autos = [auto_class(stage, self.recipe.model.name) for stage in self.recipe.stages]
         check_stages(self.recipe, self.autos, self.tokenizer)
         settings = [self._settings(index) for index in range(len(self.tasks))]
@@ -331,7 +336,9 @@ class _Run:
             model: Any = trainer.accelerator.unwrap_model(trainer.model)
             folder = self._folder(index)
             if save:
-                with writing(folder), whole_folder(folder) as stage:
+                # Under a new head it is another model: how its checkpoint pools states says nothing about it.
+                companions = None if trainer.new_head else self.companions
+                with writing(folder), checkpoint_folder(folder, companions, trainer.max_length) as stage:
                     if hasattr(model, "merge_and_unload"):  # adapters become part of the weights
                         model, state = model.merge_and_unload(), None
                     with quiet_libraries():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_linear_attn import convert_model
 from hf_linear_attn.auto import LinearAttnPreTrainedModel
+from hf_linear_attn.training.recipe import Recipe
+from hf_linear_attn.training.run import train
 from tests.tiny import VOCAB, base_model, representative_variants, small_options
 
 pytestmark = pytest.mark.conformance
@@ -67,6 +70,29 @@ def test_a_folder_whose_transformer_is_converted_keeps_pooling_and_norm(folder: 
     again = load(tmp_path / "copy")
     assert isinstance(again[0].auto_model, LinearAttnPreTrainedModel)
     assert torch.equal(vectors(again), vectors(model))
+
+
+def test_an_embedder_trained_by_a_recipe_keeps_pooling_norm_and_the_new_limit(folder: Path, tmp_path: Path) -> None:
+    limit = load(folder)[0].auto_model.config.max_position_embeddings
+    texts = [" ".join(str(10 + (7 * row + word) % 80) for word in range(limit)) for row in range(8)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = {
+        "model": {"name": str(folder)},
+        "data": {"source": str(tmp_path / "texts.jsonl")},
+        "conversion": {"variant": "hedgehog", "max_length": 2 * limit},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "run")},
+        "stages": [{"stage": "distill", "max_length": 2 * limit}],
+    }
+    train(Recipe.from_dict(recipe))
+    again = load(tmp_path / "run")
+    assert [type(module) for module in again] == [Transformer, Pooling, Normalize]
+    assert isinstance(again[0].auto_model, LinearAttnPreTrainedModel)
+    assert again.max_seq_length == 2 * limit
+    for text, found in zip(TEXTS, vectors(again), strict=True):
+        inputs = again.tokenizer([text], return_tensors="pt")
+        with torch.no_grad():
+            mean = again[0].auto_model(**inputs).last_hidden_state.mean(1)[0]
+        torch.testing.assert_close(found, mean / mean.norm(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_wrapper_itself_is_refused_with_the_way_in(folder: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
 from hf_linear_attn.training.recipe import Recipe
 from hf_linear_attn.training.run import TrainResult, _Run, train
 from tests.small_runs import save_checkpoint, save_documents, small_tokenizer
+from tests.test_cli_folders import files, sentence_encoder
 from tests.tiny import base_model, build, causal_lm, tiny_config
 
 STAGES: dict[str, list[dict[str, Any]]] = {
@@ -242,6 +243,53 @@ def test_states_of_a_base_model(tmp_path: Path) -> None:
     losses = [loss for _, loss in result.last.losses]
     assert sum(losses[-4:]) < sum(losses[:4])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["architectures"] == ["LinearAttnBertModel"]
+
+
+def embedder(folder: Path) -> Path:
+    """A checkpoint as sentence-transformers saves an embedder, and documents."""
+    sentence_encoder(folder / "checkpoint")
+    base_model("bert", max_position_embeddings=64).save_pretrained(folder / "checkpoint")
+    save_documents(folder / "documents", train=4, test=2)
+    return folder / "checkpoint"
+
+
+def test_an_embedder_keeps_the_modules_of_its_checkpoint_and_a_classifier_takes_none(tmp_path: Path) -> None:
+    source, run = embedder(tmp_path), tmp_path / "run"
+    longer = {"variant": "hedgehog", "max_length": 96}
+    stages = [STAGES["bert"][0], {"stage": "distill", "max_length": 96, "window": 32}]
+    train(staged_recipe(tmp_path, conversion=longer, stages=stages))
+    for folder, limit in ((run / "1-transfer", 32), (run, 96)):
+        for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+            assert (folder / name).read_bytes() == (source / name).read_bytes()
+        prompts = json.loads((folder / "config_sentence_transformers.json").read_text())["prompts"]
+        assert prompts == {"query": "query: "}
+        settings = json.loads((folder / "sentence_bert_config.json").read_text())
+        assert settings == {"max_seq_length": limit, "do_lower_case": False}
+        assert AutoTokenizer.from_pretrained(folder).model_max_length == limit
+        assert not {"README.md", "eval_results.json", "pytorch_model.bin", "onnx/model.onnx"} & files(folder)
+        assert type(AutoModel.from_pretrained(folder)).__name__ == "LinearAttnBertModel"
+    kept = (run / "model.safetensors").read_bytes()
+    train(staged_recipe(tmp_path, conversion=longer, stages=STAGES["bert"][2:]))
+    assert (run / "model.safetensors").read_bytes() != kept
+    assert not {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"} & files(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("modules.json", "[{", r"modules\.json is not JSON"),
+        ("modules.json", '[{"idx": 0}]', r"modules\.json must hold a list of modules, each with the path"),
+        ("modules.json", '{"path": ""}', r"modules\.json must hold a list of modules, each with the path"),
+        ("sentence_bert_config.json", "[48]", r"sentence_bert_config\.json must hold a mapping, given \[48\]"),
+    ],
+)
+def test_an_embedder_whose_settings_cannot_be_read_is_not_trained(
+    name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (embedder(tmp_path) / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train(staged_recipe(tmp_path, stages=STAGES["bert"][:1]))
+    assert not (tmp_path / "run").exists()
 
 
 # What is said -------------------------------------------------------------------------------------------------------
