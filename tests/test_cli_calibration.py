@@ -84,13 +84,16 @@ def test_a_folder_gives_four_documents_evenly_spread_or_as_many_as_asked(
     assert "128 tokens in all" in said
 
 
-def test_layers_that_keep_softmax(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
-    words = ["--layers", "auto", "--keep-softmax", 1, "--calibration", texts]
-    model, said = convert(checkpoint, tmp_path / "out", *words)
-    same = by_hand(checkpoint, sorted(texts.glob("*.txt"))[::2], 64, layers="auto", keep_softmax=1)
-    assert_same(model, same)
+@pytest.mark.parametrize(
+    ("by", "what"), [(None, "the output"), ("output", "the output"), ("states", "the final hidden states")]
+)
+def test_layers_that_keep_softmax(by: str | None, what: str, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    words = ["--layers", "auto", "--keep-softmax", 1, *(["--keep-softmax-by", by] if by else [])]
+    model, said = convert(checkpoint, tmp_path / "out", *words, "--calibration", texts)
+    options = {"layers": "auto", "keep_softmax": 1, "keep_softmax_by": by}
+    assert_same(model, by_hand(checkpoint, sorted(texts.glob("*.txt"))[::2], 64, **options))
     assert [layer is None for layer in model.config.linear_attn["layers"]].count(True) == 1
-    assert "layers that keep softmax" in said
+    assert f"layers that keep softmax, where converting hurt {what} most" in said
 
 
 def test_bundled_documents_are_the_default(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

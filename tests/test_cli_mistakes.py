@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from hf_linear_attn.cli import app
 from tests.small_runs import save_checkpoint, save_documents
+from tests.tiny import base_model
 
 runner = CliRunner(env={"COLUMNS": "200"})
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint, documents, recipes, and broken copies of each."""
     folder = tmp_path_factory.mktemp("place")
     save_checkpoint(folder / "model")
+    save_checkpoint(folder / "headless")
+    base_model("bert", max_position_embeddings=64).save_pretrained(folder / "headless")
     save_documents(folder / "documents", train=2, test=1)
     (folder / "train.yaml").write_text(TRAIN)
     (folder / "bench.yaml").write_text(BENCH)
@@ -155,6 +158,13 @@ CONVERT = {
     "convert model linear --output out --calibration file --layers auto": "needs keep_softmax from 1 to 1",
     "convert model linear --output out --calibration file --layers auto --keep-softmax 2": "from 1 to 1, got 2",
     "convert model linear --output out --calibration file --keep-softmax 1": "goes with layers='auto'",
+    "convert model linear --output out --calibration file --keep-softmax-by states": "goes with layers='auto'",
+    "convert model linear --output out --calibration file --layers auto --keep-softmax 1 --keep-softmax-by logits": (
+        "keep_softmax_by='logits'; allowed: 'output', 'states' or None"
+    ),
+    "convert headless linear --output out --calibration file --layers auto --keep-softmax 1 --keep-softmax-by output": (
+        "keep_softmax_by='output': BertModel has no head; allowed: 'states' or None"
+    ),
     "convert model linear --output out --layers all": "--layers takes integers with commas between them, or auto",
 }
 TRAINING = {

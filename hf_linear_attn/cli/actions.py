@@ -27,6 +27,7 @@ def convert_checkpoint(
     extend: str,
     layers: list[int] | Literal["auto"] | None,
     keep_softmax: int | None,
+    keep_softmax_by: str | None,
     calibration: CalibrationTexts,
     calibration_steps: int,
     progress: bool,
@@ -58,6 +59,7 @@ def convert_checkpoint(
         variant,
         layers=layers,
         keep_softmax=keep_softmax,
+        keep_softmax_by=keep_softmax_by,  # type: ignore[arg-type]
         max_length=max_length,
         extend=extend,  # type: ignore[arg-type]
         calibration=batches() if calibration.wanted else None,

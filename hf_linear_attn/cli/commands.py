@@ -93,6 +93,15 @@ def convert_command(
         int | None,
         typer.Option("--keep-softmax", min=1, help="Layers that --layers auto leaves: where converting hurts most."),
     ] = None,
+    keep_softmax_by: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-softmax-by",
+            metavar="output|states",
+            help="By what that is told: the head's output, or the final states, for a head that is new (default: the "
+            "output, where the head gives distributions).",
+        ),
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,6 +146,7 @@ def convert_command(
             extend=extend,
             layers=layers_or_auto(layers),
             keep_softmax=keep_softmax,
+            keep_softmax_by=keep_softmax_by,
             calibration=texts,
             calibration_steps=calibration_steps,
             progress=sys.stderr.isatty(),
