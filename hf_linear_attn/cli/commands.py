@@ -37,7 +37,11 @@ app = typer.Typer(
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe or of a stage; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Change a key of the recipe or of a stage, however deep: distill.lora.r=4. Repeatable.",
+    ),
 ]
 
 
@@ -309,13 +313,8 @@ def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:
     from hf_linear_attn.training.recipe import Recipe
 
     recipe = Recipe.from_yaml(path)
-    for name, value in pairs(changes, "--set").items():
-        section, dot, key = name.partition(".")
-        if not dot:
-            if value is not None:
-                raise ValueError(f"--set takes SECTION.KEY=VALUE (or SECTION=null), got {name}={value}")
-            recipe = recipe.replace(**{section: value})
-            continue
-        stage, dot, argument = key.partition(".")  # distill.training.learning_rate=...
-        recipe = recipe.replace(**{section: {stage: {argument: value}} if dot else {key: value}})
+    for key, value in pairs(changes, "--set").items():
+        if "." not in key and value is not None:
+            raise ValueError(f"--set takes SECTION.KEY=VALUE (or SECTION=null), got {key}={value}")
+        recipe = recipe.replace_at(key, value)
     return recipe

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, ClassVar, Literal
 
 from hf_linear_attn.measure.strict import build_strictly, check, read_yaml
@@ -353,9 +354,7 @@ class Recipe:
         data = self.to_dict()
         for section, values in sections.items():
             if section in STAGES:
-                own = [stage for stage in data["stages"] if stage["stage"] == section]
-                check(bool(own), f"The recipe has no stage {section}; it has {', '.join(x.kind for x in self.stages)}")
-                for stage in own:
+                for stage in self._stages_of(data, section):
                     training = merge_arguments(stage["training"], values.get("training", {}))
                     stage |= {**values, "training": training}
             elif values is None or not isinstance(values, Mapping):
@@ -363,6 +362,47 @@ class Recipe:
             else:
                 data[section] = merge_arguments(data.get(section) or {}, values)
         return Recipe.from_dict(data)
+
+    def replace_at(self, path: str, value: Any) -> Recipe:
+        """A copy with what lies at a path of keys changed: `recipe.replace_at("distill.lora.r", 4)`.
+
+        Other keys of the mappings on the way stay, unlike those of a mapping that is the value itself. The kind of a
+        stage is the first key for every stage of that kind. None in the place of a mapping takes it away: what the
+        recipe says of it no longer counts, the default does.
+
+        Raises:
+            ValueError: for a path that leads through what is no mapping, a kind of which the recipe has no stage, and
+                as `from_dict`.
+        """
+        data, keys = self.to_dict(), path.split(".")
+        places = [data]
+        if keys[0] in STAGES:
+            check(len(keys) > 1, f"{path}: name a key of the stage, as in {path}.max_length")
+            places = self._stages_of(data, keys.pop(0))
+        for place in places:
+            _put(place, keys, value, path)
+        return Recipe.from_dict(data)
+
+    def _stages_of(self, data: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+        own = [stage for stage in data["stages"] if stage["stage"] == kind]
+        check(bool(own), f"The recipe has no stage {kind}; it has {', '.join(stage.kind for stage in self.stages)}")
+        return own
+
+
+def _put(mapping: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
+    """Change what lies at `keys` below `mapping`; mappings on the way that are not there begin empty."""
+    *way, last = keys
+    for key in way:
+        if mapping.get(key) is None:
+            mapping[key] = {}
+        check(isinstance(mapping[key], dict), f"{path}: {key} is no mapping but {shortened(mapping[key])}")
+        mapping = mapping[key]
+    if value is None and isinstance(mapping.get(last), dict):
+        del mapping[last]
+        return
+    changed = merge_arguments(mapping, {last: value})
+    mapping.clear()
+    mapping.update(changed)
 
 
 def _stage(entry: Any, where: str) -> Stage:

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from hf_linear_attn.training.arguments import training_arguments
-from hf_linear_attn.training.recipe import Recipe
+from hf_linear_attn.training.parts import Lora
+from hf_linear_attn.training.recipe import DataRecipe, Recipe
 
 MINIMAL = {"model": {"name": "minilm"}, "data": {}, "stages": [{"stage": "finetune"}]}
 
@@ -129,3 +130,59 @@ def test_recipe_survives_its_own_dictionary_and_replace_changes_one_key() -> Non
     assert (staged_one.max_length, staged_one.stages[0].training) == (32, {"max_steps": 2})
     with pytest.raises(ValueError, match="no stage distill; it has finetune"):
         recipe.replace(distill={"max_length": 3})
+
+
+def test_one_key_changes_however_deep_it_lies_and_those_beside_it_stay() -> None:
+    adapters = {"r": 16, "alpha": 64, "target_modules": ["query"]}
+    recipe = Recipe.from_dict(staged("distill", lora=adapters, training={"max_steps": 7, "weight_decay": 0.1}))
+    recipe = recipe.replace(stages=[*recipe.to_dict()["stages"], {"stage": "distill", "lora": {"alpha": 32}}])
+    both = recipe.replace_at("distill.lora.r", 4).stages
+    assert both[0].lora == Lora(r=4, alpha=64, target_modules=["query"])
+    assert both[1].lora == Lora(r=4, alpha=32)
+    assert recipe.replace_at("distill.lora", {"r": 4}).stages[0].lora == Lora(r=4)  # a mapping is the whole of it
+    assert recipe.replace_at("distill.lora", None).stages[0].lora == Lora()
+    assert recipe.replace_at("distill.data.source", "novel").stages[1].data == DataRecipe(source="novel")
+    longer = recipe.replace_at("distill.training.num_train_epochs", 2).stages[0].training
+    assert longer == {"num_train_epochs": 2, "weight_decay": 0.1}
+    assert recipe.stages[0].lora.r == 16, "the recipe itself stays"
+
+
+def test_one_key_of_a_section_changes_and_null_takes_a_mapping_away() -> None:
+    recipe = Recipe.from_dict(
+        {
+            **changed("conversion", variant="longformer", options={"window_size": 8, "dilation": 2}),
+            "data": {"source": {"train": "a.jsonl", "test": "b.jsonl"}, "fields": {"text": "body"}},
+        }
+    )
+    conversion = recipe.replace_at("conversion.options.window_size", 16).conversion
+    assert conversion is not None
+    assert conversion.options == {"window_size": 16, "dilation": 2}
+    assert recipe.replace_at("data.source.test", "c.jsonl").data.source == {"train": "a.jsonl", "test": "c.jsonl"}
+    assert recipe.replace_at("data.fields.label", "stars").data.fields == {"text": "body", "label": "stars"}
+    assert recipe.replace_at("data.options.test_split", None).data.options == {"test_split": None}  # a value there
+    assert recipe.replace_at("data.fields", None).data.fields is None
+    assert recipe.replace_at("conversion", None).conversion is None
+    assert recipe.replace_at("conversion", None).replace_at("conversion.variant", "linear").conversion is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("distill.lora.rank", 4, r"\['rank'\] in recipe\.stages\[0\]\.lora\. Allowed: r, alpha, dropout, target_mod"),
+        ("distill.lroa.r", 4, r"\['lroa'\] in recipe\.stages\[0\]\. Allowed: training, data, max_length"),
+        ("distill.lora.r", "four", r"recipe\.stages\[0\]\.lora\.r must be int, got 'four'"),
+        ("distill.lora.r.x", 4, r"distill\.lora\.r\.x: r is no mapping but 8"),
+        ("distill.training.max_stepz", 4, "Did you mean max_steps"),
+        ("conversion.options.windows", 4, "windows"),
+        ("data.source.train", "a.jsonl", "source is no mapping but 'auto'"),
+        ("stages.0.max_length", 4, "stages is no mapping but"),
+        ("finetune.lora.r", 4, "no stage finetune; it has distill"),
+        ("distill", None, "distill: name a key of the stage, as in distill.max_length"),
+        ("model", None, r"Missing key\(s\) \['model'\]"),
+        ("trainer.x", 1, "Allowed: model, data, stages"),
+        ("distill..r", 1, r"\[''\] in recipe\.stages\[0\]"),
+    ],
+)
+def test_a_key_that_is_not_there_is_named_with_those_that_are(path: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(staged("distill")).replace_at(path, value)
