@@ -200,6 +200,7 @@ TRAINING = {
     "train train.yaml --set data.source=nowhere": "'nowhere' is none of",
     "train train.yaml --set data.source=latin": "0.txt is not UTF-8",
     "train train.yaml --set data.max_train_documents=-3": "data.max_train_documents must be positive",
+    "train train.yaml --set data.shuffle_buffer=100": "shuffles a stream, and needs data.streaming: true",
     "train train.yaml --set model.name=modle": "'modle' is no folder",
     "train train.yaml --set conversion.variant=lineer": "Did you mean 'linear'",
     "train train.yaml --set conversion={variant:linear,options:{layers:[0]}}": "SECTION.KEY=VALUE",

@@ -51,6 +51,7 @@ def load_documents(
     max_train_documents: int | None = None,
     max_test_documents: int | None = None,
     streaming: bool = False,
+    shuffle_buffer: int | None = None,
     **options: Any,
 ) -> DocumentTask:
     """Documents for a task, from wherever they are; every row is checked before it is returned.
@@ -76,6 +77,8 @@ def load_documents(
         max_test_documents: likewise; of a stream, how many documents are held out (100).
         streaming: for `"text"`: `train` becomes an `IterableDataset` that reads row by row, and the first documents
             the test part.
+        shuffle_buffer: of a stream: how many documents are held at once, of which the next ones are drawn at random, by
+            `seed` and otherwise in each pass; they come in the source's order when None.
         **options: options of the source. Files, folders, the Hub: `test_fraction` (.3, where the source has no test
             part) and `drop_empty` (leave out rows without text, with a note). Files: `sample_by`, what of a .txt file
             is a document: `"document"` (all of it), `"paragraph"` or `"line"`. The Hub: `config_name`, `revision`,
@@ -97,6 +100,11 @@ def load_documents(
         raise ValueError(f"seed must be a whole number, 0 or more, given {seed!r}.")
     if streaming and task != "text":
         raise ValueError(f"streaming=True serves task='text' only, given {task!r}.")
+    if shuffle_buffer is not None:
+        if isinstance(shuffle_buffer, bool) or not isinstance(shuffle_buffer, int) or shuffle_buffer < 2:
+            raise ValueError(f"shuffle_buffer must be a whole number, 2 or more, or null, given {shuffle_buffer!r}.")
+        if not streaming:
+            raise ValueError(f"shuffle_buffer={shuffle_buffer} shuffles a stream; give it with streaming=True.")
     if isinstance(source, str) and source in BUNDLED_SOURCES:
         if streaming or fields:
             raise ValueError(f"The documents {source!r} take no {'streaming' if streaming else 'fields'}.")
@@ -111,6 +119,8 @@ def load_documents(
                 found.fields,
                 held_out=max_test_documents or _HELD_OUT,
                 max_train=max_train_documents,
+                seed=seed,
+                shuffle_buffer=shuffle_buffer,
                 drop_empty=found.drop_empty,
             )
             about["note"] = " ".join(filter(None, (found.note, note)))

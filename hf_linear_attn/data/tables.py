@@ -121,7 +121,14 @@ def to_tables(
 
 
 def stream_tables(
-    sides: Sides, fields: Mapping[str, str], *, held_out: int, max_train: int | None, drop_empty: bool = False
+    sides: Sides,
+    fields: Mapping[str, str],
+    *,
+    held_out: int,
+    max_train: int | None,
+    seed: int,
+    shuffle_buffer: int | None = None,
+    drop_empty: bool = False,
 ) -> tuple[IterableDataset, Dataset, str]:
     """A stream of texts to train on and a table of the first ones, which the stream leaves out.
 
@@ -130,6 +137,8 @@ def stream_tables(
         fields: our column -> the source's, where they differ.
         held_out: test documents.
         max_train: end of the stream; None for all.
+        seed: of the shuffling.
+        shuffle_buffer: documents that are held at once, of which the next ones are drawn; None for the source's order.
         drop_empty: leave out rows without text instead of refusing them.
 
     Raises:
@@ -148,14 +157,16 @@ def stream_tables(
     name = sides.train[0].place.name
     train = stream(sides.train)
     first = _first(stream(sides.test) if sides.test else train, held_out, name)
-    if not sides.test:
-        train = train.skip(held_out)
+    # None of them, too: it keeps the files in their order in every pass, by which rows get their names.
+    train = train.skip(0 if sides.test else held_out)
     if max_train is not None:
         train = train.take(max_train)
     if not first or not _first(train, FIRST_ROWS, name):
         raise ValueError(
             f"{name} holds too few documents: {len(first)} were held out for the test part, none is left to train on."
         )
+    if shuffle_buffer is not None:
+        train = train.shuffle(seed=seed, buffer_size=shuffle_buffer)
     note = "" if sides.test else f"The first {len(first)} documents are the test part."
     return train, Dataset.from_list(first, features=_features("text")), note
 

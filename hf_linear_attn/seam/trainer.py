@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm.std import tqdm
 from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 __all__ = ["CheckedTrainer", "NotFiniteError", "last_checkpoint", "remove_checkpoints", "writing"]
 
@@ -68,6 +68,29 @@ class CheckedTrainer(Trainer):
         if loss.device.type == "cpu":
             self._check_loss()
         return loss
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Passes over the data that were done, and batches of the one that was not.
+
+        Of data without a length Trainer takes the first pass for the whole run: resumed in a later one it would begin
+        that anew, and a run whose steps are done would take one more.
+        """
+        found = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or self.args.ignore_data_skip or has_length(self.train_dataset):
+            return found
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0
+        passes, share = divmod(self.state.epoch, 1)
+        return int(passes), round(share * max_steps * self.args.gradient_accumulation_steps)
 
     def _check_loss(self) -> None:
         if self._finite is not None and not bool(self._finite):

@@ -56,10 +56,13 @@ class DataRecipe:
         options: options of that source.
         max_train_documents: use at most so many training documents.
         max_test_documents: use at most so many test documents.
-        seed: of the split and of generated documents.
+        seed: of the split, of generated documents, and of `shuffle_buffer`.
         folds: 0 for the source's own split; k >= 2 pools all documents and, in `compare`, trains each system k
             times so that every document is tested once (groups are never divided between folds).
         streaming: read training texts row by row, for data that does not fit the disk; stages that read texts only.
+        shuffle_buffer: documents of a stream that are held at once, of which the next ones are drawn at random, by
+            `seed` and otherwise in each pass; a stream comes in its source's order when null. What is not streamed is
+            shuffled as a whole.
     """
 
     source: str | list[str] | dict[str, Any] = "auto"
@@ -70,12 +73,16 @@ class DataRecipe:
     seed: int = 0
     folds: int = 0
     streaming: bool = False
+    shuffle_buffer: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_train_documents", "max_test_documents"):
             value = getattr(self, name)
             check(value is None or value > 0, f"data.{name} must be positive, got {value}")
         check(self.folds == 0 or self.folds >= 2, f"data.folds must be 0 or at least 2, got {self.folds}")
+        buffer = self.shuffle_buffer
+        check(buffer is None or buffer >= 2, f"data.shuffle_buffer must be at least 2 documents, got {buffer}")
+        check(buffer is None or self.streaming, "data.shuffle_buffer shuffles a stream, and needs data.streaming: true")
 
 
 @dataclass(frozen=True)

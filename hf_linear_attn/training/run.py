@@ -171,6 +171,7 @@ class _Run:
         columns = [name for name in train.column_names or () if name != "group"]
         found = {"stage": stage.kind, **stage.options(), "teacher": getattr(stage, "teacher", None)}
         found["lora"] = asdict(stage.lora)
+        found["shuffle_buffer"] = (stage.data or self.recipe.data).shuffle_buffer
         if index == 0:
             conversion = self.recipe.conversion
             found |= {

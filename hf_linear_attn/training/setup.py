@@ -75,6 +75,7 @@ def load_task(recipe: DataRecipe, kind: str) -> DocumentTask:
             max_train_documents=recipe.max_train_documents,
             max_test_documents=recipe.max_test_documents,
             streaming=recipe.streaming,
+            shuffle_buffer=recipe.shuffle_buffer,
             **recipe.options,
         )
 

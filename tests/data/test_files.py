@@ -349,3 +349,41 @@ def test_streaming_reads_the_first_rows_and_raises_at_later_ones(tmp_path):
     rows[3] = {"text": ""}
     with pytest.raises(ValueError, match=r"a\.jsonl, row 4, column 'text' is empty"):
         load_documents(write(tmp_path / "a.jsonl", rows), task="text", streaming=True)
+
+
+def test_a_stream_is_shuffled_in_its_buffer_by_its_seed(tmp_path):
+    rows = [{"text": f"text {i}"} for i in range(60)]
+    source = write(tmp_path / "a.jsonl", rows)
+
+    def read(passes=0, **options):
+        made = load_documents(source, task="text", streaming=True, max_test_documents=5, **options)
+        assert list(made.test["text"]) == [row["text"] for row in rows[:5]], "held out before the rest is shuffled"
+        made.train.set_epoch(passes)
+        found = [int(row["text"].removeprefix("text ")) for row in made.train]
+        assert [row["group"] for row in made.train] == [f"a.jsonl:{i + 1}" for i in found]
+        return found
+
+    assert read() == [*range(5, 60)]
+    shuffled = read(shuffle_buffer=10)
+    assert shuffled != sorted(shuffled)
+    assert sorted(shuffled) == [*range(5, 60)]
+    assert all(i - 5 - place < 20 for place, i in enumerate(shuffled)), "a document waits for the buffer, not for all"
+    assert read(shuffle_buffer=10) == shuffled
+    assert len({tuple(read(shuffle_buffer=10, seed=seed)) for seed in range(3)}) == 3
+    assert len({tuple(read(passes, shuffle_buffer=10)) for passes in range(3)}) == 3
+    assert read(1, shuffle_buffer=10) == read(1, shuffle_buffer=10)
+    few = {tuple(sorted(read(passes, shuffle_buffer=10, max_train_documents=20))) for passes in range(2)}
+    assert few == {tuple(range(5, 25))}, "the same documents in every pass"
+
+
+@pytest.mark.parametrize("buffer", [None, 3])
+def test_texts_that_stream_keep_the_names_of_their_files_in_every_pass(tmp_path, buffer):
+    for part, count in (("train", 8), ("test", 2)):
+        (tmp_path / part).mkdir()
+        for index in range(count):
+            (tmp_path / part / f"{index}.txt").write_text(f"{part} text {index}")
+    made = load_documents(tmp_path, task="text", streaming=True, shuffle_buffer=buffer)
+    for passes in range(3):
+        made.train.set_epoch(passes)
+        found = [(row["group"], row["text"]) for row in made.train]
+        assert sorted(found) == [(f"train/{i}.txt", f"train text {i}") for i in range(8)]

@@ -202,6 +202,23 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no documents": ({"max_train_documents": 0}, ValueError, "max_train_documents must be a positive whole number"),
     "half a document": ({"max_test_documents": 1.5}, ValueError, "max_test_documents must be a positive whole number"),
     "a stream of labels": ({"streaming": True}, ValueError, "streaming=True serves task='text' only"),
+    "a buffer of a table": (
+        {"shuffle_buffer": 9, "task": "text"},
+        ValueError,
+        "shuffle_buffer=9 shuffles a stream; give it with streaming=True",
+    ),
+    "a buffer of one": (
+        {"shuffle_buffer": 1, "streaming": True, "task": "text"},
+        ValueError,
+        "shuffle_buffer must be a whole number, 2 or more, or null, given 1",
+    ),
+    "a buffer in words": ({"shuffle_buffer": "all", "streaming": True, "task": "text"}, ValueError, "given 'all'"),
+    "a buffer as a switch": ({"shuffle_buffer": True, "streaming": True, "task": "text"}, ValueError, "given True"),
+    "a buffer of a bundled set": (
+        {"source": "matching", "shuffle_buffer": 9, "streaming": True, "task": "text"},
+        ValueError,
+        "'matching' take no streaming",
+    ),
     "too short a stream": ({"streaming": True, "task": "text"}, ValueError, "8 were held out for the test part"),
     "a damaged stream": (
         {"source": "{d}/half.jsonl", "streaming": True, "task": "text"},

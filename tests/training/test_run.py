@@ -212,6 +212,23 @@ def test_a_resume_under_other_settings_is_refused_with_the_difference(
     assert train(later, resume=True).last.max_length == 40
 
 
+def test_a_run_over_a_shuffled_stream_goes_on_and_is_refused_under_another_buffer(tmp_path: Path) -> None:
+    stream = {"streaming": True, "shuffle_buffer": 3, "seed": 1}
+    recipe = staged_recipe(tmp_path, "gpt2", data=stream, stages=STAGES["gpt2"][:2])
+    expected = weights(train(recipe).output_dir)
+    ordered = recipe.replace(data={"shuffle_buffer": None}, training={"output_dir": str(tmp_path / "ordered")})
+    other = weights(train(ordered).output_dir)
+    assert any(not torch.equal(expected[name], other[name]) for name in expected)
+    run = tmp_path / "run"
+    (run / "train_result.json").unlink()
+    shutil.rmtree(run / "checkpoint-4")
+    with pytest.raises(ValueError, match="shuffle_buffer=3 there and 4 here"):
+        train(recipe.replace(data={"shuffle_buffer": 4}), resume=True)
+    with pytest.raises(ValueError, match=r"documents='\w+' there and '\w+' here"):
+        train(recipe.replace(data={"seed": 2}), resume=True)
+    assert_same(expected, weights(train(recipe, resume=True).output_dir))
+
+
 @pytest.mark.parametrize(("family", "own"), [("bert", [True, None, None]), ("gpt2", [True, True, False])])
 def test_the_teacher_is_the_checkpoint_whatever_was_trained(family: str, own: list[Any], tmp_path: Path) -> None:
     stages = [STAGES[family][0], STAGES[family][1], STAGES["gpt2"][2], {"stage": "distill", "max_length": 32}]

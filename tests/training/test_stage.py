@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_linear_attn import convert_model
 from hf_linear_attn.seam.trainer import NotFiniteError, last_checkpoint
 from hf_linear_attn.training import DistillTrainer, TransferTrainer, UptrainTrainer
 from tests.small_runs import small_tokenizer
-from tests.small_stages import arguments, moved, texts, weights
+from tests.small_stages import arguments, losses, moved, texts, weights
 from tests.tiny import build, causal_lm, tiny_config, without_dropout
 
 
@@ -41,6 +43,29 @@ def test_a_resumed_stage_ends_with_the_same_bits(family: str, kind: str, tmp_pat
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     again = run(tmp_path)
     again.train(resume_from_checkpoint=True)
+    assert moved(expected, weights(again.model)) == set()
+
+
+@pytest.mark.parametrize("left", [1, 3, 4, 8, 9])  # in the first pass, at its end, in the second, the last but one, all
+def test_a_resumed_stage_reads_a_stream_where_it_stopped(left: int, tmp_path: Path) -> None:
+    def run() -> Any:
+        stream = Dataset.from_dict({"text": texts(22)}).to_iterable_dataset().shuffle(seed=0, buffer_size=5)
+        args = arguments(
+            tmp_path, max_steps=9, gradient_accumulation_steps=2, save_strategy="steps", save_steps=1, logging_steps=1
+        )
+        model = convert_model(causal_lm(), "hedgehog")  # with dropout
+        return UptrainTrainer(model, args, train_dataset=stream, processing_class=small_tokenizer(), max_length=32)
+
+    whole = run()
+    whole.train()
+    expected, read = weights(whole.model), losses(whole)
+    assert len(set(read)) == len(read) == 9
+    for step in range(left + 1, 10):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    again = run()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 9
+    assert losses(again) == read
     assert moved(expected, weights(again.model)) == set()
 
 
