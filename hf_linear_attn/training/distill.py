@@ -24,8 +24,9 @@ class DistillTrainer(LossStage):
     - `logits`: Kullback-Leibler divergence to the teacher's logits: at every token of a causal language model, at the
       masked tokens of a masked one, for every document of a classifier.
     - `states`, for embedders: the relative squared error of the last hidden states of all tokens, and the cosine of
-      their means. Texts longer than `window` take the states that overlapping windows of the teacher give them, so that
-      a model whose positions were extended learns to read documents that its checkpoint cannot.
+      their means, every text counting alike. A text within `window` takes the teacher's own states, a longer one those
+      that overlapping windows of it give, so that a model whose positions were extended learns to read documents that
+      its checkpoint cannot. A method that is not exact on short texts learns them from short texts among the data.
 
     Args:
         model: a converted model (a softmax model learns from its own copy: the control with the same budget).

@@ -167,6 +167,30 @@ def test_a_long_embedder_learns_its_windows(tmp_path: Path) -> None:
     assert distance() < 0.7 * start
 
 
+def test_texts_within_the_window_are_held_to_the_checkpoints_own_vectors_beside_long_ones(tmp_path: Path) -> None:
+    model = peaked(build(BertModel, tiny_config("bert", **without_dropout("bert"), max_position_embeddings=24)))
+    checkpoint = copy.deepcopy(model).eval()
+    model = convert_model(model, "linear", max_length=96)  # nowhere exact
+    short, long = texts(6, words=10), texts(6, words=80, seed=1)
+    args = arguments(tmp_path, max_steps=60, learning_rate=5e-3)
+    trainer = DistillTrainer(model, args, train_dataset=short + long, processing_class=small_tokenizer(), window=16)
+    batch = small_tokenizer()(short, return_tensors="pt")
+    with torch.no_grad():
+        own = checkpoint(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    beside = small_tokenizer()([short[0], long[0]], padding=True, return_tensors="pt")
+    wanted = trainer._states(trainer.model, dict(beside), beside["attention_mask"].bool())
+    torch.testing.assert_close(wanted[0, : own.shape[1]], own[0], rtol=1e-4, atol=1e-5)
+
+    def distance() -> float:
+        with torch.no_grad():
+            states = trainer.model.eval()(batch["input_ids"], batch["attention_mask"])[0]
+        return float(1 - F.cosine_similarity(states.mean(1), own.mean(1)).mean())
+
+    start = distance()
+    trainer.train()
+    assert distance() < 0.5 * start
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
