@@ -204,7 +204,7 @@ TRAINING = {
     "train train.yaml --set model.name=modle": "'modle' is no folder",
     "train train.yaml --set conversion.variant=lineer": "Did you mean 'linear'",
     "train train.yaml --set conversion={variant:linear,options:{layers:[0]}}": "SECTION.KEY=VALUE",
-    "train train.yaml --set conversion.options={layers:[0]} --set conversion.variant=linear": "Missing key",
+    "train train.yaml --set conversion.options={layers:[0]} --set conversion.variant=linear": "Unknown option",
     "train train.yaml --set conversion.variant=linear --set conversion.options={max_length:64}": "Unknown option",
     "compare train.yaml --variants lineer": "Did you mean 'linear'",
     "compare train.yaml --variants linear,": "names with commas",

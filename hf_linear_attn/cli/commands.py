@@ -312,9 +312,8 @@ def _run_language_comparison(recipe: Recipe, variants: list[str] | None) -> None
 def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:
     from hf_linear_attn.training.recipe import Recipe
 
-    recipe = Recipe.from_yaml(path)
-    for key, value in pairs(changes, "--set").items():
+    wanted = pairs(changes, "--set")
+    for key, value in wanted.items():
         if "." not in key and value is not None:
             raise ValueError(f"--set takes SECTION.KEY=VALUE (or SECTION=null), got {key}={value}")
-        recipe = recipe.replace_at(key, value)
-    return recipe
+    return Recipe.from_yaml(path).replace_at(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -370,8 +371,8 @@ class Recipe:
                 data[section] = merge_arguments(data.get(section) or {}, values)
         return Recipe.from_dict(data)
 
-    def replace_at(self, path: str, value: Any) -> Recipe:
-        """A copy with what lies at a path of keys changed: `recipe.replace_at("distill.lora.r", 4)`.
+    def replace_at(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with what lies at paths of keys changed: `recipe.replace_at({"distill.lora.r": 4})`.
 
         Other keys of the mappings on the way stay, unlike those of a mapping that is the value itself. The kind of a
         stage is the first key for every stage of that kind. None in the place of a mapping takes it away: what the
@@ -381,13 +382,14 @@ class Recipe:
             ValueError: for a path that leads through what is no mapping, a kind of which the recipe has no stage, and
                 as `from_dict`.
         """
-        data, keys = self.to_dict(), path.split(".")
-        places = [data]
-        if keys[0] in STAGES:
-            check(len(keys) > 1, f"{path}: name a key of the stage, as in {path}.max_length")
-            places = self._stages_of(data, keys.pop(0))
-        for place in places:
-            _put(place, keys, value, path)
+        data = self.to_dict()
+        for path, value in changes.items():
+            places, keys = [data], path.split(".")
+            if keys[0] in STAGES:
+                check(len(keys) > 1, f"{path}: name a key of the stage, as in {path}.max_length")
+                places = self._stages_of(data, keys.pop(0))
+            for place in places:
+                _put(place, keys, copy.deepcopy(value), path)
         return Recipe.from_dict(data)
 
     def _stages_of(self, data: dict[str, Any], kind: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import yaml
 
 from hf_linear_attn.training.arguments import training_arguments
 from hf_linear_attn.training.parts import Lora
-from hf_linear_attn.training.recipe import DataRecipe, Recipe
+from hf_linear_attn.training.recipe import ConversionRecipe, DataRecipe, Recipe
 
 MINIMAL = {"model": {"name": "minilm"}, "data": {}, "stages": [{"stage": "finetune"}]}
 
@@ -139,13 +139,13 @@ def test_one_key_changes_however_deep_it_lies_and_those_beside_it_stay() -> None
     adapters = {"r": 16, "alpha": 64, "target_modules": ["query"]}
     recipe = Recipe.from_dict(staged("distill", lora=adapters, training={"max_steps": 7, "weight_decay": 0.1}))
     recipe = recipe.replace(stages=[*recipe.to_dict()["stages"], {"stage": "distill", "lora": {"alpha": 32}}])
-    both = recipe.replace_at("distill.lora.r", 4).stages
+    both = recipe.replace_at({"distill.lora.r": 4}).stages
     assert both[0].lora == Lora(r=4, alpha=64, target_modules=["query"])
     assert both[1].lora == Lora(r=4, alpha=32)
-    assert recipe.replace_at("distill.lora", {"r": 4}).stages[0].lora == Lora(r=4)  # a mapping is the whole of it
-    assert recipe.replace_at("distill.lora", None).stages[0].lora == Lora()
-    assert recipe.replace_at("distill.data.source", "novel").stages[1].data == DataRecipe(source="novel")
-    longer = recipe.replace_at("distill.training.num_train_epochs", 2).stages[0].training
+    assert recipe.replace_at({"distill.lora": {"r": 4}}).stages[0].lora == Lora(r=4)  # a mapping is the whole of it
+    assert recipe.replace_at({"distill.lora": None}).stages[0].lora == Lora()
+    assert recipe.replace_at({"distill.data.source": "novel"}).stages[1].data == DataRecipe(source="novel")
+    longer = recipe.replace_at({"distill.training.num_train_epochs": 2}).stages[0].training
     assert longer == {"num_train_epochs": 2, "weight_decay": 0.1}
     assert recipe.stages[0].lora.r == 16, "the recipe itself stays"
 
@@ -157,15 +157,21 @@ def test_one_key_of_a_section_changes_and_null_takes_a_mapping_away() -> None:
             "data": {"source": {"train": "a.jsonl", "test": "b.jsonl"}, "fields": {"text": "body"}},
         }
     )
-    conversion = recipe.replace_at("conversion.options.window_size", 16).conversion
+    conversion = recipe.replace_at({"conversion.options.window_size": 16}).conversion
     assert conversion is not None
     assert conversion.options == {"window_size": 16, "dilation": 2}
-    assert recipe.replace_at("data.source.test", "c.jsonl").data.source == {"train": "a.jsonl", "test": "c.jsonl"}
-    assert recipe.replace_at("data.fields.label", "stars").data.fields == {"text": "body", "label": "stars"}
-    assert recipe.replace_at("data.options.test_split", None).data.options == {"test_split": None}  # a value there
-    assert recipe.replace_at("data.fields", None).data.fields is None
-    assert recipe.replace_at("conversion", None).conversion is None
-    assert recipe.replace_at("conversion", None).replace_at("conversion.variant", "linear").conversion is not None
+    assert recipe.replace_at({"data.source.test": "c.jsonl"}).data.source == {"train": "a.jsonl", "test": "c.jsonl"}
+    assert recipe.replace_at({"data.fields.label": "stars"}).data.fields == {"text": "body", "label": "stars"}
+    assert recipe.replace_at({"data.options.test_split": None}).data.options == {"test_split": None}  # a value there
+    assert recipe.replace_at({"data.fields": None}).data.fields is None
+    assert recipe.replace_at({"conversion": None}).conversion is None
+    other = {"conversion": None, "conversion.variant": "linear"}
+    assert recipe.replace_at(other).conversion == ConversionRecipe("linear")
+    streamed = {"data.shuffle_buffer": 9, "data.streaming": True}  # together, whichever comes first
+    assert recipe.replace_at(streamed).data.shuffle_buffer == 9
+    given = {"data.options": {"test_split": "dev"}, "data.options.revision": "v2"}
+    assert recipe.replace_at(given).data.options == {"test_split": "dev", "revision": "v2"}
+    assert given["data.options"] == {"test_split": "dev"}, "what was given stays"
 
 
 @pytest.mark.parametrize(
@@ -188,4 +194,4 @@ def test_one_key_of_a_section_changes_and_null_takes_a_mapping_away() -> None:
 )
 def test_a_key_that_is_not_there_is_named_with_those_that_are(path: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Recipe.from_dict(staged("distill")).replace_at(path, value)
+        Recipe.from_dict(staged("distill")).replace_at({path: value})
