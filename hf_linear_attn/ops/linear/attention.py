@@ -78,7 +78,7 @@ def linear_attention(
         v: `[B, H, Tk, D]`.
         log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0 (-inf forgets everything): what happens to the sums over
             earlier keys when token t comes, before its own key is added. Needs is_causal. None for none.
-        key_log_weight: `[B, H, Tk]`, log of each key's weight; None for weight 1.
+        key_log_weight: `[B, H, Tk]`, log of each key's weight (-inf: as if it were not there); None for weight 1.
         token_mask: bool `[B, Tk]`, True for a real token.
         is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
         normalized: False gives phi(q_i) S_i as it is, and a state of S alone. Needs is_causal.

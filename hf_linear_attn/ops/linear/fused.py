@@ -132,7 +132,7 @@ def _factors(
         scale, shift, peaks = relative_to_peaks(log_weight, decay, None if start is None else start.float())
         decay = (shift[..., None] if decay is None else decay + shift[..., None]).clamp(min=_LEAST)
     else:
-        peaks = log_weight.detach().amax(-1, keepdim=True).expand_as(log_weight)
+        peaks = log_weight.detach().amax(-1, keepdim=True).clamp(min=LOG_ZERO).expand_as(log_weight)
         scale = (log_weight - peaks).exp()
     return scale if token_mask is None else scale.masked_fill(~token_mask[:, None], 0), decay, peaks
 

@@ -193,7 +193,7 @@ def relative_to_peaks(
     one by one it may fall below it, so weights per key should then stay within e^80 of each other.
 
     Args:
-        log_weight: `[B, H, T]`, `LOG_ZERO` at padded keys.
+        log_weight: `[B, H, T]`, `LOG_ZERO` at padded keys; -inf for weight 0.
         decay: log-decays `[B, H, T, F or 1]`; None for none.
         start: the peak before, `[B, H]`, `LOG_ZERO` before the first key; None for no key before.
 
@@ -204,8 +204,8 @@ def relative_to_peaks(
     fixed = log_weight.detach()
     elapsed = None if decay is None else decay.detach().amax(-1).cumsum(-1)
     peaks = (fixed if elapsed is None else fixed - elapsed).cummax(-1).values
-    if start is not None:
-        peaks = torch.maximum(peaks, start[..., None])
+    # Finite, also where all keys so far have weight 0.
+    peaks = peaks.clamp(min=LOG_ZERO) if start is None else torch.maximum(peaks, start[..., None])
     if elapsed is not None:
         peaks = elapsed + peaks
     first = torch.full_like(peaks[..., :1], LOG_ZERO) if start is None else start[..., None]

@@ -139,7 +139,9 @@ def _accumulate(
         assert exponent is not None
         peak = exponent.detach().amax((2, 3))
         before = None if carry is None else carry[1]
-        if before is not None:
+        if before is None:
+            peak = peak.clamp(min=LOG_ZERO)  # finite, also where all keys have weight 0
+        else:
             latest = before if left is None else before + left.detach().amax(-1)
             peak = torch.maximum(peak, latest)
             shift = (before - peak)[..., None]

@@ -26,7 +26,8 @@ _MOST_RISE = 30.0
 _LOG2 = math.log(2.0)
 
 _Tensors = tuple[torch.Tensor, ...]
-# Of a block's weights, n and the factor, each [B, H, block], 0 at padded keys; None for all 0 and for all 1.
+# Of a block's weights, n and the factor, each [B, H, block]; `LOG_ZERO` and 0 for padded keys and those of weight 0.
+# None for all 0 and for all 1.
 _Weight = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
@@ -65,11 +66,12 @@ def _power_of_state(call: Call) -> torch.Tensor:
 
 
 def _base(call: Call, log_weight: torch.Tensor, now: slice) -> torch.Tensor:
-    """The scale of a state, or the log weight of the first key."""
-    real, first = call.real(now), log_weight.detach()[..., 0]
-    if real is not None:
-        index = real.to(torch.uint8).argmax(-1, keepdim=True).expand(*log_weight.shape[:2], 1)
-        first = torch.where(real.any(-1), log_weight.detach().gather(-1, index)[..., 0], 0.0)
+    """The scale of a state, or the log weight of the first key that has one."""
+    given, real = log_weight.detach(), call.real(now)
+    weighs = given > LOG_ZERO / 2
+    weighs = weighs if real is None else weighs & real
+    index = weighs.to(torch.uint8).argmax(-1, keepdim=True)
+    first = torch.where(weighs.any(-1), given.gather(-1, index)[..., 0], 0.0)
     return first if call.log_scale is None else torch.where(call.log_scale > LOG_ZERO / 2, call.log_scale, first)
 
 
@@ -115,7 +117,8 @@ def attend(
     """
     weight = _split(call, keys.log_weight, now, sums.base)
     power, factor = weight
-    if steep := _is_steep(power, sums.power):
+    seen, steep = _rows(power, sums.power)
+    if steep:
         assert power is not None
         assert factor is not None
         k = keys.features * factor[..., None]
@@ -125,7 +128,6 @@ def attend(
         )
         sums = Sums(*after, sums.base)
     else:
-        seen = _seen(call, power, sums.power)
         sums = _rescaled(sums, power)
         k = _weighted(call, keys.features, weight, sums.power)
         numerator, den, kv, z = chunks.causal(q, k, call.values(now), sums.kv, sums.z, layout.CHUNK)
@@ -187,9 +189,9 @@ def _split(call: Call, log_weight: torch.Tensor | None, now: slice, base: torch.
     octaves = (log_weight.detach() - base[..., None]) / _LOG2
     power = octaves.floor()
     factor = (octaves - power).exp2_()
-    if real is None:
-        return power, factor
-    return power.masked_fill_(~real, LOG_ZERO), factor.masked_fill_(~real, 0)
+    nothing = log_weight.detach() <= LOG_ZERO / 2
+    nothing = nothing if real is None else nothing | ~real
+    return power.masked_fill_(nothing, LOG_ZERO), factor.masked_fill_(nothing, 0)
 
 
 def _rescaled(sums: Sums, power: torch.Tensor | None) -> Sums:
@@ -217,17 +219,14 @@ def _weighted(call: Call, k: torch.Tensor, weight: _Weight, peak: torch.Tensor) 
     return k * scale[..., None] if given else k.mul_(scale[..., None])
 
 
-def _is_steep(power: torch.Tensor | None, start: torch.Tensor) -> bool:
-    """Whether some row's largest power lies far below that of the block; rows without a key do not count."""
+def _rows(power: torch.Tensor | None, start: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+    """Which rows of a block see a key that weighs anything, `[B, H, block]`, None for all, where powers do not tell.
+
+    And whether the largest power of some such row lies far below that of the block.
+    """
     if power is None:
-        return False
+        return None, False
     highest = torch.maximum(power.amax(-1), start)[..., None]
     row = torch.maximum(power.cummax(-1).values, start[..., None])
-    return bool(((highest - row > _MOST_RISE) & (row > LOG_ZERO / 2)).any())
-
-
-def _seen(call: Call, power: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor | None:
-    """Which rows of a block see a key, `[B, H, block]`, where powers tell; None for all."""
-    if power is None or call.token_mask is None:
-        return None
-    return (torch.maximum(power, start[..., None]) > LOG_ZERO / 2).cumsum(-1) > 0
+    seen = row > LOG_ZERO / 2
+    return seen, bool(((highest - row > _MOST_RISE) & seen).any())

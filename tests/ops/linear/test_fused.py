@@ -34,3 +34,20 @@ def test_factors_stand_for_the_weights(causal, decayed, padded):
             expected = expected + (log_decay * real[:, None])[..., j + 1 :].sum(-1)
         expected = expected.exp() * real[:, None, j]
         torch.testing.assert_close(reached, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_factors_of_keys_of_weight_0_are_0(causal, padded):
+    g = torch.Generator().manual_seed(0)
+    log_weight = torch.randn(2, 3, 9, generator=g)
+    gone = torch.rand(2, 3, 9, generator=g) < 0.4
+    gone[0, 0, :5], gone[1, 1] = True, True
+    mask = torch.rand(2, 9, generator=g) < 0.6 if padded else None
+    given = log_weight.masked_fill(gone, -torch.inf).requires_grad_()
+    scale, decay, peaks = fused._factors(given, None, mask, None, causal)
+    assert (scale[gone] == 0).all()
+    assert all(x.isfinite().all() for x in (scale, peaks) if x is not None)
+    assert decay is None or decay.isfinite().all()
+    scale.sum().backward()
+    assert given.grad.isfinite().all()

@@ -35,8 +35,10 @@ def test_weights_that_rise_inside_a_block(rise, padded, small_blocks):
 def test_a_steep_block_is_found():
     power = torch.zeros(1, 1, 8)
     start = torch.full((1, 1), LOG_ZERO)
-    assert not powers._is_steep(power, start)
+    assert not powers._rows(power, start)[1]
     power[..., 5] = 100.0
-    assert powers._is_steep(power, start)
-    power[..., :5] = LOG_ZERO  # padding: no row sees less
-    assert not powers._is_steep(power[..., :6], start)
+    assert powers._rows(power, start)[1]
+    power[..., :5] = LOG_ZERO  # nothing to see: no row sees less
+    seen, steep = powers._rows(power[..., :6], start)
+    assert seen.flatten().tolist() == [False] * 5 + [True]
+    assert not steep
