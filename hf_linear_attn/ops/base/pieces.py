@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 
 __all__ = ["LEAST_LOG", "Piece", "attend_pieces", "backward_pieces", "forward_pieces", "merge", "serves"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.masking import safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.base.tracing import is_exported
@@ -121,7 +121,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # log_sum is a constant to autograd: a second derivative would be wrong
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, token_mask, result, log_sum = ctx.saved_tensors
         is_causal, scaling, chunk_size = ctx.options

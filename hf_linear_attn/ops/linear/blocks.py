@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import TINY, full_precision
 from hf_linear_attn.ops.features.gradients import MapGradients, divide_into, leaf, quotient_backward
 from hf_linear_attn.ops.linear import decay, powers

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.base.pieces import LEAST_LOG, Piece, backward_pieces, forward_pieces, merge
 from hf_linear_attn.ops.lsh.plan import Plan, Rounds, plan_round, sizes_may_depend_on_numbers

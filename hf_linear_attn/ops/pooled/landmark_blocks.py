@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, exp_
 
 __all__ = ["gated_norm", "norm_by_blocks", "pool_by_blocks"]

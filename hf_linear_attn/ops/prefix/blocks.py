@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO, full_precision
 from hf_linear_attn.ops.linear import chunks, layout
 from hf_linear_attn.ops.prefix.shares import ShareGradients, ShareInputs

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY, exp_, full_precision
 from hf_linear_attn.ops.linear import layout
 from hf_linear_attn.ops.prefix.shares import ShareGradients, ShareInputs

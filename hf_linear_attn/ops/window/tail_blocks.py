@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO, TINY, full_precision
 from hf_linear_attn.ops.linear.layout import block_size
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO
 from hf_linear_attn.ops.features.maps import Features
 

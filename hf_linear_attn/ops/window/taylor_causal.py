@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from hf_linear_attn.ops.base.derivatives import once_differentiable
 from hf_linear_attn.ops.base.numerics import LOG2_E, LOG_ZERO, full_precision
 from hf_linear_attn.ops.features.gradients import MapGradients, leaf, map_parts
 from hf_linear_attn.ops.features.maps import FeatureMap, Features

@@ -59,6 +59,40 @@ def test_derivatives_by_logits_and_alpha(alpha):
         torch.autograd.gradcheck(lambda z, a: entmax(z, a, allowed), (logits, learned))
 
 
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 1.9, 2.0])
+def test_second_derivatives_by_logits_and_alpha(alpha):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    allowed = torch.rand(2, 1, 9, generator=generator) < 0.7
+    assert torch.autograd.gradgradcheck(lambda z: entmax(z, alpha, allowed), (logits,))
+    if alpha < 2:
+        learned = torch.tensor([[[alpha]], [[alpha + 0.05]]], dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(lambda z, a: entmax(z, a, allowed), (logits, learned))
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 1.9, 2.0])
+def test_the_gradient_of_a_linear_loss_has_one_of_its_own(alpha):
+    """Its incoming gradient is a constant; a penalty on it still trains the logits."""
+    logits = torch.linspace(-1, 1.1, 7, dtype=torch.float64, requires_grad=True)
+    direction = torch.linspace(2, 3, 7, dtype=torch.float64).square()
+
+    def penalty(z):
+        (gradient,) = torch.autograd.grad(entmax(z, alpha) @ direction, z, create_graph=True)
+        return gradient.square().sum()
+
+    (found,) = torch.autograd.grad(penalty(logits), logits, allow_unused=True)
+    step = torch.linspace(-1, 1, 7, dtype=torch.float64).cos() * 1e-6
+    by_differences = (penalty(logits + step) - penalty(logits - step)) / 2
+    torch.testing.assert_close(found @ step, by_differences.detach(), rtol=1e-5, atol=1e-14)
+
+
+def test_training_keeps_the_weights_and_nothing_else():
+    saved, logits = [], torch.randn(2, 3, 50, 50, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        entmax(logits, torch.tensor([[[1.3]], [[1.5]], [[1.7]]], requires_grad=True)).sum()
+    assert sum(saved) < 1.1 * logits.numel()
+
+
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
 def test_what_is_not_allowed_might_as_well_not_be_there(alpha):
     logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)) * 3

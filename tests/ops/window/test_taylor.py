@@ -148,9 +148,8 @@ def test_training_holds_neither_weights_nor_features():
 def test_a_second_derivative_is_refused():
     arguments = draw(200)
     output = attend(window_tail_attention, arguments, window=(2, 2))
-    (gradient,) = torch.autograd.grad(output.square().sum(), arguments[1:2], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="is refused"):
+        torch.autograd.grad(output.sum(), arguments[1:2], create_graph=True)
 
 
 def test_a_taylor_map_is_its_features():
