@@ -8,7 +8,17 @@ Every law takes a `Subject` (variant, side, options) and raises `AssertionError`
 Which laws apply follows from the variant's spec: nothing is left out by name.
 """
 
-from hf_linear_attn.testing import laws, numerics_laws, tracing_laws  # fill LAWS
+from hf_linear_attn.testing import edge_laws, laws, numerics_laws, tracing_laws  # fill LAWS
 from hf_linear_attn.testing.contract import LAWS, Law, Subject, applicable_laws, check_variant
 
-__all__ = ["LAWS", "Law", "Subject", "applicable_laws", "check_variant", "laws", "numerics_laws", "tracing_laws"]
+__all__ = [
+    "LAWS",
+    "Law",
+    "Subject",
+    "applicable_laws",
+    "check_variant",
+    "edge_laws",
+    "laws",
+    "numerics_laws",
+    "tracing_laws",
+]

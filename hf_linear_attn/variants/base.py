@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any, ClassVar
 
@@ -32,6 +32,7 @@ __all__ = [
 # A decode state: named tensors whose first dimension is the batch, so that a cache can reorder, repeat and
 # offload them without knowing the method.
 State = dict[str, torch.Tensor]
+Forward = Callable[..., tuple[torch.Tensor, State | None]]
 
 
 MAX_INTEGER = 2**31 - 1
@@ -184,6 +185,41 @@ class AttentionInputs:
     softmax_output: torch.Tensor | None = None
 
 
+def _also_of_nothing(forward: Forward) -> Forward:
+    """`forward` for calls without rows or without queries too, which no method needs to know of.
+
+    They become calls with one more row, or token, of zeros, whose output is dropped: what is returned has the right
+    shape, and every parameter a gradient of 0, as the checkpoint's own projections have then.
+    """
+
+    @wraps(forward)
+    def wrapped(
+        self: nn.Module, inputs: AttentionInputs, state: State | None = None
+    ) -> tuple[torch.Tensor, State | None]:
+        rows, _, queries, _ = inputs.query.shape
+        if rows and queries:
+            return forward(self, inputs, state)
+        if rows:
+            return wrapped(self, _with_zeros(inputs, of_tokens=True))[0][:, :, :0], state
+        more = None if state is None else {name: _one_more(x, 0) for name, x in state.items()}
+        output, after = wrapped(self, _with_zeros(inputs, of_tokens=False), more)
+        return output[:0], None if after is None else {name: x[:0].clone() for name, x in after.items()}
+
+    return wrapped
+
+
+def _with_zeros(inputs: AttentionInputs, *, of_tokens: bool) -> AttentionInputs:
+    """The call with one more row, or with one more token, of zeros."""
+    found = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    tensors = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+    grown: Any = {name: _one_more(x, max(x.ndim - 2, 1) if of_tokens else 0) for name, x in tensors.items()}
+    return replace(inputs, **grown)
+
+
+def _one_more(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat([x, x.new_zeros([1 if i == dim else size for i, size in enumerate(x.shape)])], dim)
+
+
 class AttentionVariant(nn.Module):
     """Base class of the variants: an `nn.Module` that owns every new parameter and buffer of its layer.
 
@@ -203,6 +239,8 @@ class AttentionVariant(nn.Module):
         super().__init_subclass__(**kwargs)
         if "reset_parameters" in cls.__dict__:
             cls.reset_parameters = _unless_on_meta(cls.reset_parameters)  # type: ignore[method-assign,assignment]
+        if "forward" in cls.__dict__:
+            cls.forward = _also_of_nothing(cls.forward)  # type: ignore[method-assign]
 
     def __init__(self, config: Any, context: LayerContext) -> None:
         super().__init__()

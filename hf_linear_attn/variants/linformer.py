@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import accumulation_dtype, full_precision
 from hf_linear_attn.ops.pooled.pooling import attend_segments
 from hf_linear_attn.ops.pooled.projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
@@ -127,4 +128,5 @@ class LinformerAttention(AttentionVariant):
         with full_precision(inputs.key):
             key, value = inputs.key.to(full), inputs.value.to(full)
             key, value, in_use = self.projection(key, value, inputs.token_mask, *weights)
-        return attend_segments(inputs.query, key, value, in_use, inputs.scaling), None
+        query = safe_masked_fill(inputs.query, query_mask_of(inputs.token_mask, inputs.query.shape[2], False))
+        return attend_segments(query, key, value, in_use, inputs.scaling), None

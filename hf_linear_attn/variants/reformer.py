@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.compaction import compact
+from hf_linear_attn.ops.base.masking import safe_masked_fill
 from hf_linear_attn.ops.lsh.attention import SELF_LOGIT, hash_buckets, round_attention, visible
 from hf_linear_attn.ops.lsh.decode import decode_token, init_lsh_state, lsh_past, lsh_state_after
 from hf_linear_attn.ops.starts.calibration import balancing_maps, choose_start, collect_rows, head_tokens
@@ -153,6 +154,7 @@ class ReformerAttention(AttentionVariant):
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         query, key, share, real = inputs.query, inputs.key, self.config.share_qk, inputs.token_mask
         if share:
+            key = safe_masked_fill(key, real)  # before the norm: the gradient of inf is nan, also times 0
             query = key if key.shape[2] == query.shape[2] else key[:, :, key.shape[2] - query.shape[2] :]
             k_bucket = hash_buckets(key, self.rotations)
             q_bucket = k_bucket if query is key else k_bucket[:, :, key.shape[2] - query.shape[2] :]

@@ -178,6 +178,8 @@ class SynthesizerAttention(AttentionVariant):
         if inputs.hidden_states is None:
             raise ValueError("A dense synthesizer needs hidden_states, got None.")
         x = inputs.hidden_states.to(accumulation_dtype(inputs.hidden_states.dtype))
+        if inputs.token_mask is not None:
+            x = x.masked_fill(~inputs.token_mask[:, -x.shape[1] :, None], 0)
         with full_precision(x):
             hidden = F.linear(x, self.hidden_weight.to(x.dtype), self.hidden_bias.to(x.dtype)).relu()
         hidden = hidden.unflatten(-1, (self.context.num_heads, self.context.head_dim)).transpose(1, 2)

@@ -75,7 +75,8 @@ class DenseAttention(AttentionVariant):
         if inputs.is_causal:
             square = torch.ones(q_len, k_len, dtype=torch.bool, device=key.device)
             allowed = allowed & square.tril(self.offset(q_len, k_len))
-        output = self.weights(self.logits(inputs.query, key, inputs), allowed).to(value.dtype) @ value
+        query = inputs.query.masked_fill(pads[:, :, k_len - q_len :], 0)
+        output = self.weights(self.logits(query, key, inputs), allowed).to(value.dtype) @ value
         return self.finish(output).to(inputs.query.dtype), state
 
 
@@ -310,6 +311,30 @@ class ExportsAnotherForm(DenseAttention):
         return output * (1 + int(is_exported()))
 
 
+class FirstDerivativeAlone(DenseAttention):
+    """Softmax expanded to first order: right gradients, which are constants where a second derivative is asked for."""
+
+    def weights(self, logits, allowed):
+        weights = super().weights(logits.detach(), allowed)
+        change = (logits - logits.detach()).masked_fill(~allowed, 0)
+        return weights * (1 + change - (weights * change).sum(-1, keepdim=True))
+
+
+class ReadsPaddedQueries(DenseAttention):
+    """Padded queries are taken as they are: nobody is to read what becomes of them."""
+
+    def logits(self, query, key, inputs):
+        return super().logits(inputs.query, key, inputs)
+
+
+class LooksFirst(DenseAttention):
+    """What is checked before the call has no answer where there is nothing."""
+
+    def __call__(self, inputs, state=None):
+        assert inputs.key.abs().amax() < 1e30
+        return super().__call__(inputs, state)
+
+
 class BuiltAnyway(DenseAttention):
     """Encoder-only by its spec, and built for a decoder without a word."""
 
@@ -369,8 +394,11 @@ BROKEN = [
     (spec_of(Quadratic, linear_cost=True), ENCODER, {}, "linear_memory", "2048, 2048"),
     (spec_of(MissingGradient), ENCODER, {"gain": True}, "gradients", "Jacobian mismatch"),
     (spec_of(UnusedParameter), ENCODER, {"gain": True}, "gradients", "gain gets no gradient"),
+    (spec_of(FirstDerivativeAlone), DECODER, {}, "second_derivatives", "should be"),
+    (spec_of(ReadsPaddedQueries), ENCODER, {}, "padding_of_any_content", "not finite"),
     (spec_of(NanWithoutKeys), DECODER, {}, "fully_masked_rows", "not finite"),
     (spec_of(HeadMixing), ENCODER, {}, "head_permutation", "permuted heads"),
+    (spec_of(LooksFirst), DECODER, {}, "calls_of_nothing", "amax"),
     (spec_of(WrongLayout), ENCODER, {}, "shapes_and_dtypes", "shape (2, 1, 4, 16)"),
     (spec_of(IgnoresScaling), ENCODER, {}, "exact_limit", "padding=none"),
     (spec_of(OverflowsHalf), ENCODER, {}, "low_precision", "torch.float16"),
