@@ -297,6 +297,16 @@ class AttentionVariant(nn.Module):
         """Names of the parameters that all layers of this variant share (tied to the first such layer's)."""
         return ()
 
+    def drop_linear_branch(self) -> bool:
+        """Leave out, until the module is built anew, what stands beside a window for the keys outside of it.
+
+        A control: a branch without which a model is as good does nothing. Weights are kept, and saved as they were.
+
+        Returns:
+            whether there is such a branch under these options; False leaves the layer as it is.
+        """
+        return False
+
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         """The decode state before any token. Variants whose spec says `state="none"` need none."""
         raise TypeError(f"{type(self).__name__} keeps no decode state")

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap
 from hf_linear_attn.ops.linear.attention import init_linear_state
 from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.ops.starts.attention_rows import attended_share
+from hf_linear_attn.ops.window.attention import sliding_window_attention
 from hf_linear_attn.ops.window.tail import centered_features, window_tail_attention
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -97,7 +99,7 @@ class LolcatsAttention(AttentionVariant):
         self.window_size = config.window_size or min(64, max(2, context.max_length // 16 * 2))
         if not context.is_causal and self.window_size % 2:
             raise ValueError(f"window_size={self.window_size}; allowed on an encoder: even, half on each side.")
-        self.taylor = config.tail == "taylor"
+        self.taylor, self.has_tail = config.tail == "taylor", True
         rows = min(config.projection_size, dim) if self.taylor else config.num_features or 2 * dim
         self.num_features = 1 + rows + rows * (rows + 1) // 2 if self.taylor else rows
         self.window_log_factor = nn.Parameter(torch.empty(heads))
@@ -127,9 +129,7 @@ class LolcatsAttention(AttentionVariant):
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose each head's tail, then its g, by its output error against softmax on these inputs."""
-        causal, scaling = self.context.is_causal, batches[0].scaling
-        rows = measure.collect_rows(batches)
-
+        rows, causal, scaling = measure.collect_rows(batches), self.context.is_causal, batches[0].scaling
         q, k = measure.head_tokens(rows)
         a, c = q.mean(1), (attended_share(rows, is_causal=causal, scaling=scaling)[..., None] * k).sum(1)
         q, k = q - a[:, None], k - c[:, None]
@@ -147,12 +147,15 @@ class LolcatsAttention(AttentionVariant):
         steps = [{"window_log_factor": self.window_log_factor + step} for step in _FACTOR_STEPS]
         measure.choose_start({"window_log_factor": self.window_log_factor}, [{}, *steps], errors, known)
 
+    def drop_linear_branch(self) -> bool:
+        had, self.has_tail = self.has_tail, False
+        return had
+
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
         shape = (batch_size, heads, self.window_size, dim)
         return {
-            "key": torch.zeros(shape, dtype=dtype, device=device),
-            "value": torch.zeros(shape, dtype=dtype, device=device),
+            **{name: torch.zeros(shape, dtype=dtype, device=device) for name in ("key", "value")},
             "count": torch.zeros(batch_size, dtype=torch.long, device=device),
             **init_linear_state(batch_size, heads, self.num_features, dim, dtype, device),
         }
@@ -164,20 +167,17 @@ class LolcatsAttention(AttentionVariant):
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         held = call.rank >= (call.past - w).clamp(min=0)[:, None]  # older keys have left for the sums
-        output, sums = window_tail_attention(
-            *(call.q, call.k, call.v),
-            self._feature_map("query", s),
-            self._feature_map("key", s),
-            left=w - 1 if inputs.is_causal else w // 2,
-            right=0 if inputs.is_causal else w // 2,
-            is_causal=inputs.is_causal,
-            scaling=s,
-            window_log_factor=self.window_log_factor,
-            relative=None if self.taylor else self.form == maps.PUBLISHED,
-            token_mask=None if inputs.token_mask is None and state is None else held,
-            state=None if state is None else {name: state[name] for name in ("kv", "z", "log_scale")},
-            backend=self.backend,
-        )
+        real = None if inputs.token_mask is None and state is None else held
+        sums = None if state is None else {name: state[name] for name in ("kv", "z", "log_scale")}
+        left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
+        band: dict[str, Any] = {"left": left, "right": right, "scaling": s, "backend": self.backend}
+        if self.has_tail:
+            tail = self._feature_map("query", s), self._feature_map("key", s)
+            band |= {"is_causal": inputs.is_causal, "window_log_factor": self.window_log_factor}
+            band |= {"relative": None if self.taylor else self.form == maps.PUBLISHED, "state": sums}
+            output, sums = window_tail_attention(call.q, call.k, call.v, *tail, token_mask=real, **band)
+        else:
+            output = sliding_window_attention(call.q, call.k, call.v, key_allowed=real, **band)
         output = call.restore(output.to(inputs.query.dtype))
         if state is None or sums is None:
             return output, None

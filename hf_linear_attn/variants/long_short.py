@@ -142,6 +142,10 @@ class LongShortAttention(AttentionVariant):
         present = {"projection": self.projection, "segmented": self.segmented}
         choose_start(present, starts, self.error_meter(rows, scaling))
 
+    def drop_linear_branch(self) -> bool:
+        had, self.r = bool(self.r), 0
+        return had
+
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
 

@@ -143,6 +143,40 @@ def test_decode_state_is_the_window_and_the_sums():
     torch.testing.assert_close(state["key"], draw(50)[1][:, :, -6:])
 
 
+@SIDES
+@pytest.mark.parametrize("tail", ["taylor", "centroids", "hedgehog"])
+def test_without_its_linear_branch_it_is_the_window_alone(causal, tail):
+    q, k, v = draw(90)
+    module = build(causal, tail=tail, window_size=10)
+    set_tail(module)
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    with_tail = attend(module, q, k, v)
+    assert module.drop_linear_branch()
+    nothing = torch.tensor(-torch.inf, dtype=torch.float64)
+    expected = dense(q, k, v, nothing, 10, causal, 0.0)
+    assert not torch.allclose(with_tail, expected)
+    torch.testing.assert_close(attend(module, q, k, v), expected)
+    real = torch.arange(90) % 3 != 1
+    padded = attend(module, *(x.masked_fill(~real[:, None], 1e9) for x in (q, k, v)), real.expand(2, -1))
+    alone = dense(*(x[:, :, real] for x in (q, k, v)), nothing, 10, causal, 0.0)
+    torch.testing.assert_close(padded[:, :, real], alone)
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+    assert not module.drop_linear_branch(), "there is none any more"
+
+
+def test_without_its_linear_branch_it_decodes_from_the_window():
+    q, k, v = draw(50)
+    module = build(True, window_size=6, projection_size=4)
+    set_tail(module)
+    module.drop_linear_branch()
+    state, rows = module.init_state(2, torch.float64, "cpu"), []
+    for part in (slice(0, 20), *(slice(t, t + 1) for t in range(20, 50))):
+        row, state = module(AttentionInputs(*(x[:, :, part] for x in (q, k, v)), None, True, SCALING), state)
+        rows.append(row)
+    torch.testing.assert_close(torch.cat(rows, 2), attend(module, q, k, v))
+    assert not state["kv"].any()
+
+
 @pytest.mark.parametrize(("max_length", "window"), [(512, 64), (8192, 64), (160, 20), (16, 2)])
 def test_the_default_window_suits_the_longest_input(max_length, window):
     assert build(max_length=max_length).window_size == window

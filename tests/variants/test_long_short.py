@@ -170,6 +170,37 @@ def test_state_is_a_window_and_one_landmark_per_segment():
     assert state["landmark_value"].shape == (2, HEADS, 50 // 8, DIM)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_without_its_linear_branch_it_is_the_window_alone(is_causal):
+    module = build(is_causal, window_size=8, num_landmarks=2, segment_size=5 if is_causal else None)
+    q, k, v = draw(2, 50)
+    with_landmarks = attend(module, q, k, v)
+    assert module.drop_linear_branch()
+    place = torch.arange(50)
+    distance = place[:, None] - place
+    near = (distance >= 0) & (distance < 8) if is_causal else distance.abs() <= 4
+    logits = (q @ norm(module.window_norm, k).mT / math.sqrt(DIM)).masked_fill(~near, -math.inf)
+    expected = logits.softmax(-1) @ norm(module.window_norm, v)
+    assert not torch.allclose(with_landmarks, expected)
+    torch.testing.assert_close(attend(module, q, k, v), expected)
+    assert "projection" in module.state_dict()
+    assert not module.drop_linear_branch(), "there is none any more"
+    assert not build(is_causal, window_size=8, num_landmarks=0).drop_linear_branch()
+
+
+def test_without_its_linear_branch_it_decodes_from_the_window():
+    module = build(True, window_size=8, num_landmarks=1, segment_size=8)
+    module.drop_linear_branch()
+    q, k, v = draw(2, 50)
+    state, rows = module.init_state(2, torch.float64, torch.device("cpu")), []
+    for t in range(50):
+        step = AttentionInputs(*(x[:, :, t : t + 1] for x in (q, k, v)), is_causal=True, scaling=DIM**-0.5)
+        row, state = module(step, state)
+        rows.append(row)
+    assert state.keys() == {"key", "value", "count"}
+    torch.testing.assert_close(torch.cat(rows, 2), attend(module, q, k, v))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
