@@ -1,4 +1,7 @@
-"""The picture of a comparison: quality with intervals, forward time against length, cost of training."""
+"""The pictures of a comparison: quality with intervals, forward time against length, cost of training.
+
+Of language models: perplexity against the time of a forward, stage by stage.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,19 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from hf_linear_attn.measure.style import COLORS, MARKERS, label_ends, new_figure, plain_numbers, save_figure, style
+from hf_linear_attn.measure.style import (
+    COLORS,
+    GRAY,
+    INK,
+    MARKERS,
+    label_ends,
+    new_figure,
+    plain_numbers,
+    save_figure,
+    style,
+)
 
-__all__ = ["draw_results", "results_png", "results_svg"]
+__all__ = ["draw_language", "draw_results", "language_png", "results_png", "results_svg"]
 
 _GRAYS = ("#8A8A8A", "#5F6B7A", "#A9A9A9")
 # Colors that the SVG's reader replaces by the page's own.
@@ -159,3 +172,102 @@ def _bars(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, title: str, c
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     _row_labels(axes, [row["name"] for row in rows])
+
+
+# Language models --------------------------------------------------------------------------------------------------
+
+_Points = list[tuple[str, float]]
+"""A stage, and the perplexity after it over that of the baseline."""
+
+
+def language_png(results: Mapping[str, Any], path: str | Path) -> bool:
+    """Draw quality against cost into a PNG file on a white ground.
+
+    Returns:
+        whether there was a length of which both are known, and so a picture.
+    """
+    if not _tradeoffs(results):
+        return False
+    with matplotlib.rc_context(style()):
+        save_figure(draw_language(results), path)
+    return True
+
+
+def draw_language(results: Mapping[str, Any]) -> Figure:
+    """Perplexity over the baseline's against the seconds of a forward, a panel for each length that has both.
+
+    A system is a line of points, one for each stage, the last of them filled.
+
+    Args:
+        results: what `hf_linear_attn.compare.language.compare_language` returns.
+    """
+    panels = _tradeoffs(results)
+    systems = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    stages = dict.fromkeys(stage for panel in panels.values() for _, points in panel.values() for stage, _ in points)
+    markers = dict(zip(stages, MARKERS, strict=False))
+    controls = {row["system"] for row in results["rows"] if row.get("control")}
+    colors, hues = {}, 0
+    for name in systems:
+        softmax = name in (results["checkpoint"], results["baseline"])
+        colors[name] = INK if softmax else GRAY if name in controls else COLORS[hues % len(COLORS)]
+        hues += not softmax and name not in controls
+    meta = results["meta"]
+    about = f"{results['recipe']['model']['name']} on {results['documents']['source']}; gray: controls"
+    subtitle = f"{about}.\n{meta['machine']}, {meta['threads']} threads, torch {meta['torch']}"
+    figure = new_figure(6.6 * len(panels), max(4.8, 0.2 * len(systems) + 2.4), "Quality against cost", subtitle)
+    for column, (axes, (length, panel)) in enumerate(
+        zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True)
+    ):
+        _tradeoff(axes, panel, colors, markers)
+        axes.set_title(f"{length:,} tokens", loc="left", fontsize=11)
+        axes.set_xlabel("seconds for 1,000 tokens, forward")
+        if not column:
+            axes.set_ylabel(f"perplexity, over that of {results['baseline']}")
+    handles: list[Any] = [
+        axes.plot([], [], color=GRAY, linestyle="none", marker=marker, label=stage)[0]
+        for stage, marker in markers.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _tradeoffs(results: Mapping[str, Any]) -> dict[int, dict[str, tuple[float, _Points]]]:
+    """Length -> system -> seconds for 1,000 tokens, and its points.
+
+    Every system was timed in turns with the checkpoint, at an hour of its own: its ratio is what counts, and the
+    seconds are the ratio times what the checkpoint took in its own row.
+    """
+    rows = results["rows"]
+    timed = {(row["system"], row["forward_length"]): row for row in rows if "forward_seconds" in row}
+    found: dict[int, dict[str, tuple[float, _Points]]] = {}
+    for row in rows:
+        length, name = row.get("length"), row["system"]
+        if "ratio" not in row or (name, length) not in timed:
+            continue
+        own = timed[name, length]
+        seconds = timed.get((results["checkpoint"], length), own)["softmax_seconds"]
+        cost = 1000 * own["forward_ratio"] * seconds / length
+        found.setdefault(length, {}).setdefault(name, (cost, []))[1].append((row["stage"], row["ratio"]["mean"]))
+    return dict(sorted(found.items()))
+
+
+def _tradeoff(
+    axes: Axes, panel: Mapping[str, tuple[float, _Points]], colors: Mapping[str, str], markers: Mapping[str, str]
+) -> None:
+    right = 1.08 * max(cost for cost, _ in panel.values())
+    for name, (cost, points) in panel.items():
+        color, ratios = colors[name], [ratio for _, ratio in points]
+        axes.plot([cost] * len(ratios), ratios, color=color, linewidth=1.6)
+        axes.plot([cost, right], [ratios[-1]] * 2, color=color, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
+        for place, (stage, ratio) in enumerate(points, 1):
+            inside = color if place == len(points) else "white"
+            axes.plot(cost, ratio, color=color, marker=markers[stage], markerfacecolor=inside, markersize=6.5, zorder=4)
+    axes.axhline(1.0, color=GRAY, linewidth=1.1, linestyle=(0, (5, 3)), zorder=0)
+    axes.set_xlim(0, right)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    low, high = axes.get_ylim()
+    if high > 3 * low:
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
+    axes.grid(axis="both")
+    label_ends(axes, [(name, right, points[-1][1], colors[name]) for name, (_, points) in panel.items()], size=8.0)

@@ -1,34 +1,42 @@
-"""Language models under one budget: perplexity after each stage, beside the checkpoint trained on the same tokens."""
+"""Language models under one budget: perplexity after each stage, beside the checkpoint trained on the same tokens.
+
+Of a system's last stage also what a forward costs, what the model writes, and whether it finds a pass key.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from accelerate.utils import set_seed
 
+from hf_linear_attn.compare.charts import language_png
+from hf_linear_attn.compare.language_parts import last_parts, likelihood_part, prompt_places
 from hf_linear_attn.data import load_config
 from hf_linear_attn.data.tokenization import encode_leading
-from hf_linear_attn.measure.bootstrap import bootstrap_statistic
+from hf_linear_attn.measure.bootstrap import bootstrap_interval, bootstrap_statistic, paired_bootstrap_difference
 from hf_linear_attn.measure.markdown import markdown_table
 from hf_linear_attn.measure.methods import Method, failures, not_measured, parse_methods
-from hf_linear_attn.measure.perplexity import document_likelihoods
+from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.measure.rows import RowFile, about_machine
-from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.registry import get_patcher, list_variants
 from hf_linear_attn.saving import write_json
+from hf_linear_attn.training.parts import variants_of
 from hf_linear_attn.training.recipe import Recipe
 from hf_linear_attn.training.run import train
-from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_head, load_task
-from hf_linear_attn.variants.base import LayerContext
+from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_head, load_task, process_state
+from hf_linear_attn.variants.base import AttentionVariant, LayerContext
 
-__all__ = ["BUDGETED", "CHECKPOINT", "compare_language", "language_table"]
+__all__ = ["BUDGETED", "CHECKPOINT", "LINEAR_BRANCH_OFF", "compare_language", "language_table"]
 
 CHECKPOINT = "softmax"
 BUDGETED = "softmax, same tokens"
 CONVERTED = "converted"
+LINEAR_BRANCH_OFF = "linear_branch_off"
+# Of these more may join later: their rows say what was asked for.
+_JOINING = ("variants", "controls", "generation", "passkey_lengths", "passkey_documents", "passkey_filler")
 
 
 def compare_language(
@@ -42,22 +50,26 @@ def compare_language(
 
     A row is written as soon as it is measured, and stages that are finished are not run again: a comparison that was
     cut off goes on where it stopped. Perplexities are of the first `evaluation.lengths` tokens of the held-out
-    documents that are that long, the same documents for every system.
+    documents that are that long, the same documents for every system. After its last stage a system also writes on
+    from the prompts of `evaluation.generation`, and looks for the pass keys of `evaluation.passkey_lengths`; a forward
+    of `evaluation.forward_lengths` tokens is timed beside the checkpoint's.
 
     Args:
         recipe: its stages train language models (no `finetune`); `conversion` gives layers, extension and calibration.
         variants: see `parse_methods`; `evaluation.variants` when None. `evaluation.controls` are converted and
-            measured, and not trained.
+            measured, and not trained; `linear_branch_off` among them measures trained ones without that branch.
         command: what to write down as the command that made it.
         say: called with a line about each row.
 
     Returns:
         `{"meta": {...}, "recipe": {...}, "documents": {...}, "rows": [...]}`, which lies in `output_dir` too, as
-        `language.json` and `language.md`. A system that fails has a row that says why, and is tried again.
+        `language.json` and `language.md`, beside `language.png`, quality against cost. A system that fails has a row
+        that says why, and is tried again.
 
     Raises:
-        ValueError: for a recipe with another last stage, an encoder, lengths that no held-out document has, or rows
-            of another recipe in `output_dir`.
+        ValueError: for a recipe with another last stage, an encoder, lengths that no held-out document has, prompts
+            and pass keys that the documents or the checkpoint have no room for, `linear_branch_off` where no variant
+            has such a branch, or rows of another recipe in `output_dir`.
     """
     return _Language(recipe, variants, command, say).run()
 
@@ -70,22 +82,54 @@ class _Language:
             raise ValueError("A comparison of language models takes stages transfer, distill or uptrain, got finetune")
         self.recipe, self.say, self.command = recipe, say, command
         self.methods = parse_methods(recipe.evaluation.variants if variants is None else variants)
-        self.controls = parse_methods(recipe.evaluation.controls)
         self.output = recipe.output_dir
         self.tokenizer = build_tokenizer(recipe)
         self.task = load_task(recipe.data, "text")
         self.auto = auto_class(recipe.stages[0], recipe.model.name)
         if self.auto != "AutoModelForCausalLM":
             raise ValueError(f"{recipe.model.name!r} is read by {self.auto}; perplexities are of AutoModelForCausalLM")
+        self.controls, self.branch_off = self._controls()
+        self.encoded = self._encoded()
         self.documents, self.groups = self._held_out()
+        self.likelihoods = [likelihood_part(documents, n) for n, documents in self.documents.items()]
+        config = load_config(recipe.model.name)
+        limit = get_patcher(config.model_type).max_length(config)
+        self.of_the_last = last_parts(recipe, self.tokenizer, self.encoded, limit)
         setting = {"recipe": recipe.to_dict(), "documents": {str(n): len(x) for n, x in self.documents.items()}}
-        setting["recipe"]["evaluation"].pop("variants")  # more of them may join later
-        setting["recipe"]["evaluation"].pop("controls")
+        for name in _JOINING:
+            setting["recipe"]["evaluation"].pop(name)
         self.rows = RowFile(self.output / "language.rows.jsonl", setting)
 
+    def _controls(self) -> tuple[list[Method], bool]:
+        """The controls that are converted, and whether trained variants are measured without their linear branch."""
+        entries = self.recipe.evaluation.controls
+        named = entries.count(LINEAR_BRANCH_OFF)
+        if named > 1:
+            raise ValueError(f"evaluation.controls names {LINEAR_BRANCH_OFF} twice")
+        for entry in entries:
+            if isinstance(entry, str) and entry not in (*list_variants(), LINEAR_BRANCH_OFF):
+                raise ValueError(
+                    f"evaluation.controls: {entry!r} is not known. Allowed: {LINEAR_BRANCH_OFF}, or a variant: "
+                    f"{', '.join(list_variants())}."
+                )
+        own = {method.name: method for method in (*self.methods, *parse_methods(self.recipe.evaluation.variants))}
+        if named and not any(self._layer(method).drop_linear_branch() for method in own.values()):
+            able = [key for key in list_variants(decoder=True) if self._layer(Method(key)).drop_linear_branch()]
+            raise ValueError(
+                f"evaluation.controls names {LINEAR_BRANCH_OFF}, but no variant here has a linear branch beside a "
+                f"window: {', '.join(own) or 'there is none'}. Those that have: "
+                f"{', '.join(able)}."
+            )
+        return parse_methods(entry for entry in entries if entry != LINEAR_BRANCH_OFF), bool(named)
+
+    def _encoded(self) -> list[list[int]]:
+        """Token ids of the held-out documents, as many as the longest measurement reads."""
+        evaluation = self.recipe.evaluation
+        prompt = 0 if evaluation.generation is None else evaluation.generation.prompt_tokens
+        return encode_leading(list(self.task.test["text"]), self.tokenizer, max(*evaluation.lengths, prompt))
+
     def _held_out(self) -> tuple[dict[int, list[list[int]]], dict[int, list[str]]]:
-        lengths = self.recipe.evaluation.lengths
-        encoded = encode_leading(list(self.task.test["text"]), self.tokenizer, max(lengths))
+        lengths, encoded = self.recipe.evaluation.lengths, self.encoded
         names = list(self.task.test["group"])
         kept = {n: [place for place, ids in enumerate(encoded) if len(ids) >= n] for n in lengths}
         if short := [n for n, places in kept.items() if not places]:
@@ -100,11 +144,16 @@ class _Language:
         for method in self.controls:
             self._measure(method.name, CONVERTED, {"control": True}, partial(self._convert, method))
         for method in self.methods:
-            self._measure(method.name, CONVERTED, {}, partial(self._convert, method))
+            self._measure(method.name, CONVERTED, {}, partial(self._convert, method), is_last=False)
             self._trained(method.name, self._recipe_of(method))
+            if self.branch_off and self._layer(method).drop_linear_branch():
+                self._without_branch(method.name, self._recipe_of(method))
         results = self.results()
         write_json(self.output / "language.json", results)
         (self.output / "language.md").write_text(language_table(results) + "\n", encoding="utf-8")
+        picture = self.output / "language.png"
+        if language_png(results, picture):
+            self.say(f"Picture: {picture}")
         return results
 
     # Systems -----------------------------------------------------------------------------------------------------
@@ -114,17 +163,17 @@ class _Language:
         base = self.recipe.to_dict()
         conversion = {**(base["conversion"] or {}), "variant": method.key, "options": method.options}
         base |= {"conversion": conversion, "training": {**base["training"], "output_dir": str(folder)}}
-        if not self._has_parameters(method):  # nothing to transfer
+        if not list(self._layer(method).parameters()):  # nothing to transfer
             base["stages"] = [stage for stage in base["stages"] if stage["stage"] != "transfer"]
         return Recipe.from_dict(base)
 
-    def _has_parameters(self, method: Method) -> bool:
-        """Whether a method's layers have parameters of their own, on a model like the recipe's."""
+    def _layer(self, method: Method) -> AttentionVariant:
+        """A method's layer, on a model like the recipe's."""
         config = load_config(self.recipe.model.name)
         patcher = get_patcher(config.model_type)
         heads, dim = config.num_attention_heads, patcher.head_dim(config)
         context = LayerContext(0, 1, config.hidden_size, heads, dim, 64, patcher.is_causal(config), patcher.rotary)
-        return bool(list(method.spec.module_class(method.config(), context).parameters()))
+        return method.spec.module_class(method.config(), context)
 
     def _budgeted(self) -> Recipe:
         """Softmax uptrained with the arguments of every stage but `transfer`, which leaves the checkpoint's weights."""
@@ -142,86 +191,165 @@ class _Language:
     def _convert(self, method: Method) -> Any:
         recipe = self._recipe_of(method)
         set_seed(recipe.seed)
-        return build_model(recipe, self.auto, None, self.tokenizer, self.task.train)
+        model = build_model(recipe, self.auto, None, self.tokenizer, self.task.train)
+        return model.to(process_state().device)
 
     def _load(self, name: str) -> Any:
-        return load_head(self.auto, name, self.recipe, None, self.tokenizer)
+        model = load_head(self.auto, name, self.recipe, None, self.tokenizer)
+        return model.to(process_state().device)
 
     def _trained(self, name: str, recipe: Recipe) -> None:
         """Every stage of a system, one after the other, each measured as it ends."""
         for stage in recipe.stages:
             facts: dict[str, Any] = {}
+            load = partial(self._train, recipe, stage.kind, facts)
+            self._measure(name, stage.kind, facts, load, is_last=stage is recipe.stages[-1])
 
-            def load(kind: str = stage.kind, facts: dict[str, Any] = facts) -> Any:
-                result = train(recipe, until_stage=kind, resume=True)
-                last = result.last
-                facts |= {"steps": last.steps, "tokens_seen": last.tokens_seen, "trained": last.trained}
-                facts["seconds"] = round(last.seconds, 1)
-                return self._load(result.output_dir)
+    def _train(self, recipe: Recipe, kind: str, facts: dict[str, Any]) -> Any:
+        """The model after a stage, which is trained if it is not yet; `facts` get what the row says of that."""
+        result = train(recipe, until_stage=kind, resume=True)
+        last = result.last
+        facts |= {"steps": last.steps, "tokens_seen": last.tokens_seen, "trained": last.trained}
+        facts["seconds"] = round(last.seconds, 1)
+        return self._load(result.output_dir)
 
-            self._measure(name, stage.kind, facts, load)
+    def _without_branch(self, name: str, recipe: Recipe) -> None:
+        """The model after its last stage once more, with nothing beside the window."""
+        kind = recipe.stages[-1].kind
+        facts: dict[str, Any] = {"control": True}
+
+        def load() -> Any:
+            model = self._train(recipe, kind, facts)
+            for variant in variants_of(model):
+                variant.drop_linear_branch()
+            return model
+
+        self._measure(f"{name}, linear branch off", kind, facts, load)
 
     # Rows --------------------------------------------------------------------------------------------------------
 
-    def _measure(self, system: str, stage: str, facts: dict[str, Any], load: Callable[[], Any]) -> None:
-        missing = [n for n in self.documents if not self.rows.has(system=system, stage=stage, length=n)]
+    def _measure(
+        self, system: str, stage: str, facts: dict[str, Any], load: Callable[[], Any], *, is_last: bool = True
+    ) -> None:
+        """The rows that are missing of a system after a stage; the last one has more of them."""
+        parts = [*self.likelihoods, *(self.of_the_last if is_last else ())]
+        missing = [part for part in parts if not self.rows.has(system=system, stage=stage, **part.identity)]
         if not missing:
             return
         model: Any = None
         failed: dict[str, Any] = {}
         with failures(failed):
             model = load()
-        for length in missing:
-            row: dict[str, Any] = {"system": system, "stage": stage, "length": length, **facts, **failed}
+        checkpoint = cache(lambda: model if system == CHECKPOINT else self._load(self.recipe.model.name))
+        for part in missing:
+            row: dict[str, Any] = {"system": system, "stage": stage, **part.identity, **facts, **failed}
             if model is not None:
-                with failures(row):
-                    row["nats"] = document_likelihoods(model, self.documents[length], length)
-                    row["perplexity"] = math.exp(float(np.mean(row["nats"])))
+                with failures(row), quiet_libraries():
+                    row |= part.measure(model, checkpoint)
             self.rows.append(row)
-            found = not_measured(row) or f"perplexity {row['perplexity']:.3f}"
-            self.say(f"{system}, {stage}, {length:,} tokens: {found}")
+            self.say(f"{system}, {stage}, {part.label}: {not_measured(row) or part.spell(row)}")
 
     def results(self) -> dict[str, Any]:
-        """Rows with their ratios to the budgeted checkpoint, on the same documents."""
+        """Rows of this recipe, with intervals; ratios and differences are to the budgeted checkpoint."""
         return {
             "meta": about_machine(self.command),
             "recipe": self.recipe.to_dict(),
+            "checkpoint": CHECKPOINT,
+            "baseline": BUDGETED,
             "documents": {
                 "source": self.task.source,
                 "counts": {str(n): len(documents) for n, documents in self.documents.items()},
                 "groups": {str(n): len(set(groups)) for n, groups in self.groups.items()},
             },
-            "rows": list(self._with_ratios()),
+            "rows": list(self._with_intervals()),
         }
 
-    def _with_ratios(self) -> Iterator[dict[str, Any]]:
+    def _with_intervals(self) -> Iterator[dict[str, Any]]:
+        parts = [part.identity for part in (*self.likelihoods, *self.of_the_last)]
+        generation = self.recipe.evaluation.generation
+        places = [] if generation is None else prompt_places(self.encoded, generation)
+        of_prompts = [str(self.task.test["group"][place]) for place in places]
         for row in self.rows.rows:
-            base = self.rows.find(system=BUDGETED, length=row["length"]) or {}
+            identity = next((x for x in parts if x.items() <= row.items()), None)
+            if identity is None:  # of other prompts or pass keys, asked for in an earlier run
+                continue
+            base = self.rows.find(system=BUDGETED, **identity) or {}
+            found: dict[str, Any] = {}
             if "nats" in row and "nats" in base:
-                interval = bootstrap_statistic(
-                    _ratio, np.array(row["nats"]), np.array(base["nats"]), groups=self.groups[row["length"]]
-                )
-                row = {**row, "ratio": interval.to_dict()}
-            yield row
+                found["ratio"] = _ratio(row["nats"], base["nats"], self.groups[row["length"]])
+            if "repeated" in row and "repeated" in base:
+                difference = paired_bootstrap_difference(row["repeated"], base["repeated"], of_prompts)
+                found["repeated_difference"] = difference.to_dict()
+                found["written_ratio"] = _ratio(row["written_nats"], base["written_nats"], of_prompts)
+            if "found" in row:
+                found["found_interval"] = bootstrap_interval(row["found"]).to_dict()
+            yield {**row, **found}
 
 
-def _ratio(own: np.ndarray, base: np.ndarray) -> float:
-    """Perplexity over perplexity."""
-    return float(np.exp(own.mean() - base.mean()))
+def _ratio(own: Sequence[float], base: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
+    """Perplexity over perplexity, on the same texts."""
+
+    def ratio(own: np.ndarray, base: np.ndarray) -> float:
+        return float(np.exp(own.mean() - base.mean()))
+
+    return bootstrap_statistic(ratio, np.array(own), np.array(base), groups=groups).to_dict()
 
 
-def language_table(results: dict[str, Any]) -> str:
-    """Markdown: a line for every system and stage, perplexity over the budgeted checkpoint's at every length."""
-    lengths = sorted({row["length"] for row in results["rows"]})
-    lines: dict[tuple[str, str], dict[int, str]] = {}
-    for row in results["rows"]:
-        cell = not_measured(row)
-        if cell is None:
-            cell = f"{row['perplexity']:.2f}"
-            if ratio := row.get("ratio"):
-                cell += f" ({ratio['mean']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}])"
-        name = row["system"] + (" (control)" if row.get("control") else "")
-        lines.setdefault((name, row["stage"]), {})[row["length"]] = cell
-    header = ["system", "after", *(f"perplexity at {n:,} (over {BUDGETED})" for n in lengths)]
-    body = [[*key, *(cells.get(n, "-") for n in lengths)] for key, cells in lines.items()]
-    return markdown_table(header, body)
+def language_table(results: Mapping[str, Any]) -> str:
+    """Markdown tables, a line for every system and stage in each.
+
+    Perplexity over the budgeted checkpoint's at every length; what was written and which pass keys were found, and what
+    a forward costs, where that was measured.
+    """
+    rows = results["rows"]
+    lengths, costs, keys = (
+        sorted({row[name] for row in rows if name in row}) for name in ("length", "forward_length", "passkey_length")
+    )
+    perplexity = {("length", n): f"perplexity at {n:,} (over {BUDGETED})" for n in lengths}
+    written: dict[Any, str] = {}
+    if any("generation" in row for row in rows):
+        written["repeated"] = f"repeated 4-grams (less those of {BUDGETED})"
+        written["likely"] = f"perplexity of the text by the checkpoint (over {BUDGETED})"
+    written |= {("passkey_length", n): f"pass key found in {n:,} tokens" for n in keys}
+    cost = {("forward_length", n): f"seconds for {n:,} tokens (over softmax's)" for n in costs}
+    return "\n\n".join(_table(rows, columns) for columns in (perplexity, written, cost) if columns)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[Any, str]) -> str:
+    lines: dict[tuple[str, str], dict[Any, str]] = {}
+    for row in rows:
+        if cells := {place: text for place, text in _cells(row).items() if place in columns}:
+            name = row["system"] + (" (control)" if row.get("control") else "")
+            lines.setdefault((name, row["stage"]), {}).update(cells)
+    body = [[*key, *(cells.get(place, "-") for place in columns)] for key, cells in lines.items()]
+    return markdown_table(["system", "after", *columns.values()], body)
+
+
+def _cells(row: Mapping[str, Any]) -> dict[Any, str]:
+    """What a row says, by column."""
+    missing = not_measured(row)
+    if "generation" in row:
+        if missing:
+            return {"repeated": missing, "likely": missing}
+        repeated, likely = f"{row['repeated_share']:.1%}", f"{row['written_perplexity']:.2f}"
+        if "repeated_difference" in row:
+            repeated += _interval(row["repeated_difference"], "+.1%")
+            likely += _interval(row["written_ratio"], ".3f")
+        return {"repeated": repeated, "likely": likely}
+    (kind,) = {"length", "forward_length", "passkey_length"} & row.keys()
+    if missing:
+        text = missing
+    elif kind == "length":
+        text = f"{row['perplexity']:.2f}" + (_interval(row["ratio"], ".3f") if "ratio" in row else "")
+    elif kind == "passkey_length":
+        low, high = (row["found_interval"][end] for end in ("low", "high"))
+        text = f"{row['found_share']:.0%} [{low:.0%}, {high:.0%}]"
+    else:
+        text = f"{row['forward_seconds']:.3g} ({row['forward_ratio']:.2f})"
+    return {(kind, row[kind]): text}
+
+
+def _interval(value: Mapping[str, float], form: str) -> str:
+    """A mean and the ends of its interval, behind what it is of."""
+    mean, low, high = (format(value[name], form) for name in ("mean", "low", "high"))
+    return f" ({mean} [{low}, {high}])"

