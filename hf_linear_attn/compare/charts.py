@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -214,7 +215,7 @@ def draw_language(results: Mapping[str, Any]) -> Figure:
     meta = results["meta"]
     about = f"{results['recipe']['model']['name']} on {results['documents']['source']}; gray: controls"
     subtitle = f"{about}.\n{meta['machine']}, {meta['threads']} threads, torch {meta['torch']}"
-    figure = new_figure(6.6 * len(panels), max(4.8, 0.2 * len(systems) + 2.4), "Quality against cost", subtitle)
+    figure = new_figure(6.6 * len(panels), max(5.2, 0.22 * len(systems) + 2.6), "Quality against cost", subtitle)
     for column, (axes, (length, panel)) in enumerate(
         zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True)
     ):
@@ -265,9 +266,60 @@ def _tradeoff(
     axes.axhline(1.0, color=GRAY, linewidth=1.1, linestyle=(0, (5, 3)), zorder=0)
     axes.set_xlim(0, right)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    low, high = axes.get_ylim()
-    if high > 3 * low:
-        axes.set_yscale("log")
-        plain_numbers(axes.yaxis)
+    axes.set_yscale("function", functions=(_spread, _ratio_at))
+    ratios = [ratio for _, points in panel.values() for _, ratio in points]
+    low, high = _spread(np.array([min(*ratios, 1.0), max(*ratios, 1.0)]))
+    margin = 0.05 * (high - low) + 0.1
+    low, high = low - margin, high + margin
+    axes.set_ylim(*_ratio_at(np.array([low, high])))
+    ticks = _apart([(_spread(np.array(tick)), tick) for tick in _RATIOS], (high - low) / 12)
+    axes.set_yticks([tick for place, tick in ticks if low <= place <= high])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="both")
-    label_ends(axes, [(name, right, points[-1][1], colors[name]) for name, (_, points) in panel.items()], size=8.0)
+    ends = {name: float(_spread(np.array(points[-1][1])) - low) / (high - low) for name, (_, points) in panel.items()}
+    _label_right(axes, ends, colors)
+
+
+# Perplexities over the baseline's: most lie a few hundredths above 1 in the end, and some a hundredfold to begin with.
+_RATIOS = (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000, 0.98, 0.95, 0.9, 0.8, 0.5)
+_FINE = 0.05  # nats around a ratio of 1 where the scale is still linear
+_GAP = 0.05  # between two names, as a share of the panel's height
+
+
+def _spread(ratio: np.ndarray) -> np.ndarray:
+    """Linear in the nats near a ratio of 1, logarithmic in them far off."""
+    return np.arcsinh(np.log(np.maximum(ratio, 1e-9)) / _FINE)
+
+
+def _ratio_at(place: np.ndarray) -> np.ndarray:
+    return np.exp(_FINE * np.sinh(place))
+
+
+def _apart(ticks: Sequence[tuple[Any, float]], least: float) -> list[tuple[float, float]]:
+    """The places and ticks of which none is closer than `least` to an earlier one."""
+    kept: list[tuple[float, float]] = []
+    for place, tick in ticks:
+        if all(abs(place - other) >= least for other, _ in kept):
+            kept.append((float(place), tick))
+    return kept
+
+
+def _label_right(axes: Axes, ends: Mapping[str, float], colors: Mapping[str, str]) -> None:
+    """Names to the right of where lines end, at these shares of the panel's height, moved so that none meet.
+
+    Shares stay what they are when the layout is settled, with which the panel's size changes.
+    """
+    names = sorted(ends, key=lambda name: ends[name])
+    heights = [ends[name] for name in names]
+    for _ in range(200):
+        for below in range(len(heights) - 1):
+            if (lack := _GAP - (heights[below + 1] - heights[below])) > 0:
+                heights[below] -= lack / 2
+                heights[below + 1] += lack / 2
+    for name, height in zip(names, heights, strict=True):
+        line = {"arrowstyle": "-", "color": colors[name], "shrinkA": 1.0, "shrinkB": 0.0, "relpos": (0, 0.5)}
+        axes.annotate(
+            name, (1.0, ends[name]), xycoords="axes fraction", xytext=(1.06, height), textcoords="axes fraction",
+            va="center", fontsize=8.0, annotation_clip=False, arrowprops=line,
+        )  # fmt: skip
