@@ -87,7 +87,8 @@ def test_names_stand_in_the_order_of_the_last_stages_and_none_meet(results: dict
     low, high = axes.get_ylim()
     assert 0.5 < low < 0.9
     assert high > 267
-    assert {1.0, 1.2, 2.0} <= set(axes.get_yticks()), "hundredths are told apart beside a hundredfold"
+    near = [tick for tick in axes.get_yticks() if 1 <= tick <= 1.5]
+    assert len(near) > 2, "hundredths are told apart beside a hundredfold"
 
 
 def test_the_file_is_there_if_something_was_measured(results: dict[str, Any], tmp_path: Path) -> None:
