@@ -31,6 +31,7 @@ COMMANDS = [
     "bench",
     "retrieval",
     "advise",
+    "evaluate",
 ]
 runner = CliRunner(env={"COLUMNS": "200"})
 
@@ -67,6 +68,14 @@ def small_settings(tmp_path: Path) -> list[str]:
         "evaluation.bag_of_words": "false",
     }
     return [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+
+
+def save_letters(tmp_path: Path) -> None:
+    """What the examples of `evaluate` name: a classifier, and tables of short documents."""
+    save_checkpoint(tmp_path / "outputs" / "letters", id2label={0: "fruit", 1: "metal"})
+    for name, column in (("letters", "body"), ("new", "text")):
+        lines = [f"w{index} apple pear,fruit\nw{index} iron zinc,metal\n" for index in range(6)]
+        (tmp_path / f"{name}.csv").write_text(f"{column},label\n" + "".join(lines))
 
 
 def small_embedders(tmp_path: Path) -> str:
@@ -136,6 +145,8 @@ def test_every_example_in_the_help_runs(
             arguments += ["--embedders", small_embedders(tmp_path)]
         if command in ("report", "analyze", "methods", "bench", "retrieval", "advise"):
             arguments = small_measurement(tmp_path, command, arguments)
+        if command == "evaluate":
+            save_letters(tmp_path)
         if command == "convert":
             arguments[arguments.index("minilm")] = str(save_checkpoint(tmp_path / "checkpoint"))
             arguments += ["--calibration", str(save_documents(tmp_path / "documents") / "train" / "fruit")]
@@ -286,7 +297,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments.importlib.util, "find_spec", lambda name, *rest: None if name == "accelerate" else find(name, *rest)
     )
     commands = (["train", "r.yaml"], ["compare", "r.yaml"], ["demo"], ["report", "m"], ["analyze", "m"])
-    for command in (*commands, ["methods", "r.yaml"], ["retrieval", "r.yaml"]):
+    for command in (*commands, ["methods", "r.yaml"], ["retrieval", "r.yaml"], ["evaluate", "m", "--data", "d"]):
         result = runner.invoke(app, command)
         assert result.exit_code == 1
         assert "[train]" in result.output

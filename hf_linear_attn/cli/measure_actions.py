@@ -8,14 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_linear_attn.saving import write_json
+from hf_linear_attn.saving import to_json, write_json
 
 if TYPE_CHECKING:
     from hf_linear_attn.bench.starts.recipe import MethodsRecipe
     from hf_linear_attn.data import DocumentTask
     from hf_linear_attn.report import ConversionReport, OutputErrors
+    from hf_linear_attn.training.recipe import DataRecipe
+    from hf_linear_attn.training.saved import Evaluation
 
-__all__ = ["Documents", "analyze_model", "report_model", "run_methods"]
+__all__ = ["Documents", "analyze_model", "report_model", "run_evaluation", "run_methods"]
 
 
 @dataclass(frozen=True)
@@ -280,3 +282,48 @@ def run_methods(recipe: MethodsRecipe, output: Path, only: list[str] | None, com
     (output / "methods.md").write_text(render_methods(results), encoding="utf-8")
     draw_starts(results, output / "methods.png")
     return results
+
+
+def run_evaluation(
+    name: str,
+    data: DataRecipe,
+    part: str,
+    *,
+    output: Path | None,
+    predictions: Path | None,
+    command: str,
+    **options: Any,
+) -> Evaluation | None:
+    """Measure a saved model on documents, with the options of `evaluate_model`; writes JSON to `output`, and to
+    `predictions` a line of JSON for each document.
+
+    Returns:
+        what was measured, on the main process; None on the others.
+
+    Raises:
+        ValueError: see `read_saved` and `evaluate_model`; or for `predictions` of a masked language model.
+    """
+    from hf_linear_attn.measure.rows import about_machine
+    from hf_linear_attn.training.saved import evaluate_model, read_saved
+    from hf_linear_attn.training.setup import process_state, reuse_freed_memory
+
+    reuse_freed_memory()
+    saved = read_saved(name)
+    if predictions is not None and saved.auto == "AutoModelForMaskedLM":
+        raise ValueError(
+            f"{name!r} is a masked language model, which has no prediction for a document: no --predictions"
+        )
+    found = evaluate_model(saved, data, part=part, **options)
+    state = process_state()
+    main = state.is_main_process
+    state.destroy_process_group()
+    if not main:
+        return None
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        about = {"meta": about_machine(command), "data": {**asdict(data), "part": part}}
+        write_json(output, {**about, **found.to_dict()})
+    if predictions is not None:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        predictions.write_text("".join(to_json(row) + "\n" for row in found.rows()), encoding="utf-8")
+    return found

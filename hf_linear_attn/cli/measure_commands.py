@@ -1,10 +1,11 @@
-"""The commands that measure: `doctor`, `report`, `analyze`, `methods`."""
+"""The commands that measure: `doctor`, `report`, `analyze`, `methods`, `evaluate`."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,7 @@ from hf_linear_attn.cli.arguments import (
     Options,
     Overwrite,
     check_output,
+    check_output_file,
     names,
     need_train_extra,
     numbers,
@@ -20,6 +22,9 @@ from hf_linear_attn.cli.arguments import (
     plain_errors,
 )
 from hf_linear_attn.cli.commands import app
+
+if TYPE_CHECKING:
+    from hf_linear_attn.training.recipe import DataRecipe
 
 __all__: list[str] = []
 
@@ -179,3 +184,88 @@ def methods_command(
     typer.echo(f"Picture: {output / 'methods.png'}")
     if failed(results["rows"]):
         raise typer.Exit(code=1)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A saved model with a head: a folder, a Hub id, or smollm2.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="SOURCE|KEY=VALUE",
+            help="The documents: what a recipe's data.source takes, and other keys of data, as fields={text: body}.",
+        ),
+    ],
+    part: Annotated[
+        str, typer.Option("--part", help="test (what train holds out of the source), train (the others) or all.")
+    ] = "test",
+    metrics: Annotated[
+        str | None, typer.Option("--metrics", help="Metrics, as accuracy,macro_f1 (default: the task's).")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=1, help="Most tokens of a document (default: as it was saved).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Documents of a forward (default: 8).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="A file for the numbers, as JSON.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="A file for a line of JSON for each document.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace these files.")] = False,
+) -> None:
+    """Measure a saved model, converted or not, on documents: classifiers, the other tasks of finetune, language models.
+
+    What it is measured by follows from its head, and its own labels decide. A causal language model is measured by its
+    perplexity on the beginning of each document, a masked one by its masked tokens.
+
+    Examples:
+
+        hf-linear-attn evaluate outputs/letters --data letters.csv --data 'fields={text: body}'
+
+        hf-linear-attn evaluate outputs/letters --data new.csv --part all --output new.json --predictions new.jsonl
+    """
+    with plain_errors():
+        need_train_extra("evaluate")
+        files = [file for file in (output, predictions) if file is not None]
+        for file in files:
+            check_output_file(file, overwrite)
+        if len({file.absolute() for file in files}) < len(files):
+            raise ValueError(f"--output and --predictions name one file, {str(output)!r}")
+        from hf_linear_attn.cli.measure_actions import run_evaluation
+
+        found = run_evaluation(
+            model,
+            _read_data(data),
+            part,
+            output=output,
+            predictions=predictions,
+            command=" ".join(["hf-linear-attn", *sys.argv[1:]]),
+            metrics=names(metrics, "--metrics"),
+            max_length=max_length,
+            batch_size=batch_size,
+            show_progress=sys.stderr.isatty(),
+        )
+    if found is None:  # not the main process
+        return
+    read = f"{found.documents:,} documents of {found.source}, part {part}, max_length {found.max_length:,}"
+    typer.echo(f"{found.architecture}, {found.task}: {read}")
+    if found.note:
+        typer.echo(found.note)
+    for name, value in found.metrics.items():
+        typer.echo(f"{name}: {value:.4f}")
+    for file in files:
+        typer.echo(f"Written: {file}")
+
+
+def _read_data(entries: list[str]) -> DataRecipe:
+    """A recipe's `data` section: an entry without a key is the source."""
+    from hf_linear_attn.measure.strict import build_strictly
+    from hf_linear_attn.training.recipe import DataRecipe
+
+    spelled = [entry if re.match(r"\w+=", entry) else f"source={entry}" for entry in entries]
+    given = pairs(spelled, "--data")
+    if "source" not in given:
+        raise ValueError(f"--data names no source; given: {', '.join(given)}")
+    return build_strictly(DataRecipe, given, "data")
