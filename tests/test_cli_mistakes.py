@@ -40,6 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(folder / "model")
     save_checkpoint(folder / "headless")
     base_model("bert", max_position_embeddings=64).save_pretrained(folder / "headless")
+    save_checkpoint(folder / "named", id2label={0: "fruit", 1: "metal"})
     save_documents(folder / "documents", train=2, test=1)
     (folder / "train.yaml").write_text(TRAIN)
     (folder / "bench.yaml").write_text(BENCH)
@@ -273,6 +274,45 @@ MEASURING = {
     "list lineer": "Did you mean 'linear'",
     "lsit": "No such command",
 }
+EVALUATING = {
+    "evaluate": "Missing argument",
+    "evaluate named": "Missing option '--data'",
+    "evaluate modle --data documents": "'modle' is no folder",
+    "evaluate nothing --data documents": "nothing",
+    "evaluate bad_config --data documents": "bad_config",
+    "evaluate bad_weights --data documents": "does not know the label(s) fruit, metal of 'documents'; it knows 0, 1",
+    "evaluate bad_tokenizer --data documents": "The tokenizer of 'bad_tokenizer' cannot be read",
+    "evaluate unknown_class --data documents": "is BrotModel, which has no head that is measured here",
+    "evaluate other_family --data documents": "is T5Model, which has no head that is measured here",
+    "evaluate named --data nowhere": "'nowhere' is none of",
+    "evaluate named --data source=nowhere": "'nowhere' is none of",
+    "evaluate named --data latin": "0.txt is not UTF-8 text",
+    "evaluate named --data seed=1": "--data names no source; given: seed",
+    "evaluate named --data documents --data nothing": "--data source is given twice",
+    "evaluate named --data documents --data sources=x": "Unknown key(s) ['sources'] in data",
+    "evaluate named --data documents --data seed=many": "data.seed must be int",
+    "evaluate named --data documents --data folds=2": "data.folds=2",
+    "evaluate named --data documents --data fields={txt:text}": "txt",
+    "evaluate named --data documents --data options={x:1}": "Unknown option(s) 'x:1'",
+    "evaluate named --data documents --data max_test_documents=0": "max_test_documents must be positive",
+    "evaluate named --data [documents": "the value is not YAML",
+    "evaluate named --data documents --part rest": "part='rest'; allowed: test, train, all",
+    "evaluate named --data documents --metrics acuracy": "Did you mean 'accuracy'",
+    "evaluate named --data documents --metrics accuracy,": "names with commas",
+    "evaluate named --data documents --metrics perplexity": "measures text, not sequence_classification",
+    "evaluate named --data documents --max-length 0": "Invalid value for '--max-length'",
+    "evaluate named --data documents --max-length 65": "max_length=65, but 'named' reads 64 tokens at most",
+    "evaluate named --data documents --batch-size 0": "Invalid value for '--batch-size'",
+    "evaluate named --data documents --output full": "The output 'full' is a folder",
+    "evaluate named --data documents --output file": "The output 'file' exists",
+    "evaluate named --data documents --output file/out": "which is a file",
+    "evaluate named --data documents --predictions file": "The output 'file' exists",
+    "evaluate named --data documents --output out/a --predictions out/a": "name one file, 'out/a'",
+    "compare train.yaml --set evaluation.models=[modle]": "'modle' is no folder",
+    "compare train.yaml --set evaluation.models=[model]": "does not know the label(s) fruit, metal",
+    "compare train.yaml --set evaluation.models=[model,./model]": "rows need names of their own",
+    "compare train.yaml --set evaluation.models=model": "evaluation.models must be a list",
+}
 NO_CUDA = {
     "bench cuda.yaml --output out": "no CUDA device",
     "bench bench.yaml --device cuda --output out": "no CUDA device",
@@ -320,6 +360,11 @@ def test_training(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("line", MEASURING)
 def test_measuring(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(line, MEASURING[line], place, monkeypatch)
+
+
+@pytest.mark.parametrize("line", EVALUATING)
+def test_evaluating(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(line, EVALUATING[line], place, monkeypatch)
 
 
 @pytest.mark.parametrize("line", NO_CUDA)

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 
 from hf_linear_attn.compare.charts import language_png
 from hf_linear_attn.compare.language_parts import last_parts, likelihood_part, prompt_places
+from hf_linear_attn.compare.saved import SAVED, SavedSystem, check_rows, saved_language_models
 from hf_linear_attn.data import load_config
 from hf_linear_attn.data.tokenization import encode_leading
 from hf_linear_attn.measure.bootstrap import bootstrap_interval, bootstrap_statistic, paired_bootstrap_difference
@@ -36,7 +37,7 @@ BUDGETED = "softmax, same tokens"
 CONVERTED = "converted"
 LINEAR_BRANCH_OFF = "linear_branch_off"
 # Of these more may join later: their rows say what was asked for.
-_JOINING = ("variants", "controls", "generation", "passkey_lengths", "passkey_documents", "passkey_filler")
+_JOINING = ("models", "variants", "controls", "generation", "passkey_lengths", "passkey_documents", "passkey_filler")
 
 
 def compare_language(
@@ -55,7 +56,8 @@ def compare_language(
     of `evaluation.forward_lengths` tokens is timed beside the checkpoint's.
 
     Args:
-        recipe: its stages train language models (no `finetune`); `conversion` gives layers, extension and calibration.
+        recipe: its stages train language models (no `finetune`); `conversion` gives layers, extension and calibration,
+            `evaluation.models` saved models that are measured as they are.
         variants: see `parse_methods`; `evaluation.variants` when None. `evaluation.controls` are converted and
             measured, and not trained; `linear_branch_off` among them measures trained ones without that branch.
         command: what to write down as the command that made it.
@@ -95,10 +97,12 @@ class _Language:
         config = load_config(recipe.model.name)
         limit = get_patcher(config.model_type).max_length(config)
         self.of_the_last = last_parts(recipe, self.tokenizer, self.encoded, limit)
+        self.saved = saved_language_models(recipe, self.tokenizer, list(self.task.test["text"]))
         setting = {"recipe": recipe.to_dict(), "documents": {str(n): len(x) for n, x in self.documents.items()}}
         for name in _JOINING:
             setting["recipe"]["evaluation"].pop(name)
         self.rows = RowFile(self.output / "language.rows.jsonl", setting)
+        check_rows(self.saved, self.rows)
 
     def _controls(self) -> tuple[list[Method], bool]:
         """The controls that are converted, and whether trained variants are measured without their linear branch."""
@@ -140,6 +144,8 @@ class _Language:
     def run(self) -> dict[str, Any]:
         """Measure what is not measured yet."""
         self._measure(CHECKPOINT, "checkpoint", {}, partial(self._load, self.recipe.model.name))
+        for system in self.saved:
+            self._measure(system.name, SAVED, {"model": system.saved.name}, partial(self._load_saved, system))
         self._trained(BUDGETED, self._budgeted())
         for method in self.controls:
             self._measure(method.name, CONVERTED, {"control": True}, partial(self._convert, method))
@@ -197,6 +203,9 @@ class _Language:
     def _load(self, name: str) -> Any:
         model = load_head(self.auto, name, self.recipe, None, self.tokenizer)
         return model.to(process_state().device)
+
+    def _load_saved(self, system: SavedSystem) -> Any:
+        return system.saved.load().to(process_state().device)
 
     def _trained(self, name: str, recipe: Recipe) -> None:
         """Every stage of a system, one after the other, each measured as it ends."""

@@ -6,15 +6,18 @@ import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from datasets import concatenate_datasets
 
 from hf_linear_attn.compare.report import ReportPaths, write_report
+from hf_linear_attn.compare.saved import SavedSystem, measure_classifier, saved_classifiers, saved_row
 from hf_linear_attn.compare.systems import PlannedBar, System, make_folds, with_recipe_options
 from hf_linear_attn.data import DocumentTask, bag_of_words_correct
 from hf_linear_attn.measure.bootstrap import bootstrap_statistic
@@ -29,6 +32,7 @@ from hf_linear_attn.training.parts import last_layers
 from hf_linear_attn.training.prefix import FrozenPrefix
 from hf_linear_attn.training.recipe import Recipe
 from hf_linear_attn.training.run import TrainResult, train
+from hf_linear_attn.training.saved import Evaluation
 from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_task, process_state
 
 __all__ = ["BASELINE", "Comparison", "compare"]
@@ -69,10 +73,12 @@ def compare(
 
     Every system sees the same documents in the same batches for the same number of steps, with the same seed and
     the same trained parts; what differs is the attention and how much of a document is read. The report is written
-    again after each system, so a run that is cut off leaves what it had.
+    again after each system, so a run that is cut off leaves what it had. Saved models are measured on the same test
+    documents before anything trains, and their rows say that they were trained elsewhere.
 
     Args:
-        recipe: `conversion` gives layers, extension and calibration (and options, for its own variant).
+        recipe: `conversion` gives layers, extension and calibration (and options, for its own variant),
+            `evaluation.models` the saved models.
         variants: see `hf_linear_attn.measure.methods.parse_methods`; the recipe's `evaluation.variants` when
             None. A variant named without options takes those that the recipe gives it.
         title: of the report.
@@ -84,7 +90,8 @@ def compare(
         `failed` and in the notes; the truncated checkpoint's own failure is raised.
 
     Raises:
-        ValueError: for an unknown variant, metric or option, before anything runs.
+        ValueError: for an unknown variant, metric or option, or a saved model that does not fit the task, before
+            anything runs.
     """
     if recipe.stages[-1].kind != "finetune" or recipe.stages[-1].task != "sequence_classification":
         raise ValueError("compare takes a recipe whose last stage is finetune for sequence_classification")
@@ -114,6 +121,7 @@ class _Comparison:
         with process_state().main_process_first():
             self.task = load_task(self.finetune.data or recipe.data, "sequence_classification")
             self.tokenizer = build_tokenizer(recipe)
+            self.saved = saved_classifiers(recipe, self.task)
         set_seed(self.arguments.seed)
         plain = recipe.replace(conversion=None, stages=[{"stage": "finetune"}])
         probe = self._build(plain, self.task)
@@ -129,6 +137,8 @@ class _Comparison:
         with quiet_libraries():
             self.folds = make_folds(self.task, recipe.data.folds, recipe.data.seed)
         self.document_tokens = self._document_tokens()
+        # what all folds test, in the order in which they do
+        self.tested = concatenate_datasets([fold.test for fold in self.folds])
         self.failed: dict[str, str] = {}
 
     def _build(self, recipe: Recipe, task: DocumentTask) -> Any:
@@ -173,8 +183,9 @@ class _Comparison:
         return [len(ids) for ids in encoded["input_ids"]]
 
     def run(self) -> Comparison:
-        """Train and measure every system, then time their forward passes."""
+        """Measure the saved models, train and measure every system, then time all of their forward passes."""
         rows: list[dict[str, Any]] = []
+        elsewhere: list[dict[str, Any]] = []
         correct: dict[str, np.ndarray] = {}
         baselines: list[dict[str, Any]] = []
         paths: ReportPaths | None = None
@@ -182,6 +193,8 @@ class _Comparison:
         with self._bar() as bar:
             if self.recipe.evaluation.bag_of_words and self.main:
                 baselines = self._bag_of_words()
+            # before anything trains: what cannot be read must not cost a run
+            measured = [self._measure_saved(system, bar) for system in self.saved]
             for system in self.systems:
                 bar.start(system.name)
                 try:
@@ -196,11 +209,13 @@ class _Comparison:
                 else:
                     rows.append(row)
                 bar.finish(system.name)
-                results = self._results(rows, baselines)
+                if system.name == BASELINE:
+                    elsewhere = [saved_row(*own, *self._intervals(own[-1], correct[BASELINE])) for own in measured]
+                results = self._results([*rows, *elsewhere], baselines)
                 if self.main:
                     paths = write_report(results, self.output_dir)
             bar.start("forward time")
-            self._time_forward(rows, bar.reach)
+            self._time_forward(results["rows"], bar.reach)
             bar.finish("forward time")
             if self.main:
                 paths = write_report(results, self.output_dir)
@@ -234,27 +249,8 @@ class _Comparison:
         self, system: System, outcomes: list[TrainResult], baseline: np.ndarray | None
     ) -> tuple[dict[str, Any], np.ndarray]:
         """The row, and the predictions `[N]` that a later row is paired with."""
-        evaluation = self.recipe.evaluation
         predictions = np.concatenate([outcome.predictions for outcome in outcomes])
-        references = np.concatenate([outcome.references for outcome in outcomes])
-        groups = [group for fold in self.folds for group in fold.test["group"]]
-        settings: Any = {
-            "groups": groups,
-            "num_resamples": evaluation.num_resamples,
-            "confidence": evaluation.confidence,
-        }
-        quality = {
-            metric: bootstrap_statistic(_SCORES[metric], predictions, references, **settings).to_dict()
-            for metric in self.metrics
-        }
-        difference = None
-        if baseline is not None:
-            score = _SCORES[self.metrics[0]]
-
-            def gain(own: np.ndarray, other: np.ndarray, truth: np.ndarray) -> float:
-                return score(own, truth) - score(other, truth)
-
-            difference = bootstrap_statistic(gain, predictions, baseline, references, **settings).to_dict()
+        quality, difference = self._intervals(predictions, baseline)
         stages = [stage for outcome in outcomes for stage in outcome.stages]
         seconds, steps = sum(stage.seconds for stage in stages), sum(stage.steps for stage in stages)
         first = outcomes[0]
@@ -280,6 +276,38 @@ class _Comparison:
         self.documents_seen = sum(outcome.last.documents_seen for outcome in outcomes)
         return row, predictions
 
+    def _intervals(
+        self, predictions: np.ndarray, baseline: np.ndarray | None
+    ) -> tuple[dict[str, Any], dict[str, float] | None]:
+        """Quality by metric, and the gain over the baseline's predictions on the same documents."""
+        evaluation, references = self.recipe.evaluation, np.array(self.tested["label"])
+        settings: Any = {
+            "groups": list(self.tested["group"]),
+            "num_resamples": evaluation.num_resamples,
+            "confidence": evaluation.confidence,
+        }
+        quality = {
+            metric: bootstrap_statistic(_SCORES[metric], predictions, references, **settings).to_dict()
+            for metric in self.metrics
+        }
+        if baseline is None:
+            return quality, None
+        score = _SCORES[self.metrics[0]]
+
+        def gain(own: np.ndarray, other: np.ndarray, truth: np.ndarray) -> float:
+            return score(own, truth) - score(other, truth)
+
+        return quality, bootstrap_statistic(gain, predictions, baseline, references, **settings).to_dict()
+
+    def _measure_saved(self, system: SavedSystem, bar: PlannedBar) -> tuple[SavedSystem, Evaluation, np.ndarray]:
+        bar.start(system.name)
+        args, size = self.arguments, self.recipe.evaluation.batch_size
+        own = {name: getattr(args, name) for name in ("bf16", "fp16", "use_cpu", "per_device_eval_batch_size")}
+        own |= {} if size is None else {"per_device_eval_batch_size": size}
+        found, predictions = measure_classifier(system, replace(self.task, test=self.tested), own)
+        bar.finish(system.name)
+        return system, found, predictions
+
     def _time_forward(self, rows: list[dict[str, Any]], reach: Callable[[float], None]) -> None:
         """Fill in `forward`: fresh models, one after the other at each length, so that they share the machine's
         good and bad moments. The reference of the ratios is softmax attention on as long a table as the variants'."""
@@ -289,11 +317,14 @@ class _Comparison:
             return
         by_name = {row["name"]: row for row in rows}
         ordered = [name for name in ("softmax-long", *by_name) if name in by_name]
-        systems = {system.name: system for system in self.systems}
+        builds: dict[str, Callable[[], Any]] = {
+            **{system.name: partial(self._build, system.recipe, self.task) for system in self.systems},
+            **{system.name: system.saved.load for system in self.saved},
+        }
         models = {}
         for name in dict.fromkeys(ordered):
             set_seed(self.arguments.seed)
-            models[name] = self._build(systems[name].recipe, self.task)
+            models[name] = builds[name]()
         readers = {name: by_name[name]["max_length"] for name in models}
         passes = evaluation.forward_repeats + 1
         total = passes * sum(length for length in lengths for limit in readers.values() if length <= limit)
@@ -338,6 +369,7 @@ class _Comparison:
             + (f" {folds} folds: every document is tested once." if folds > 1 else "")
         )
         notes = [f"{name} failed: {error}" for name, error in self.failed.items()]
+        notes += [system.note for system in self.saved]
         notes.append(
             "Intervals are bootstrap intervals over groups of documents that belong together "
             f"({len({group for fold in self.folds for group in fold.test['group']})} groups)."
@@ -408,7 +440,11 @@ class _Comparison:
 
         plan = {system.name: self._planned(system) for system in self.systems}
         evaluation = self.recipe.evaluation
+        tokens = [self.document_tokens[document] for document in self.tested["document"]]
+        for own in self.saved:
+            plan[own.name] = sum(min(count, own.saved.reads()) for count in tokens) * self.layers
         readers = {system.name: system.recipe.max_length or 0 for system in self.systems}
+        readers |= {system.name: system.saved.reads() for system in self.saved}
         plan["forward time"] = sum(
             length * self.layers * (evaluation.forward_repeats + 1)
             for length in evaluation.forward_lengths

@@ -14,14 +14,14 @@ __all__ = ["ROW_KEYS", "TOP_KEYS", "check_results", "summarize"]
 TOP_KEYS = ("meta", "task", "budget", "primary_metric", "baseline", "rows", "baselines", "notes")
 ROW_KEYS = (
     "name",  # what the row is called everywhere
-    "variant",  # registry key of the attention variant, or "softmax"
+    "variant",  # registry key of the attention variant, or "softmax"; of a saved model several, with commas
     "options",  # the variant's options
     "max_length",  # tokens the model reads of a document
     "quality",  # metric name -> {mean, low, high} on the test documents
     "difference_to_baseline",  # {mean, low, high}: primary metric against the baseline row, paired; or None
     "parameters_total",
     "parameters_added",
-    "parameters_trained",
+    "parameters_trained",  # this and what follows of training is None for a saved model, trained elsewhere
     "seconds_per_step",  # optimizer steps
     "tokens_per_second",  # in training
     "peak_memory_mb",  # 10^6 bytes, in training, beyond the start of it

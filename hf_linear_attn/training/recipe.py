@@ -26,6 +26,7 @@ __all__ = [
     "GenerationRecipe",
     "ModelRecipe",
     "Recipe",
+    "SavedModelRecipe",
     "Stage",
     "TransferStage",
     "UptrainStage",
@@ -262,6 +263,24 @@ class GenerationRecipe:
 
 
 @dataclass(frozen=True)
+class SavedModelRecipe:
+    """A saved model, converted or not, that `compare` measures and does not train.
+
+    Attributes:
+        path: a folder, a Hub id or a bundled name.
+        name: of its row; the last part of `path` when null.
+    """
+
+    path: str
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return Path(self.path).name if self.name is None else self.name
+
+
+@dataclass(frozen=True)
 class EvaluationRecipe:
     """How a trained model is measured, and what `compare` runs.
 
@@ -270,6 +289,7 @@ class EvaluationRecipe:
         batch_size: documents per forward; that of the training when null.
         num_resamples: of the bootstrap.
         confidence: of the interval.
+        models: saved models that `compare` measures on the same documents: paths, or mappings to `path` and `name`.
         variants: what `compare` runs when it is told nothing else: keys, or one-key mappings to options.
         controls: what a comparison of language models converts and measures without training, written likewise; and
             `linear_branch_off`: every trained variant with linear attention beside a window once more without it.
@@ -288,6 +308,7 @@ class EvaluationRecipe:
     batch_size: int | None = None
     num_resamples: int = 2000
     confidence: float = 0.95
+    models: list[str | SavedModelRecipe] = field(default_factory=list)
     variants: list[Any] = field(default_factory=list)
     controls: list[Any] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [512, 2048])
@@ -312,6 +333,14 @@ class EvaluationRecipe:
         check(bool(self.lengths), "evaluation.lengths must hold at least one")
         check(0 < self.confidence < 1, f"evaluation.confidence must be between 0 and 1, got {self.confidence}")
         check(self.metrics is None or bool(self.metrics), "evaluation.metrics must name at least one")
+        labels = [model.label for model in self.saved_models]
+        own = len(set(labels)) == len(labels) and all(label.strip() for label in labels)
+        check(own, f"evaluation.models: rows need names of their own, {{path: ..., name: ...}}; given {labels}")
+
+    @property
+    def saved_models(self) -> list[SavedModelRecipe]:
+        """`models`, all in the long form."""
+        return [SavedModelRecipe(entry) if isinstance(entry, str) else entry for entry in self.models]
 
 
 @dataclass(frozen=True)
