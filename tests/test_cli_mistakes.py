@@ -288,6 +288,7 @@ EVALUATING = {
     "evaluate named --data source=nowhere": "'nowhere' is none of",
     "evaluate named --data latin": "0.txt is not UTF-8 text",
     "evaluate named --data seed=1": "--data names no source; given: seed",
+    "evaluate named --data EMPTY": "--data names no source; given: source",
     "evaluate named --data documents --data nothing": "--data source is given twice",
     "evaluate named --data documents --data sources=x": "Unknown key(s) ['sources'] in data",
     "evaluate named --data documents --data seed=many": "data.seed must be int",

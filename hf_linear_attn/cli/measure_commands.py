@@ -266,6 +266,6 @@ def _read_data(entries: list[str]) -> DataRecipe:
 
     spelled = [entry if re.match(r"\w+=", entry) else f"source={entry}" for entry in entries]
     given = pairs(spelled, "--data")
-    if "source" not in given:
+    if given.get("source") is None:
         raise ValueError(f"--data names no source; given: {', '.join(given)}")
     return build_strictly(DataRecipe, given, "data")
