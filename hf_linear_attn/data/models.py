@@ -156,7 +156,11 @@ def load_config(name_or_path: str) -> Any:
 
 
 def load_tokenizer(name_or_path: str) -> Any:
-    """The tokenizer of a checkpoint; raises as `resolve_model` and `named_errors`."""
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: for a checkpoint without a tokenizer; or as `resolve_model` and `named_errors`.
+    """
     from transformers import AutoTokenizer
 
     path, kwargs = resolve_model(name_or_path), resolve_model_kwargs(name_or_path)
@@ -167,6 +171,10 @@ def load_tokenizer(name_or_path: str) -> Any:
         for name in ("bos_token", "eos_token", "pad_token"):
             if (token_id := getattr(config, f"{name}_id")) is not None:
                 setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what Transformers makes of no file
+        raise ValueError(
+            f"{name_or_path!r} has no tokenizer: save the model's own there, tokenizer.save_pretrained(folder)"
+        )
     return tokenizer
 
 

@@ -93,7 +93,8 @@ class FinetuneTrainer(StageTrainer):
         return LengthGroupedSampler(data["length"], self.args.train_batch_size, seed=self.args.seed)
 
     def _measure(self, found: EvalPrediction) -> dict[str, float]:
-        names = list(getattr(self.model.config, "id2label", {}).values())
+        named = getattr(self.model.config, "id2label", {})
+        names = [named[index] for index in sorted(named)]  # in the order of the logits, whatever order a file has
         self.predictions, self.references = self.task.predict(
             found.predictions, found.label_ids, self._measured, [str(name) for name in names]
         )

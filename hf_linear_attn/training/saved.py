@@ -128,8 +128,6 @@ def read_saved(name: str) -> SavedModel:
     names = [str(index) if label == f"LABEL_{index}" else str(label) for index, label in enumerate(labels)]
     limit = longest_input(SimpleNamespace(config=config))
     tokenizer = build_tokenizer(recipe)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what Transformers makes of no file
-        raise ValueError(f"{name!r} has no tokenizer: save the model's own there, tokenizer.save_pretrained({name!r})")
     return SavedModel(name, config, tokenizer, auto, task, names, limit)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from hf_linear_attn.data import models
 from hf_linear_attn.data.models import BUNDLED_MODELS, BundledModel, resolve_model, resolve_model_kwargs
+from tests.tiny import base_model
 
 
 @pytest.fixture
@@ -94,3 +95,10 @@ def test_minilm_loads_and_sentence_transformers_is_not_needed():
 def test_bundled_names_are_listed():
     assert set(BUNDLED_MODELS) == {"minilm", "smollm2"}
     assert list(resolve_model_kwargs("smollm2")) == ["gguf_file"]
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
+    # Transformers makes a tokenizer of special tokens alone: everything would be read as unknown.
+    base_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer: save the model's own there"):
+        models.load_tokenizer(str(tmp_path))

@@ -212,6 +212,14 @@ def test_words_that_are_cut_off_are_not_counted(limit: int, kept: list[int]) -> 
     assert [label for label in encoded["labels"][0] if label != -100] == kept
 
 
+def test_words_are_named_in_the_order_of_the_logits(tmp_path: Path) -> None:
+    trainer, task = finetune("bert", "token_classification", tmp_path)
+    names = trainer.model.config.id2label  # a saved config of eleven labels lists 10 after 1
+    trainer.model.config.id2label = dict(reversed(list(names.items())))
+    trainer.evaluate()
+    assert trainer.references == [[task.label_names[label] for label in row] for row in task.test["label"]]
+
+
 def test_predictions_of_words_are_names_document_by_document() -> None:
     logits = np.array([[[9, 0], [0, 9], [9, 0], [0, 9]], [[0, 9], [0, 9], [9, 0], [9, 0]]])
     labels = np.array([[-100, 1, 0, -100], [-100, 0, -100, -100]])
