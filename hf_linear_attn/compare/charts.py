@@ -180,6 +180,11 @@ def _bars(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, title: str, c
 _Points = list[tuple[str, float]]
 """A stage, and the perplexity after it over that of the baseline."""
 
+# Ticks. Most ratios lie a few hundredths above 1 in the end, and some a hundredfold to begin with.
+_RATIOS = (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000, 0.98, 0.95, 0.9, 0.8, 0.5)
+_FINE = 0.05  # nats around a ratio of 1 where the scale is still linear
+_GAP = 0.05  # between two names, as a share of the panel's height
+
 
 def language_png(results: Mapping[str, Any], path: str | Path) -> bool:
     """Draw quality against cost into a PNG file on a white ground.
@@ -279,12 +284,6 @@ def _tradeoff(
     axes.grid(axis="both")
     ends = {name: float(_spread(np.array(points[-1][1])) - low) / (high - low) for name, (_, points) in panel.items()}
     _label_right(axes, ends, colors)
-
-
-# Perplexities over the baseline's: most lie a few hundredths above 1 in the end, and some a hundredfold to begin with.
-_RATIOS = (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000, 0.98, 0.95, 0.9, 0.8, 0.5)
-_FINE = 0.05  # nats around a ratio of 1 where the scale is still linear
-_GAP = 0.05  # between two names, as a share of the panel's height
 
 
 def _spread(ratio: np.ndarray) -> np.ndarray:

@@ -115,10 +115,8 @@ def _writing_part(generation: GenerationRecipe, tokenizer: Any, documents: Seque
 
     def measure(model: Any, checkpoint: Callable[[], Any]) -> dict[str, Any]:
         written = greedy_continuations(model, prompts, generation.new_tokens)
-        repeated, nats = (
-            [repeated_share(ids) for ids in written],
-            continuation_likelihoods(checkpoint(), prompts, written),
-        )
+        repeated = [repeated_share(ids) for ids in written]
+        nats = continuation_likelihoods(checkpoint(), prompts, written)
         return {
             "repeated": repeated,
             "repeated_share": statistics.fmean(repeated),

@@ -18,8 +18,8 @@ __all__ = ["continuation_likelihoods", "greedy_continuations", "recalls_keys", "
 def greedy_continuations(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
     """The most likely token after a prompt, and so on, by the model's own `generate`.
 
-    A prompt is read alone, without padding. End-of-text tokens are held back, so that every model writes as much, and
-    so are the penalties for repetition that a checkpoint may ask for, which would hide what is measured.
+    A prompt is read alone, without padding. End-of-text tokens are held back, so that every model writes as much; the
+    penalties for repetition that a checkpoint may ask for are left out, since they would hide what is measured.
 
     Args:
         model: a causal language model; in eval mode meanwhile.

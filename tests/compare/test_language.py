@@ -355,6 +355,12 @@ def test_a_recipe_that_asks_for_nothing_sensible_is_refused(
         recipe.replace(evaluation=evaluation)
 
 
+@pytest.mark.parametrize("evaluation", [{"generation": WRITES}, {"passkey_lengths": [64]}])
+def test_a_classifier_is_asked_to_write_nothing(recipe: Recipe, evaluation: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="are of language models, and the last stage is finetune"):
+        recipe.replace(stages=[{"stage": "finetune"}], evaluation=evaluation)
+
+
 @pytest.mark.parametrize("length", [40, 48, 96, 150])
 def test_pass_keys_lie_in_texts_as_long_as_asked_for(recipe: Recipe, length: int) -> None:
     evaluation = recipe.replace(evaluation={"passkey_documents": 5, "passkey_filler": "words"}).evaluation
