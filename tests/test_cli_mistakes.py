@@ -178,6 +178,7 @@ TRAINING = {
     "train empty.yaml": "Missing key",
     "train train.yaml --set training.max_steps=[1": "the value is not YAML",
     "train train.yaml --set training.max_steps": "takes KEY=VALUE",
+    "train train.yaml --set model.kwargs.dropuot=0.1": "model.kwargs has 'dropuot', which 'model' does not take",
     "train train.yaml --set training.epochs=1": "TrainingArguments has none of that name",
     "train train.yaml --set distill.max_length=1": "The recipe has no stage distill",
     "train train.yaml --set epochs=1": "SECTION.KEY=VALUE",

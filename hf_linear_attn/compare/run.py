@@ -147,7 +147,8 @@ class _Comparison:
 
     def _systems(self, variants: list[Method], truncated: int) -> list[System]:
         base = self.recipe.conversion
-        same = ("layers", "keep_softmax", "extend", "calibration_documents", "calibration_tokens", "calibration_steps")
+        same = ("layers", "keep_softmax", "keep_softmax_by", "extend", "calibration_documents", "calibration_tokens",
+                "calibration_steps")  # fmt: skip
         keep = {} if base is None else {name: getattr(base, name) for name in same}
         plans: list[tuple[str, str, dict[str, Any], int, dict[str, Any] | None]] = [
             (BASELINE, "softmax", {}, truncated, None)

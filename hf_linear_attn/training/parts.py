@@ -44,6 +44,13 @@ class Lora:
     dropout: float = 0.0
     target_modules: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"lora.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
+
 
 def last_layers(trainable: str) -> int | None:
     """The k of `last_layers:<k>`, 0 for `head`, None otherwise."""

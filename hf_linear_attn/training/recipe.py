@@ -98,6 +98,7 @@ class ConversionRecipe:
         layers: indices of the layers to convert, or `auto` for all but the `keep_softmax` that it would hurt most; all
             when null.
         keep_softmax: how many layers `auto` leaves on softmax.
+        keep_softmax_by: what they are chosen by, `output` or `states`; see `convert_model`.
         max_length: longest sequence (tokens) after conversion; the longest `max_length` of the stages when null.
         extend: how the position table grows: `tile` or `interpolate`.
         calibration_documents: training documents that data-dependent starts are chosen on; 0 for the uncalibrated
@@ -110,6 +111,7 @@ class ConversionRecipe:
     options: dict[str, Any] = field(default_factory=dict)
     layers: list[int] | Literal["auto"] | None = None
     keep_softmax: int | None = None
+    keep_softmax_by: Literal["output", "states"] | None = None
     max_length: int | None = None
     extend: Literal["tile", "interpolate"] = "tile"
     calibration_documents: int = 4
@@ -486,4 +488,6 @@ def _stage(entry: Any, where: str) -> Stage:
     check(isinstance(entry, dict), f"{where} must be a mapping, got {entry!r}")
     kind = entry.get("stage")
     check(kind in STAGES, f"{where}.stage is one of {', '.join(STAGES)}, got {kind!r}")
+    if isinstance(data := entry.get("data"), dict):
+        check("source" in data, f"{where}.data names no source, and takes nothing from the recipe's data")
     return build_strictly(STAGES[kind], {name: value for name, value in entry.items() if name != "stage"}, where)

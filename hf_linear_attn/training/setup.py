@@ -127,10 +127,18 @@ def load_head(auto: str, name: str, recipe: Recipe, task: DocumentTask | None, t
             "label2id": {name: index for index, name in enumerate(task.label_names)},
             "problem_type": get_task(task.kind).problem_type,
         }
-    with quiet_libraries(), named_errors(name):
-        model = getattr(transformers, auto).from_pretrained(
-            resolve_model(name), **labels, **resolve_model_kwargs(name), **recipe.model.kwargs
-        )
+    own = recipe.model.kwargs
+    try:
+        with quiet_libraries(), named_errors(name):
+            model = getattr(transformers, auto).from_pretrained(
+                resolve_model(name), **labels, **resolve_model_kwargs(name), **own
+            )
+    except TypeError as error:
+        if not own:
+            raise
+        raise ValueError(
+            f"model.kwargs has {', '.join(map(repr, own))}, which {name!r} does not take: {error}"
+        ) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     unmark_unpacked(model)
@@ -160,6 +168,7 @@ def build_model(recipe: Recipe, auto: str, task: DocumentTask | None, tokenizer:
         conversion.variant,
         layers=conversion.layers,
         keep_softmax=conversion.keep_softmax,
+        keep_softmax_by=conversion.keep_softmax_by,
         max_length=limit if limit > own_limit else None,
         extend=conversion.extend,
         calibration=_calibration_batches(recipe, texts, tokenizer, min(own_limit, conversion.calibration_tokens)),
