@@ -197,12 +197,10 @@ class _Language:
     def _convert(self, method: Method) -> Any:
         recipe = self._recipe_of(method)
         set_seed(recipe.seed)
-        model = build_model(recipe, self.auto, None, self.tokenizer, self.task.train)
-        return model.to(process_state().device)
+        return build_model(recipe, self.auto, None, self.tokenizer, self.task.train)
 
     def _load(self, name: str) -> Any:
-        model = load_head(self.auto, name, self.recipe, None, self.tokenizer)
-        return model.to(process_state().device)
+        return load_head(self.auto, name, self.recipe, None, self.tokenizer)
 
     def _load_saved(self, system: SavedSystem) -> Any:
         return system.saved.load().to(process_state().device)
@@ -247,9 +245,10 @@ class _Language:
             return
         model: Any = None
         failed: dict[str, Any] = {}
+        device = process_state().device
         with failures(failed):
-            model = load()
-        checkpoint = cache(lambda: model if system == CHECKPOINT else self._load(self.recipe.model.name))
+            model = load().to(device)
+        checkpoint = cache(lambda: model if system == CHECKPOINT else self._load(self.recipe.model.name).to(device))
         for part in missing:
             row: dict[str, Any] = {"system": system, "stage": stage, **part.identity, **facts, **failed}
             if model is not None:

@@ -15,6 +15,7 @@ from hf_linear_attn.measure.generation import (
     recalls_keys,
     repeated_share,
 )
+from hf_linear_attn.measure.methods import RefusedError
 from hf_linear_attn.measure.perplexity import document_likelihoods
 from hf_linear_attn.measure.profile import forward_time_against_length
 from hf_linear_attn.training.recipe import EvaluationRecipe, GenerationRecipe, Recipe
@@ -80,6 +81,8 @@ def _cost_part(length: int, repeats: int) -> Part:
         softmax = checkpoint()
         models = {"softmax": softmax} if model is softmax else {"softmax": softmax, "own": model}
         times = forward_time_against_length(models, [length], repeats=repeats)
+        if len(times) < len(models):
+            raise RefusedError(f"it does not read {length:,} tokens")
         own = times[-1]
         return {"forward_seconds": own.seconds, "softmax_seconds": times[0].seconds, "forward_ratio": own.ratio}
 

@@ -25,6 +25,7 @@ from hf_linear_attn.compare.language import (
     language_table,
 )
 from hf_linear_attn.measure.generation import continuation_likelihoods, greedy_continuations, repeated_share
+from hf_linear_attn.measure.methods import RefusedError
 from hf_linear_attn.measure.perplexity import document_likelihoods
 from hf_linear_attn.training.parts import variants_of
 from hf_linear_attn.training.recipe import Recipe
@@ -359,6 +360,14 @@ def test_a_recipe_that_asks_for_nothing_sensible_is_refused(
 def test_a_classifier_is_asked_to_write_nothing(recipe: Recipe, evaluation: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="are of language models, and the last stage is finetune"):
         recipe.replace(stages=[{"stage": "finetune"}], evaluation=evaluation)
+
+
+def test_a_model_that_reads_less_than_the_checkpoint_is_not_timed_as_the_checkpoint(recipe: Recipe) -> None:
+    (part,) = parts.last_parts(recipe.replace(evaluation={"forward_lengths": [100]}), small_tokenizer(), [], 160)
+    checkpoint = causal_lm("gpt2")
+    assert part.measure(causal_lm("gpt2"), lambda: checkpoint)["forward_ratio"] > 0
+    with pytest.raises(RefusedError, match="it does not read 100 tokens"):
+        part.measure(causal_lm("gpt2", max_position_embeddings=64), lambda: checkpoint)
 
 
 @pytest.mark.parametrize("length", [40, 48, 96, 150])
