@@ -54,12 +54,17 @@ def entmax(logits: torch.Tensor, alpha: float | torch.Tensor, allowed: torch.Ten
 class _Entmax(torch.autograd.Function):
     """Autograd records the backward pass, of operations on the weights: there are derivatives of every order."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
-        weights = _weights(z, alpha)
+    def forward(z: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
+        return _weights(z, alpha)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float | torch.Tensor], output: torch.Tensor) -> None:
+        alpha = inputs[1]
         ctx.number = None if isinstance(alpha, torch.Tensor) else alpha
-        ctx.save_for_backward(weights, alpha if isinstance(alpha, torch.Tensor) else None)
-        return weights
+        ctx.save_for_backward(output, alpha if isinstance(alpha, torch.Tensor) else None)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -86,6 +86,14 @@ def test_the_gradient_of_a_linear_loss_has_one_of_its_own(alpha):
     torch.testing.assert_close(found @ step, by_differences.detach(), rtol=1e-5, atol=1e-14)
 
 
+def test_gradients_of_each_row_by_torch_func():
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    of_a_row = torch.func.grad(lambda z: entmax(z, 1.5).square().sum())
+    whole = logits.clone().requires_grad_()
+    entmax(whole, 1.5).square().sum().backward()
+    torch.testing.assert_close(torch.func.vmap(of_a_row)(logits), whole.grad)
+
+
 def test_training_keeps_the_weights_and_nothing_else():
     saved, logits = [], torch.randn(2, 3, 50, 50, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
