@@ -119,7 +119,7 @@ def test_layers_stay_softmax_by_what_the_recipe_says(tmp_path: Path) -> None:
     auto = {"layers": "auto", "keep_softmax": 1, "keep_softmax_by": "states"}
     conversion = train(staged_recipe(tmp_path, "gpt2", conversion=auto), until_stage="transfer").conversion
     assert conversion is not None
-    assert (conversion["kept_softmax_by"], len(conversion["rows"])) == ("states", 1)
+    assert (conversion["kept_softmax_by"], len(conversion["kept_softmax"])) == ("states", 1)
 
 
 def test_stages_apart_end_like_stages_together(tmp_path: Path) -> None:
