@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+_TESTS = itertools.count()
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -18,11 +20,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _short_collections() -> None:
-    """What the imports made stays for good: `gc.collect()`, half a second with it, need not look at it again."""
-    gc.collect()
-    gc.freeze()
+    """What imports and earlier tests made stays: `gc.collect()`, a second with it, need not look at it again.
+
+    Compiled graphs are millions of objects, and a Trainer collects several times a run.
+    """
+    if next(_TESTS) % 50 == 0:
+        gc.collect()
+        gc.freeze()
 
 
 class _DeprecationsAreErrors(logging.Handler):
