@@ -205,6 +205,8 @@ def _also_of_nothing(forward: Forward) -> Forward:
         output, after = wrapped(self, _with_zeros(inputs, of_tokens=False), more)
         return output[:0], None if after is None else {name: x[:0].clone() for name, x in after.items()}
 
+    # Of its own: torch.compile compiles a code object a few times at most.
+    wrapped.__code__ = wrapped.__code__.replace()  # type: ignore[attr-defined]
     return wrapped
 
 
