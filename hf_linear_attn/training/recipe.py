@@ -374,11 +374,9 @@ class Recipe:
         object.__setattr__(self, "stages", built)
         early = [stage.kind for stage in built[:-1] if stage.kind == "finetune"]
         check(not early, "recipe.stages: finetune comes last, it gives the model another head")
-        writes = self.evaluation.generation is not None or bool(self.evaluation.passkey_lengths)
-        check(
-            built[-1].kind != "finetune" or not writes,
-            "evaluation.generation and .passkey_lengths are of language models, and the last stage is finetune",
-        )
+        for name in ("generation", "passkey_lengths", "controls"):
+            given = built[-1].kind == "finetune" and getattr(self.evaluation, name)
+            check(not given, f"evaluation.{name} is of language models, and the last stage is finetune")
         transfers = any(stage.kind == "transfer" for stage in built)
         check(self.conversion is not None or not transfers, "recipe.stages: transfer needs a section conversion")
 

@@ -166,7 +166,7 @@ def test_a_system_that_fails_is_a_row_that_says_why(recipe: Recipe, monkeypatch:
     ("changes", "message"),
     [
         ({"evaluation": {"lengths": [16, 4096]}}, "No held-out document has 4096 tokens"),
-        ({"stages": [{"stage": "finetune"}]}, "got finetune"),
+        ({"stages": [{"stage": "finetune"}], "evaluation": {"controls": []}}, "got finetune"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_runs(
@@ -356,9 +356,9 @@ def test_a_recipe_that_asks_for_nothing_sensible_is_refused(
         recipe.replace(evaluation=evaluation)
 
 
-@pytest.mark.parametrize("evaluation", [{"generation": WRITES}, {"passkey_lengths": [64]}])
+@pytest.mark.parametrize("evaluation", [{"generation": WRITES}, {"passkey_lengths": [64]}, {"controls": ["linear"]}])
 def test_a_classifier_is_asked_to_write_nothing(recipe: Recipe, evaluation: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="are of language models, and the last stage is finetune"):
+    with pytest.raises(ValueError, match="is of language models, and the last stage is finetune"):
         recipe.replace(stages=[{"stage": "finetune"}], evaluation=evaluation)
 
 
