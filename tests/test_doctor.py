@@ -119,6 +119,7 @@ BREAKS: dict[str, Break] = {
         GPT2LMHeadModel, "from_pretrained", classmethod(lambda cls, folder: None)
     ),
     "model attributes": lambda m: m.setattr(GPT2LMHeadModel, "set_attn_implementation", lambda self, name: None),
+    "trainer hooks": lambda m: m.delattr(transformers.Trainer, "_init_training_state"),
 }
 
 

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from hf_linear_attn.compare.charts import language_png
 from hf_linear_attn.compare.language_parts import last_parts, likelihood_part, prompt_places
-from hf_linear_attn.compare.saved import SAVED, SavedSystem, check_rows, saved_language_models
+from hf_linear_attn.compare.saved import SAVED, check_rows, saved_language_models
 from hf_linear_attn.data import load_config
 from hf_linear_attn.data.tokenization import encode_leading
 from hf_linear_attn.measure.bootstrap import bootstrap_interval, bootstrap_statistic, paired_bootstrap_difference
@@ -145,7 +145,7 @@ class _Language:
         """Measure what is not measured yet."""
         self._measure(CHECKPOINT, "checkpoint", {}, partial(self._load, self.recipe.model.name))
         for system in self.saved:
-            self._measure(system.name, SAVED, {"model": system.saved.name}, partial(self._load_saved, system))
+            self._measure(system.name, SAVED, {"model": system.saved.name}, system.saved.load)
         self._trained(BUDGETED, self._budgeted())
         for method in self.controls:
             self._measure(method.name, CONVERTED, {"control": True}, partial(self._convert, method))
@@ -201,9 +201,6 @@ class _Language:
 
     def _load(self, name: str) -> Any:
         return load_head(self.auto, name, self.recipe, None, self.tokenizer)
-
-    def _load_saved(self, system: SavedSystem) -> Any:
-        return system.saved.load().to(process_state().device)
 
     def _trained(self, name: str, recipe: Recipe) -> None:
         """Every stage of a system, one after the other, each measured as it ends."""

@@ -8,6 +8,7 @@ answers of its patcher, which `seam.family_facts` holds against a model.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from transformers import (
     EncoderDecoderConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Trainer,
 )
 from transformers import cache_utils as caches
 from transformers import masking_utils as masks
@@ -416,3 +418,20 @@ def _model_attributes() -> None:
     model.set_attn_implementation("eager")
     require(model.config._attn_implementation == "eager", "set_attn_implementation did not change the config")
     require(isinstance(model.name_or_path, str), "name_or_path is gone")
+
+
+@_fact("trainer hooks")
+def _trainer_hooks() -> None:
+    """`Trainer` calls the methods of its own by which a run is resumed, checked, saved and given its batches, and hands
+    `_init_training_state` the step that ends it and the checkpoint that it begins from."""
+    functions = [inspect.unwrap(x) for x in vars(Trainer).values() if inspect.isfunction(x)]
+    called = {name for function in functions for name in function.__code__.co_names}
+    hooks = (
+        *("_init_training_state", "_maybe_log_save_evaluate", "_save_checkpoint", "_save_rng_state"),
+        *("_get_train_sampler", "_set_signature_columns_if_needed"),
+    )
+    gone = [name for name in hooks if name not in called or not hasattr(Trainer, name)]
+    require(not gone, f"Trainer lacks {gone}, or calls them no more")
+    given = list(inspect.signature(Trainer._init_training_state).parameters)
+    expected = ["max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"]
+    require(given == ["self", *expected], f"_init_training_state takes {given}")
