@@ -211,7 +211,7 @@ class _Language:
 
     def _train(self, recipe: Recipe, kind: str, facts: dict[str, Any]) -> Any:
         """The model after a stage, which is trained if it is not yet; `facts` get what the row says of that."""
-        result = train(recipe, until_stage=kind, resume=True)
+        result = train(recipe, until_stage=kind, resume=True, evaluate=False)
         last = result.last
         facts |= {"steps": last.steps, "tokens_seen": last.tokens_seen, "trained": last.trained}
         facts["seconds"] = round(last.seconds, 1)

@@ -47,10 +47,10 @@ class RowFile:
         whole = [line for line in lines if line.endswith("}")]  # an interrupted write leaves half a line
         if whole:
             found = json.loads(whole[0])
-            if found != setting:
+            if changed := _differences(found, json.loads(to_json(setting))):
                 raise ValueError(
-                    f"{path} was measured under another setting: {found}, this run has {setting}. "
-                    "Give another --output, or delete the file."
+                    f"{path} was measured under another setting: {'; '.join(changed)}. Give another --output, or delete "
+                    "the file."
                 )
             self.rows = [row for row in map(json.loads, whole[1:]) if not any(key in row for key in retry)]
         self._head = to_json(setting) + "\n"
@@ -78,3 +78,11 @@ class RowFile:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(self._head if file.tell() == 0 else "")
             file.write(to_json(row) + "\n")
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """What differs between two settings, by dotted names."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = {**there, **here}
+        return [x for key in keys for x in _differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))]
+    return [] if there == here else [f"{name} {there!r} there and {here!r} here"]

@@ -79,16 +79,18 @@ class CheckedTrainer(Trainer):
     ) -> tuple[int, int]:
         """Passes over the data that were done, and batches of the one that was not.
 
-        Of data without a length Trainer takes the first pass for the whole run: resumed in a later one it would begin
-        that anew, and a run whose steps are done would take one more.
+        Resumed where its steps are done, a run would take one more. And of data without a length Trainer takes the first
+        pass for the whole run: resumed in a later one it would begin that anew.
         """
         found = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if resume_from_checkpoint is None or self.args.ignore_data_skip or has_length(self.train_dataset):
+        if resume_from_checkpoint is None:
             return found
         if self.state.global_step >= max_steps:
             return num_train_epochs, 0
+        if self.args.ignore_data_skip or has_length(self.train_dataset):
+            return found
         passes, share = divmod(self.state.epoch, 1)
         return int(passes), round(share * max_steps * self.args.gradient_accumulation_steps)
 

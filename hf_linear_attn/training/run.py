@@ -65,6 +65,7 @@ def train(
     until_stage: str | None = None,
     resume: bool = False,
     save_model: bool = True,
+    evaluate: bool = True,
 ) -> TrainResult:
     """Train as `recipe` says. Under `accelerate launch` or `torchrun` every process calls this.
 
@@ -85,6 +86,7 @@ def train(
             goes on from its newest checkpoint (`training.save_strategy`), as if it had not stopped. Without it a stage
             that begins removes the checkpoints which an earlier run left in its folder.
         save_model: write the last stage's model and the tokenizer to `output_dir`.
+        evaluate: measure each stage's model on the held-out documents; False for one that is measured elsewhere.
 
     Raises:
         FileNotFoundError: if the stage before `from_stage` has left no model.
@@ -95,7 +97,7 @@ def train(
         ValueError: for a recipe that does not fit the model or the documents, or a stage of this folder that was begun
             under other settings.
     """
-    run = _Run(recipe, prefix, on_step, on_message)
+    run = _Run(recipe, prefix, on_step, on_message, evaluate)
     first, last = run.span(from_stage, until_stage)
     with _alone(recipe.output_dir):
         run.load(task)
@@ -111,8 +113,9 @@ class _Run:
         prefix: FrozenPrefix | None,
         on_step: OnStep | None,
         on_message: Callable[[str], None] | None,
+        evaluate: bool,
     ) -> None:
-        self.recipe, self.prefix, self.on_step = recipe, prefix, on_step
+        self.recipe, self.prefix, self.on_step, self.evaluate = recipe, prefix, on_step, evaluate
         self.state = process_state()
         _check_processes(self.state.num_processes)
         self.tell = on_message if on_message is not None and self.state.is_main_process else _say_nothing
@@ -258,7 +261,7 @@ class _Run:
         with track_peak_memory(args.device) as peak:
             output = trainer.train(resume_from_checkpoint=resume or None)
         trainer.check_finite()
-        evaluation = trainer.evaluate()
+        evaluation = trainer.evaluate() if self.evaluate else {}
         history = trainer.state.log_history
         done = StageResult(
             stage=stage.kind,

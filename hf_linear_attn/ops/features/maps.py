@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.base.memo import kept_lists
 from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_
 
 __all__ = [
@@ -110,11 +112,16 @@ def taylor_features(x: torch.Tensor, order: int) -> Features:
     # Every feature is a product of two coordinates, 1 being one: picked by matrix products, several times faster on a
     # CPU, forward and backward, than by indices.
     dim = x.shape[-1]
-    row, column = torch.triu_indices(dim + 1, dim + 1, device=x.device)  # coordinate 0 is the 1
-    picks = torch.arange(dim + 1, device=x.device)[:, None]
-    first, second = (picks == row).to(x.dtype), (picks == column).to(x.dtype)  # [1 + D, F]
-    first = first * torch.ones_like(first[0]).masked_fill_((row == column) & (row > 0), 0.5**0.5)
+    first, second = kept_lists(("pairs", dim, x.dtype, x.device), x.device, partial(_pairs, dim, x.dtype, x.device))
     return F.linear(x, first[1:].mT, first[0]) * F.linear(x, second[1:].mT, second[0]), None
+
+
+def _pairs(dim: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second coordinate of each pair, `[1 + D, F]`: row 0 stands for the 1, a square counts half."""
+    row, column = torch.triu_indices(dim + 1, dim + 1, device=device)
+    picks = torch.arange(dim + 1, device=device)[:, None]
+    first, second = (picks == row).to(dtype), (picks == column).to(dtype)
+    return first * torch.ones_like(first[0]).masked_fill_((row == column) & (row > 0), 0.5**0.5), second
 
 
 def weighted_by_mean_logit(features: Features, k: torch.Tensor, query_mean: torch.Tensor, scaling: float) -> Features:

@@ -26,7 +26,7 @@ from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.features.gradients import map_parts, trains_unnamed
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, ScaledMap
-from hf_linear_attn.ops.linear import blocks, fused, plain
+from hf_linear_attn.ops.linear import blocks, fused, plain, step
 from hf_linear_attn.ops.linear.layout import Call, LogDecay, Options, State
 
 __all__ = [
@@ -195,8 +195,10 @@ def _attend(
         found = _attend_fused(call, q_map, k_map, decay, state, backend)
         if found is not None:
             return found
-    # A traced graph has no reentrant backward, a decode step no use for one, and a map that trains tensors which it
-    # does not name needs autograd to find them.
+    if state is not None and q_len == 1:
+        return step.attend(call)
+    # A traced graph has no reentrant backward, and a map that trains tensors which it does not name needs autograd to
+    # find them.
     in_blocks = q_len > 1 and (decay is None or q_len == k_len) and not torch.compiler.is_compiling()
     if in_blocks and not _trains_unnamed(call, q_map, k_map, decay):
         output, normalizer, after = blocks.attend(call)

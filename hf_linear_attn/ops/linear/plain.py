@@ -1,4 +1,4 @@
-"""Linear attention that autograd records: for traced graphs, decode steps, and maps that train unnamed tensors.
+"""Linear attention that autograd records: for traced graphs and for maps that train unnamed tensors.
 
 A carry holds the sums phi(k) [v, 1]^T over earlier keys, relative to exp(log scale). `ops.linear.blocks` has the same
 sums with a backward pass of their own.
@@ -15,7 +15,7 @@ from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.linear import layout
 from hf_linear_attn.ops.linear.layout import Call, State, relative_to_peaks
 
-__all__ = ["LEAST", "attend", "chunk_with_decay"]
+__all__ = ["LEAST", "attend", "chunk_with_decay", "quotient"]
 
 # Log-decay below which nothing is left of the sums even in float64. A bound keeps the running sums inside a chunk
 # small, and so their differences accurate.
@@ -108,10 +108,30 @@ def _keys(call: Call, inputs: list[torch.Tensor], v: torch.Tensor, now: slice) -
 def _finish(
     call: Call, sums: torch.Tensor, peak: torch.Tensor | None, log_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Numerators over denominators, the latter kept away from 0 with their signs (Fourier features have both)."""
     if not call.options.normalized:
         return sums.to(call.v.dtype), None
-    numerator, denominator = sums[..., :-1], sums[..., -1:]
+    return quotient(call, sums[..., :-1], sums[..., -1:], peak, log_scale)
+
+
+def quotient(
+    call: Call,
+    numerator: torch.Tensor,
+    denominator: torch.Tensor,
+    peak: torch.Tensor | None,
+    log_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Numerators over denominators, the latter kept away from 0 with their signs (Fourier features have both).
+
+    Args:
+        call: the call.
+        numerator: `[B, H, T, D]`.
+        denominator: `[B, H, T, 1]`.
+        peak: log scale of both, `[B, H, T or 1]`; None for 0.
+        log_scale: of the queries' features, `[B, H, T]`; None for 0.
+
+    Returns:
+        output `[B, H, T, D]`; log denominator `[B, H, T]`, None with decay.
+    """
     tiny = torch.where(denominator < 0, -TINY, TINY)
     output = (numerator / torch.where(denominator.abs() < TINY, tiny, denominator)).to(call.v.dtype)
     if call.options.decay is not None:

@@ -24,6 +24,7 @@ from hf_linear_attn.ops.features.gradients import trains_unnamed
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, TaylorMap, mean_logit
 from hf_linear_attn.ops.linear.attention import State, feature_map_attention_with_normalizer
 from hf_linear_attn.ops.window.tail_blocks import window_block_softmax
+from hf_linear_attn.ops.window.tail_step import decode_step
 from hf_linear_attn.ops.window.taylor import taylor_window_attention
 from hf_linear_attn.ops.window.taylor_causal import causal_taylor_window_attention
 
@@ -96,6 +97,10 @@ def window_tail_attention(
                     output, after = causal_taylor_window_attention(q, k, wide, *maps, state=state, **own)
                     return output, None if state is None else after
             q_map, k_map = q_map.expanded(), k_map.expanded()
+        if state is not None and q_len == 1:
+            step: dict[str, Any] = {"scaling": scaling, "window_log_factor": window_log_factor, "relative": relative}
+            step |= {"token_mask": token_mask, "state": state, "backend": backend}
+            return decode_step(q, k, wide, q_map, k_map, **step)
         output, normalizer, peak = window_softmax(
             q, k, wide, left=left, right=right, scaling=scaling, key_allowed=token_mask
         )
