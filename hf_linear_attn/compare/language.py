@@ -83,7 +83,7 @@ class _Language:
         if recipe.stages[-1].kind == "finetune":
             raise ValueError("A comparison of language models takes stages transfer, distill or uptrain, got finetune")
         self.recipe, self.say, self.command = recipe, say, command
-        self.methods = parse_methods(recipe.evaluation.variants if variants is None else variants)
+        self.methods = parse_methods(recipe.evaluation.variants if variants is None else variants, hybrids=True)
         self.output = recipe.output_dir
         self.tokenizer = build_tokenizer(recipe)
         self.task = load_task(recipe.data, "text")
@@ -116,7 +116,8 @@ class _Language:
                     f"evaluation.controls: {entry!r} is not known. Allowed: {LINEAR_BRANCH_OFF}, or a variant: "
                     f"{', '.join(list_variants())}."
                 )
-        own = {method.name: method for method in (*self.methods, *parse_methods(self.recipe.evaluation.variants))}
+        in_recipe = parse_methods(self.recipe.evaluation.variants, hybrids=True)
+        own = {method.name: method for method in (*self.methods, *in_recipe)}
         if named and not any(self._layer(method).drop_linear_branch() for method in own.values()):
             able = [key for key in list_variants(decoder=True) if self._layer(Method(key)).drop_linear_branch()]
             raise ValueError(
@@ -124,7 +125,7 @@ class _Language:
                 f"window: {', '.join(own) or 'there is none'}. Those that have: "
                 f"{', '.join(able)}."
             )
-        return parse_methods(entry for entry in entries if entry != LINEAR_BRANCH_OFF), bool(named)
+        return parse_methods((entry for entry in entries if entry != LINEAR_BRANCH_OFF), hybrids=True), bool(named)
 
     def _encoded(self) -> list[list[int]]:
         """Token ids of the held-out documents, as many as the longest measurement reads."""
@@ -168,6 +169,8 @@ class _Language:
         folder = self.output / method.name.replace(" ", "_").replace("=", "_")
         base = self.recipe.to_dict()
         conversion = {**(base["conversion"] or {}), "variant": method.key, "options": method.options}
+        if method.keep_softmax is not None:
+            conversion |= {"layers": "auto", "keep_softmax": method.keep_softmax}
         base |= {"conversion": conversion, "training": {**base["training"], "output_dir": str(folder)}}
         if not list(self._layer(method).parameters()):  # nothing to transfer
             base["stages"] = [stage for stage in base["stages"] if stage["stage"] != "transfer"]

@@ -35,16 +35,20 @@ class Method:
     Attributes:
         key: of the variant.
         options: that differ from its defaults.
+        keep_softmax: layers left on softmax, those whose conversion costs most; None where all are converted.
 
     Raises:
-        ValueError: for an unknown variant or option.
+        ValueError: for an unknown variant or option, or a number of layers below 1.
     """
 
     key: str
     options: dict[str, Any] = field(default_factory=dict)
+    keep_softmax: int | None = None
 
     def __post_init__(self) -> None:
         self.config()
+        if self.keep_softmax is not None and (type(self.keep_softmax) is not int or self.keep_softmax < 1):
+            raise ValueError(f"keep_softmax={self.keep_softmax!r} beside {self.key}; allowed: layers, at least 1.")
 
     def config(self) -> Any:
         """All options of the variant."""
@@ -53,7 +57,8 @@ class Method:
     @property
     def name(self) -> str:
         """Key and options in one line."""
-        return f"{self.key} {spell_options(self.options)}".strip()
+        hybrid = {} if self.keep_softmax is None else {"keep_softmax": self.keep_softmax}
+        return f"{self.key} {spell_options({**self.options, **hybrid})}".strip()
 
     @property
     def spec(self) -> VariantSpec:
@@ -79,18 +84,22 @@ def spell_options(options: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in options.items())
 
 
-def parse_methods(entries: Iterable[Any], *, rest: bool = False, only: Collection[str] | None = None) -> list[Method]:
+def parse_methods(
+    entries: Iterable[Any], *, rest: bool = False, only: Collection[str] | None = None, hybrids: bool = False
+) -> list[Method]:
     """Variants as a recipe or a caller writes them: `"linear"`, `("linear", {...})` or `{"linear": {...}}`.
 
     Args:
         entries: the variants.
         rest: add every registered variant that is not named, with its defaults.
         only: keys of those to keep; all by default.
+        hybrids: whether `{"linear": {...}, "keep_softmax": 8}` is understood: all but 8 layers are converted.
 
     Raises:
-        ValueError: for another form, an unknown variant or option, or a variant that is named twice.
+        ValueError: for another form, an unknown variant or option, a variant that is named twice, or a hybrid where
+            none is understood.
     """
-    methods = [_parse(entry) for entry in entries]
+    methods = [_parse(entry, hybrids) for entry in entries]
     if rest:
         named = {method.key for method in methods}
         methods += [Method(key) for key in list_variants() if key not in named]
@@ -102,13 +111,18 @@ def parse_methods(entries: Iterable[Any], *, rest: bool = False, only: Collectio
     return [method for method in methods if only is None or method.key in only]
 
 
-def _parse(entry: Any) -> Method:
+def _parse(entry: Any, hybrids: bool) -> Method:
     if isinstance(entry, str):
         return Method(entry)
-    if isinstance(entry, Mapping) and len(entry) == 1:
-        (entry,) = entry.items()
-    if isinstance(entry, (tuple, list)) and len(entry) == 2:
-        return Method(entry[0], dict(entry[1] or {}))
+    found, keep_softmax = entry, None
+    if isinstance(entry, Mapping):
+        rest = dict(entry)
+        keep_softmax = rest.pop("keep_softmax", None)
+        found = next(iter(rest.items())) if len(rest) == 1 else None
+    if keep_softmax is not None and not hybrids:
+        raise ValueError(f"{entry!r}: keep_softmax beside a variant is of comparisons of language models.")
+    if isinstance(found, (tuple, list)) and len(found) == 2:
+        return Method(found[0], dict(found[1] or {}), keep_softmax)
     raise ValueError(f"A variant is 'key', {{key: options}} or (key, options); got {entry!r}.")
 
 

@@ -49,8 +49,8 @@ class RowFile:
             found = json.loads(whole[0])
             if changed := _differences(found, json.loads(to_json(setting))):
                 raise ValueError(
-                    f"{path} was measured under another setting: {'; '.join(changed)}. Give another --output, or delete "
-                    "the file."
+                    f"{path} was measured under another setting: {'; '.join(changed)}. Give another --output, or "
+                    "delete the file."
                 )
             self.rows = [row for row in map(json.loads, whole[1:]) if not any(key in row for key in retry)]
         self._head = to_json(setting) + "\n"

@@ -79,8 +79,8 @@ class CheckedTrainer(Trainer):
     ) -> tuple[int, int]:
         """Passes over the data that were done, and batches of the one that was not.
 
-        Resumed where its steps are done, a run would take one more. And of data without a length Trainer takes the first
-        pass for the whole run: resumed in a later one it would begin that anew.
+        Resumed where its steps are done, a run would take one more; and of data without a length Trainer takes the
+        first pass for the whole run: resumed in a later one it would begin that anew.
         """
         found = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

@@ -292,7 +292,8 @@ class EvaluationRecipe:
         num_resamples: of the bootstrap.
         confidence: of the interval.
         models: saved models that `compare` measures on the same documents: paths, or mappings to `path` and `name`.
-        variants: what `compare` runs when it is told nothing else: keys, or one-key mappings to options.
+        variants: what `compare` runs when it is told nothing else: keys, or one-key mappings to options; beside one,
+            `keep_softmax: 8` makes a hybrid of it in a comparison of language models, that many layers left on softmax.
         controls: what a comparison of language models converts and measures without training, written likewise; and
             `linear_branch_off`: every trained variant with linear attention beside a window once more without it.
         lengths: tokens of the held-out documents on which a comparison of language models measures perplexity.

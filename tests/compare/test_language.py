@@ -140,6 +140,16 @@ def test_a_comparison_goes_on_where_it_was_cut_off(recipe: Recipe, monkeypatch: 
         compare_language(recipe.replace(training={"seed": 3}), say=lambda _: None)
 
 
+def test_a_hybrid_keeps_softmax_in_as_many_layers_through_every_stage(recipe: Recipe) -> None:
+    results = compare_language(recipe, [{"hedgehog": {}, "keep_softmax": 1}, "hedgehog"], say=lambda _: None)
+    kept = {row["system"]: row for row in results["rows"] if row["stage"] == "distill" and row["length"] == 32}
+    hybrid, whole = kept["hedgehog keep_softmax=1"], kept["hedgehog"]
+    assert "failure" not in {**hybrid, **whole}
+    assert hybrid["nats"] != whole["nats"]
+    model = AutoModelForCausalLM.from_pretrained(recipe.output_dir / "hedgehog_keep_softmax_1")
+    assert len(variants_of(model)) == model.config.num_hidden_layers - 1
+
+
 def test_a_method_without_parameters_is_distilled_at_once(recipe: Recipe) -> None:
     rows = compare_language(recipe, ["bigbird"], say=lambda _: None)["rows"]
     assert [row["stage"] for row in rows if row["system"] == "bigbird" and row["length"] == 16] == [

@@ -52,6 +52,21 @@ def test_methods_are_read_in_every_form() -> None:
         parse_methods([], rest=True, only=["lineer"])
 
 
+def test_a_hybrid_is_read_where_it_is_understood_and_refused_elsewhere() -> None:
+    entry = {"longformer": {"window_size": 8}, "keep_softmax": 2}
+    (method,) = parse_methods([entry], hybrids=True)
+    assert method == Method("longformer", {"window_size": 8}, 2)
+    assert method.name == "longformer window_size=8,keep_softmax=2"
+    with pytest.raises(ValueError, match="of comparisons of language models"):
+        parse_methods([entry])
+    for bad in (0, -1, 1.5, True, "8"):
+        with pytest.raises(ValueError, match="at least 1"):
+            parse_methods([{"linear": {}, "keep_softmax": bad}], hybrids=True)
+    for other in ({"keep_softmax": 2}, {"linear": {}, "rfa": {}, "keep_softmax": 2}):
+        with pytest.raises(ValueError, match="A variant is 'key'"):
+            parse_methods([other], hybrids=True)
+
+
 def test_a_converted_copy_shares_its_weights_or_is_refused() -> None:
     config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     model = BertModel(config)

@@ -1,4 +1,4 @@
-"""One decode step of a window with a linear tail: the key that leaves the window joins the sums, one softmax weighs all.
+"""One decode step of a window with a linear tail: the key that leaves joins the sums, one softmax weighs them all.
 
 The tail counts as one more key of that softmax: its logit is the log of the tail's denominator, its value the tail's
 output. `ops.window.tail` has the formula.
@@ -38,8 +38,9 @@ def decode_step(
     """
     leaves = None if token_mask is None else token_mask[:, :1].expand(len(q), -1)
     joins = k[:, :, :1], v[:, :, :1]
-    sums = {"token_mask": leaves, "is_causal": True, "state": state, "backend": backend}
-    tail, log, after = feature_map_attention_with_normalizer(q, *joins, q_map, k_map, **sums)
+    tail, log, after = feature_map_attention_with_normalizer(
+        q, *joins, q_map, k_map, token_mask=leaves, is_causal=True, state=state, backend=backend
+    )
     logits = (q @ k[:, :, 1:].mT)[:, :, 0] * scaling  # [B, H, w]
     if token_mask is not None:
         logits = logits.masked_fill(~token_mask[:, None, 1:], LOG_ZERO)
