@@ -25,7 +25,7 @@ def test_rows_go_on_and_half_a_line_is_dropped(tmp_path: Path) -> None:
 def test_another_setting_is_refused_with_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     RowFile(path, {"data": {"seed": 0, "source": "sotu"}, "steps": 5}).append({"system": "a"})
-    with pytest.raises(ValueError, match="data.seed 0 there and 1 here") as caught:
+    with pytest.raises(ValueError, match=r"data\.seed 0 there and 1 here") as caught:
         RowFile(path, {"data": {"seed": 1, "source": "sotu"}, "steps": 5})
     assert "sotu" not in str(caught.value)
     # A key that came with a later version, unset, is no other setting.
