@@ -82,11 +82,14 @@ class _Language:
     ) -> None:
         if recipe.stages[-1].kind == "finetune":
             raise ValueError("A comparison of language models takes stages transfer, distill or uptrain, got finetune")
-        self.recipe, self.say, self.command = recipe, say, command
+        self.state = process_state()
+        self.main = self.state.is_main_process
+        self.recipe, self.say, self.command = recipe, say if self.main else _say_nothing, command
         self.methods = parse_methods(recipe.evaluation.variants if variants is None else variants, hybrids=True)
         self.output = recipe.output_dir
-        self.tokenizer = build_tokenizer(recipe)
-        self.task = load_task(recipe.data, "text")
+        with self.state.main_process_first():
+            self.tokenizer = build_tokenizer(recipe)
+            self.task = load_task(recipe.data, "text")
         self.auto = auto_class(recipe.stages[0], recipe.model.name)
         if self.auto != "AutoModelForCausalLM":
             raise ValueError(f"{recipe.model.name!r} is read by {self.auto}; perplexities are of AutoModelForCausalLM")
@@ -101,8 +104,10 @@ class _Language:
         setting = {"recipe": recipe.to_dict(), "documents": {str(n): len(x) for n, x in self.documents.items()}}
         for name in _JOINING:
             setting["recipe"]["evaluation"].pop(name)
-        self.rows = RowFile(self.output / "language.rows.jsonl", setting)
-        check_rows(self.saved, self.rows)
+        self.rows = RowFile(self.output / "language.rows.jsonl", setting, writes=self.main)
+        self.state.wait_for_everyone()  # every process has read them before one adds to them
+        for sentence in check_rows(self.saved, self.rows):
+            self.say(sentence)
 
     def _controls(self) -> tuple[list[Method], bool]:
         """The controls that are converted, and whether trained variants are measured without their linear branch."""
@@ -131,10 +136,10 @@ class _Language:
         """Token ids of the held-out documents, as many as the longest measurement reads."""
         evaluation = self.recipe.evaluation
         prompt = 0 if evaluation.generation is None else evaluation.generation.prompt_tokens
-        return encode_leading(list(self.task.test["text"]), self.tokenizer, max(*evaluation.lengths, prompt))
+        return encode_leading(list(self.task.test["text"]), self.tokenizer, max(*evaluation.perplexity_lengths, prompt))
 
     def _held_out(self) -> tuple[dict[int, list[list[int]]], dict[int, list[str]]]:
-        lengths, encoded = self.recipe.evaluation.lengths, self.encoded
+        lengths, encoded = self.recipe.evaluation.perplexity_lengths, self.encoded
         names = list(self.task.test["group"])
         kept = {n: [place for place, ids in enumerate(encoded) if len(ids) >= n] for n in lengths}
         if short := [n for n, places in kept.items() if not places]:
@@ -146,7 +151,7 @@ class _Language:
         """Measure what is not measured yet."""
         self._measure(CHECKPOINT, "checkpoint", {}, partial(self._load, self.recipe.model.name))
         for system in self.saved:
-            self._measure(system.name, SAVED, {"model": system.saved.name}, system.saved.load)
+            self._measure(system.name, SAVED, system.facts(), system.saved.load)
         self._trained(BUDGETED, self._budgeted())
         for method in self.controls:
             self._measure(method.name, CONVERTED, {"control": True}, partial(self._convert, method))
@@ -156,6 +161,8 @@ class _Language:
             if self.branch_off and self._layer(method).drop_linear_branch():
                 self._without_branch(method.name, self._recipe_of(method))
         results = self.results()
+        if not self.main:
+            return results
         write_json(self.output / "language.json", results)
         (self.output / "language.md").write_text(language_table(results) + "\n", encoding="utf-8")
         picture = self.output / "language.png"
@@ -245,7 +252,7 @@ class _Language:
             return
         model: Any = None
         failed: dict[str, Any] = {}
-        device = process_state().device
+        device = self.state.device
         with failures(failed):
             model = load().to(device)
         checkpoint = cache(lambda: model if system == CHECKPOINT else self._load(self.recipe.model.name).to(device))
@@ -292,6 +299,10 @@ class _Language:
             if "found" in row:
                 found["found_interval"] = bootstrap_interval(row["found"]).to_dict()
             yield {**row, **found}
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 def _ratio(own: Sequence[float], base: Sequence[float], groups: Sequence[str]) -> dict[str, float]:

@@ -18,7 +18,8 @@ from hf_linear_attn.measure.generation import (
 from hf_linear_attn.measure.methods import RefusedError
 from hf_linear_attn.measure.perplexity import document_likelihoods
 from hf_linear_attn.measure.profile import forward_time_against_length
-from hf_linear_attn.training.recipe import EvaluationRecipe, GenerationRecipe, Recipe
+from hf_linear_attn.training.evaluation import EvaluationRecipe, GenerationRecipe
+from hf_linear_attn.training.recipe import Recipe
 
 __all__ = ["Part", "last_parts", "likelihood_part", "prompt_places"]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +53,10 @@ class SavedSystem:
         """What its row is called: no reader may take it for one of the systems that share a budget."""
         return f"{self.label} (trained elsewhere)"
 
+    def facts(self) -> dict[str, Any]:
+        """What its rows say of it: its name, and when its weights were written."""
+        return {"model": self.saved.name, "saved_at": _saved_at(self.saved.name)}
+
     @property
     def note(self) -> str:
         """A sentence for the report."""
@@ -71,6 +77,15 @@ class SavedSystem:
             return "softmax", {}
         alike = len(read.variants()) == 1 and all(own == options[0] for own in options)
         return ", ".join(read.variants()), dict(options[0]) if alike else {}
+
+
+def _saved_at(name: str) -> str | None:
+    """When the newest file of weights in a folder was written, UTC; None of what lies elsewhere."""
+    files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".gguf")]
+    if not files:
+        return None
+    newest = max(path.stat().st_mtime for path in files)
+    return datetime.fromtimestamp(newest, timezone.utc).isoformat()
 
 
 def saved_classifiers(recipe: Recipe, task: DocumentTask) -> list[SavedSystem]:
@@ -102,7 +117,7 @@ def saved_language_models(recipe: Recipe, tokenizer: Any, texts: Sequence[str]) 
         ValueError: for one that `read_saved` refuses, that is no causal language model, that reads fewer tokens than
             are measured, or that reads the documents as other tokens: perplexities are of a token.
     """
-    systems, longest = _read(recipe), max(recipe.evaluation.lengths)
+    systems, longest = _read(recipe), max(recipe.evaluation.perplexity_lengths)
     for system in systems:
         saved = system.saved
         if saved.auto != "AutoModelForCausalLM":
@@ -116,8 +131,13 @@ def saved_language_models(recipe: Recipe, tokenizer: Any, texts: Sequence[str]) 
     return systems
 
 
-def check_rows(systems: Sequence[SavedSystem], rows: RowFile) -> None:
-    """Raise `ValueError` where a row of an earlier run holds another model under the same name."""
+def check_rows(systems: Sequence[SavedSystem], rows: RowFile) -> list[str]:
+    """Forget the rows of models that were saved anew since an earlier run; a sentence about each.
+
+    Raises:
+        ValueError: where a row of an earlier run holds another model under the same name.
+    """
+    sentences = []
     for system in systems:
         row = rows.find(system=system.name, stage=SAVED)
         if row is not None and row["model"] != system.saved.name:
@@ -125,6 +145,10 @@ def check_rows(systems: Sequence[SavedSystem], rows: RowFile) -> None:
                 f"evaluation.models: {system.label!r} was {row['model']!r} in the run that this one goes on with, "
                 f"and is {system.saved.name!r} now: give it another name"
             )
+        if row is not None and row.get("saved_at") != system.facts()["saved_at"]:
+            rows.drop(system=system.name, stage=SAVED)
+            sentences.append(f"{system.name}: {system.saved.name} was saved anew, and is measured again.")
+    return sentences
 
 
 def _read(recipe: Recipe) -> list[SavedSystem]:

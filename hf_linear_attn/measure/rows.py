@@ -35,13 +35,16 @@ class RowFile:
         path: of the file.
         setting: of this run.
         retry: rows of an earlier run that have one of these keys are dropped, so that they are measured again.
+        writes: False in all but one of several processes.
 
     Raises:
         ValueError: for a file that was measured under another setting.
     """
 
-    def __init__(self, path: Path, setting: dict[str, Any], retry: tuple[str, ...] = ("failure",)) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, setting: dict[str, Any], retry: tuple[str, ...] = ("failure",), *, writes: bool = True
+    ) -> None:
+        self._path, self._writes = path, writes
         self.rows: list[dict[str, Any]] = []
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         whole = [line for line in lines if line.endswith("}")]  # an interrupted write leaves half a line
@@ -55,9 +58,14 @@ class RowFile:
             self.rows = [row for row in map(json.loads, whole[1:]) if not any(key in row for key in retry)]
         self._head = to_json(setting) + "\n"
         if whole:
-            path.write_text(self._head + "".join(to_json(row) + "\n" for row in self.rows), encoding="utf-8")
-        else:
+            self._write()
+        elif writes:
             path.unlink(missing_ok=True)  # made by the first row: a run that cannot start leaves nothing
+
+    def _write(self) -> None:
+        if self._writes:
+            rows = "".join(to_json(row) + "\n" for row in self.rows)
+            self._path.write_text(self._head + rows, encoding="utf-8")
 
     def has(self, **identity: Any) -> bool:
         """Whether a row with these values is there."""
@@ -67,6 +75,14 @@ class RowFile:
         """The first row with these values, or None."""
         return next((row for row in self.rows if all(row.get(n) == value for n, value in identity.items())), None)
 
+    def drop(self, **identity: Any) -> int:
+        """Forget the rows with these values, so that they are measured again; how many there were."""
+        kept = [row for row in self.rows if any(row.get(n) != value for n, value in identity.items())]
+        dropped, self.rows = len(self.rows) - len(kept), kept
+        if dropped:
+            self._write()
+        return dropped
+
     def append(self, row: dict[str, Any]) -> None:
         """Keep a row and write it; numbers that are not finite, which JSON does not have, are a failure."""
         try:
@@ -74,6 +90,8 @@ class RowFile:
         except ValueError:
             row = {**json.loads(to_json(row)), "failure": "gave numbers that are not finite"}
         self.rows.append(row)
+        if not self._writes:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(self._head if file.tell() == 0 else "")

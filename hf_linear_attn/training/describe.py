@@ -32,22 +32,25 @@ def describe_conversion(report: dict[str, Any] | None) -> str:
     return f"Converted: {layers} of {len(variants)} layers; {report['new_parameters']:,} new parameters."
 
 
-def describe_stage(trainer: StageTrainer, task: DocumentTask, title: str, folder: Path) -> list[str]:
+def describe_stage(
+    trainer: StageTrainer, task: DocumentTask, title: str, folder: Path, shuffle_buffer: int | None
+) -> list[str]:
     """Sentences for a stage that is about to train: what trains, on what, for how long, and where it goes."""
     counts, args = parameter_counts(trainer.model), trainer.args
     length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return [
         f"{title}: trains {trainer.trained}, {counts.trainable:,} of {counts.total:,} parameters, for {length} of "
         f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} at a time.",
-        f"{title}: {_describe_data(trainer, task)}",
+        f"{title}: {_describe_data(trainer, task, shuffle_buffer)}",
         f"{title}: the model goes to {folder}.",
     ]
 
 
-def _describe_data(trainer: StageTrainer, task: DocumentTask) -> str:
+def _describe_data(trainer: StageTrainer, task: DocumentTask, buffer: int | None) -> str:
     rows, limit = trainer.train_dataset, trainer.max_length
     if not isinstance(rows, Dataset):
-        return f"reads {task.name} as a stream, in pieces of at most {limit:,} tokens; nothing is cut off."
+        shuffled = "" if buffer is None else f", shuffled in a buffer of {buffer:,}"
+        return f"reads {task.name} as a stream{shuffled}, in pieces of at most {limit:,} tokens; nothing is cut off."
     tokens = f"{sum(_tokens(ids) for ids in rows['input_ids']):,} tokens"
     if not isinstance(trainer, FinetuneTrainer):
         return (

@@ -42,7 +42,7 @@ from hf_linear_attn.training.uptrain import UptrainTrainer
 
 if TYPE_CHECKING:
     from hf_linear_attn.data.task import DocumentTask
-    from hf_linear_attn.training.recipe import Recipe, Stage
+    from hf_linear_attn.training.recipe import DataRecipe, Recipe, Stage
 
 __all__ = ["StageResult", "TrainResult", "train"]
 
@@ -113,7 +113,7 @@ class _Run:
         prefix: FrozenPrefix | None,
         on_step: OnStep | None,
         on_message: Callable[[str], None] | None,
-        evaluate: bool,
+        evaluate: bool = True,
     ) -> None:
         self.recipe, self.prefix, self.on_step, self.evaluate = recipe, prefix, on_step, evaluate
         self.state = process_state()
@@ -154,7 +154,10 @@ class _Run:
 
     def _documents(self, stage: Stage) -> DocumentTask:
         kind = stage.task if stage.kind == "finetune" else "text"  # type: ignore[attr-defined]
-        return load_task(stage.data or self.recipe.data, kind)
+        return load_task(self._data(stage), kind)
+
+    def _data(self, stage: Stage) -> DataRecipe:
+        return stage.data or self.recipe.data
 
     def _folder(self, index: int) -> Path:
         if index == len(self.recipe.stages) - 1:
@@ -174,7 +177,7 @@ class _Run:
         columns = [name for name in train.column_names or () if name != "group"]
         found = {"stage": stage.kind, **stage.options(), "teacher": getattr(stage, "teacher", None)}
         found["lora"] = asdict(stage.lora)
-        found["shuffle_buffer"] = (stage.data or self.recipe.data).shuffle_buffer
+        found["shuffle_buffer"] = self._data(stage).shuffle_buffer
         if index == 0:
             conversion = self.recipe.conversion
             found |= {
@@ -254,7 +257,8 @@ class _Run:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(LossBar())
         if self.tell is not _say_nothing:
-            for sentence in describe_stage(trainer, task, self._title(index), self._folder(index)):
+            buffer = self._data(stage).shuffle_buffer
+            for sentence in describe_stage(trainer, task, self._title(index), self._folder(index), buffer):
                 self.tell(sentence)
         if not resume:
             self._begin(index)

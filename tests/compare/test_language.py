@@ -366,10 +366,21 @@ def test_a_recipe_that_asks_for_nothing_sensible_is_refused(
         recipe.replace(evaluation=evaluation)
 
 
-@pytest.mark.parametrize("evaluation", [{"generation": WRITES}, {"passkey_lengths": [64]}, {"controls": ["linear"]}])
+@pytest.mark.parametrize(
+    "evaluation",
+    [{"lengths": [512, 2048]}, {"generation": WRITES}, {"passkey_lengths": [64]}, {"controls": ["linear"]}],
+)
 def test_a_classifier_is_asked_to_write_nothing(recipe: Recipe, evaluation: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="is of language models, and the last stage is finetune"):
-        recipe.replace(stages=[{"stage": "finetune"}], evaluation=evaluation)
+    (name,) = evaluation
+    with pytest.raises(ValueError, match=rf"evaluation\.{name} is of language models, and the last stage is finetune"):
+        recipe.replace(stages=[{"stage": "finetune"}], evaluation={"lengths": None, "controls": [], **evaluation})
+
+
+@pytest.mark.parametrize("evaluation", [{"bag_of_words": True}, {"softmax_long": False}])
+def test_a_language_model_is_asked_for_nothing_that_classifiers_do(recipe: Recipe, evaluation: dict[str, Any]) -> None:
+    (name,) = evaluation
+    with pytest.raises(ValueError, match=rf"evaluation\.{name} is of classifiers, and the last stage is distill"):
+        recipe.replace(evaluation=evaluation)
 
 
 def test_a_model_that_reads_less_than_the_checkpoint_is_not_timed_as_the_checkpoint(recipe: Recipe) -> None:

@@ -234,6 +234,16 @@ def test_saved_language_models_may_join_a_comparison_and_are_not_mistaken(
     nothing_trains(monkeypatch)
     joined = compare_language(with_models(language_recipe, saved_gpt2), [], say=lambda _: None)
     assert len(joined["rows"]) == len(first["rows"]) + 2
+    rows = [row for row in joined["rows"] if row["stage"] == "saved"]
+    causal_lm("gpt2", initializer_range=0.5).save_pretrained(saved_gpt2)
+    said: list[str] = []
+    again = compare_language(with_models(language_recipe, saved_gpt2), [], say=said.append)
+    assert "saved (trained elsewhere): " in said[0]
+    assert said[0].endswith("was saved anew, and is measured again.")
+    anew = [row for row in again["rows"] if row["stage"] == "saved"]
+    assert len(anew) == len(rows)
+    assert all(old["nats"] != new["nats"] for old, new in zip(rows, anew, strict=True))
+    assert len(again["rows"]) == len(joined["rows"])
     other = Path(saved_gpt2).rename(tmp_path / "other")
     with pytest.raises(
         ValueError, match=r"'saved' was '.*saved' in the run that this one goes on with, and is '.*other'"

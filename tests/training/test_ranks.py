@@ -45,7 +45,9 @@ def recipe_for(kind: str, folder: Path) -> Recipe:
     return recipe
 
 
-def on_two_ranks(folder: Path, recipe: Recipe, sharded: bool, **changes: Any) -> subprocess.CompletedProcess[str]:
+def on_two_ranks(
+    folder: Path, recipe: Recipe, sharded: bool, command: str = "train", **changes: Any
+) -> subprocess.CompletedProcess[str]:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     launch = ["torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     launch += ["--rdzv_endpoint", "localhost:0"]
@@ -61,7 +63,7 @@ def on_two_ranks(folder: Path, recipe: Recipe, sharded: bool, **changes: Any) ->
         launch += ["--main_process_port", "0"]
     own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "hf_linear_attn", "train", str(folder / "recipe.yaml")],
+        [sys.executable, "-m", *launch, "-m", "hf_linear_attn", command, str(folder / "recipe.yaml")],
         cwd=ROOT,
         env={**os.environ, **own},
         capture_output=True,
@@ -93,6 +95,25 @@ def test_two_ranks_lose_what_one_process_does_with_twice_the_batch(kind: str, tm
     assert two["parameters_total"] == one.parameters_total
     auto = AutoModelForSequenceClassification if kind == "finetune" else AutoModelForCausalLM
     auto.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_ranks_compare_language_models_and_write_each_row_once(tmp_path: Path) -> None:
+    evaluation = {"lengths": [8], "variants": ["linear"], "forward_lengths": []}
+    recipe = recipe_for("uptrain", tmp_path)
+    recipe = recipe.replace(conversion={"variant": "linear"}, training={"max_steps": 1}, evaluation=evaluation)
+    done = on_two_ranks(tmp_path, recipe, sharded=False, command="compare")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "language.rows.jsonl").read_text().splitlines()[1:]
+    rows = [(row["system"], row["stage"]) for row in map(json.loads, lines)]
+    assert rows == [
+        ("softmax", "checkpoint"),
+        ("softmax, same tokens", "uptrain"),
+        ("linear", "converted"),
+        ("linear", "uptrain"),
+    ]
+    assert not any("failure" in line for line in lines)
+    assert done.stdout.count("linear, uptrain, 8 tokens: perplexity") == 1
 
 
 @pytest.mark.slow

@@ -222,7 +222,9 @@ def test_a_resume_under_other_settings_is_refused_with_the_difference(
 def test_a_run_over_a_shuffled_stream_goes_on_and_is_refused_under_another_buffer(tmp_path: Path) -> None:
     stream = {"streaming": True, "shuffle_buffer": 3, "seed": 1}
     recipe = staged_recipe(tmp_path, "gpt2", data=stream, stages=STAGES["gpt2"][:2])
-    expected = weights(train(recipe).output_dir)
+    said: list[str] = []
+    expected = weights(train(recipe, on_message=said.append).output_dir)
+    assert any("as a stream, shuffled in a buffer of 3, in pieces of" in sentence for sentence in said)
     ordered = recipe.replace(data={"shuffle_buffer": None}, training={"output_dir": str(tmp_path / "ordered")})
     other = weights(train(ordered).output_dir)
     assert any(not torch.equal(expected[name], other[name]) for name in expected)
