@@ -217,6 +217,9 @@ def regress(variant: AttentionVariant, recording: Recording, steps: int, lr: flo
         recording: the layer's inputs and softmax outputs.
         steps: number of steps.
         lr: learning rate, times the root mean square of each parameter.
+
+    Raises:
+        ValueError: where a window covers every text that is read: no parameter has a part in any output.
     """
     _regress([variant], [recording], steps, lr)
 
@@ -311,10 +314,15 @@ def _regress(
     best, smallest = [p.detach().clone() for p in _parameters(variants)], error()
     optimizer = torch.optim.Adam([{"params": [p], "lr": lr * _scale(p)} for p in parameters])
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    learned = False
     for step in range(1, steps + 1):
         with torch.enable_grad():
             losses = [_loss(v, recording, step) for v, recording in zip(trained, recordings, strict=True)]
-            gradients = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+            loss = torch.stack(losses).sum()
+        gradients: Sequence[torch.Tensor | None] = [None] * len(parameters)
+        if loss.requires_grad:  # not where the texts lie within a window
+            learned = True
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -326,6 +334,11 @@ def _regress(
             found = error()
             if found < smallest:  # false for nan
                 best, smallest = [p.detach().clone() for p in _parameters(judged)], found
+    if not learned:
+        raise ValueError(
+            f"calibration_steps={steps}: no layer's output depends on its new parameters, as a window covers every "
+            "text that is read. Take longer texts or a narrower window."
+        )
     _copy(_parameters(variants), best)
 
 

@@ -18,7 +18,7 @@ from hf_linear_attn.seam.sharing import variants_of
 from hf_linear_attn.variants.linformer import LinformerAttention
 from tests.test_real_weights import batches as documents
 from tests.test_real_weights import minilm
-from tests.tiny import base_model, causal_lm, outputs_of, token_batch
+from tests.tiny import assert_bit_equal, base_model, causal_lm, outputs_of, token_batch
 
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("linformer", {"k": 4}),
@@ -125,6 +125,21 @@ def test_regression_is_never_worse_however_it_is_set() -> None:
             base_model("bert"), "hedgehog", calibration=batches, calibration_steps=3, calibration_lr=lr
         )
         assert all(after <= error for after, error in zip(errors_of(model), start, strict=True))
+
+
+def test_regression_passes_over_texts_that_a_window_covers_and_refuses_nothing_but_such() -> None:
+    short, long = token_batch(length=8), token_batch(length=30)
+    options: dict[str, Any] = {"window_size": 16, "calibration_steps": 4}
+    for batches in ([short, long], [long, short]):
+        before = errors_of(convert_model(base_model("gpt2"), "lolcats", window_size=16, calibration=batches))
+        after = errors_of(convert_model(base_model("gpt2"), "lolcats", calibration=batches, **options))
+        assert all(trained <= start for trained, start in zip(after, before, strict=True))
+    model = base_model("gpt2")
+    expected = outputs_of(model, long)
+    with pytest.raises(ValueError, match="a window covers every text that is read"):
+        convert_model(model, "lolcats", calibration=[short, short], **options)
+    assert not variants_of(model)
+    assert_bit_equal(outputs_of(model, long), expected)
 
 
 def test_regression_in_half_precision_keeps_the_dtype() -> None:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 
 from hf_linear_attn.training.losses import LayerLosses
@@ -31,10 +32,13 @@ class TransferTrainer(LossStage):
         args, train_dataset, ...: see `StageTrainer`; `trainable` is `new`.
 
     Raises:
-        ValueError: for a model that is not converted, one whose variants have no parameters, or a sharded model.
+        ValueError: for a model that is not converted, one whose variants have no parameters, or a sharded model; in
+            `train`, where every text lies within a window, so that no new parameter has a part in any output.
     """
 
     default_trainable = "new"
+    _learned: bool | None = None
+    """Whether the loss of any batch so far depends on a new parameter; None before the first."""
 
     def __init__(self, model: nn.Module, args: Any, **kwargs: Any) -> None:
         variants = variants_of(model)
@@ -62,9 +66,27 @@ class TransferTrainer(LossStage):
         # Among the outputs: DDP takes what these do not lead to for unused, and fails when it gets a gradient.
         with self.accelerator.unwrap_model(model).register_forward_hook(lambda *given: (losses.mean(), given[-1])):
             loss, outputs = model(**inputs, **self.extra, linear_attn_recorder=losses)
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError(
-                f"No layer's output depends on its new parameters for texts of {inputs['input_ids'].shape[1]} tokens, "
-                "which a window covers: take longer texts or a narrower window"
-            )
+        if torch.is_grad_enabled():
+            self._learned = self._learned or loss.requires_grad
+            # The last piece of a text may lie within a window: it teaches nothing. DDP waits for every gradient.
+            loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return loss, outputs
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `StageTrainer.train`; the longest text is looked at before the first step."""
+        if isinstance(rows := self.train_dataset, Dataset) and "input_ids" in rows.column_names:
+            lengths = [len(ids) for ids in rows["input_ids"]]
+            longest = rows.select([lengths.index(max(lengths))])
+            for batch in self.get_eval_dataloader(longest):
+                self.loss(self.model, self._prepare_inputs(batch))
+            self._check_learned(f"the longest text has {max(lengths)} tokens")
+        output = super().train(*args, **kwargs)
+        self._check_learned(f"pieces of at most {self.max_length} tokens were read")
+        return output
+
+    def _check_learned(self, what: str) -> None:
+        if self._learned is False:
+            raise ValueError(
+                f"No layer's output depends on its new parameters: {what}, and a window covers them. Take longer texts "
+                "or a narrower window"
+            )

@@ -176,7 +176,7 @@ def test_a_system_that_fails_is_a_row_that_says_why(recipe: Recipe, monkeypatch:
     ("changes", "message"),
     [
         ({"evaluation": {"lengths": [16, 4096]}}, "No held-out document has 4096 tokens"),
-        ({"stages": [{"stage": "finetune"}], "evaluation": {"controls": []}}, "got finetune"),
+        ({"stages": [{"stage": "finetune"}], "evaluation": {"controls": [], "lengths": None}}, "got finetune"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_runs(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
@@ -15,7 +16,7 @@ from hf_linear_attn.calibration import record
 from hf_linear_attn.training import TransferTrainer
 from hf_linear_attn.training.parts import variants_of
 from tests.small_runs import small_tokenizer
-from tests.small_stages import arguments, language_model, moved, texts, weights
+from tests.small_stages import arguments, language_model, losses, moved, texts, weights
 from tests.tiny import causal_lm, token_batch, without_dropout
 
 
@@ -117,5 +118,27 @@ def test_a_step_under_ddp_is_a_step_without(tmp_path: Path) -> None:
 def test_texts_within_the_window_have_nothing_to_transfer(tmp_path: Path) -> None:
     model = convert_model(causal_lm(), "lolcats", window_size=64)
     trainer = TransferTrainer(model, arguments(tmp_path), train_dataset=texts(), processing_class=small_tokenizer())
-    with pytest.raises(ValueError, match="22 tokens, which a window covers: take longer texts or a narrower window"):
+    with pytest.raises(ValueError, match="the longest text has 22 tokens, and a window covers them"):
         trainer.train()
+
+
+def test_a_stream_within_the_window_is_an_error_at_the_end(tmp_path: Path) -> None:
+    stream = Dataset.from_dict({"text": texts()}).to_iterable_dataset()
+    model = convert_model(causal_lm(), "lolcats", window_size=64)
+    args = arguments(tmp_path, max_steps=2)
+    trainer = TransferTrainer(model, args, train_dataset=stream, processing_class=small_tokenizer(), max_length=32)
+    with pytest.raises(ValueError, match="pieces of at most 32 tokens were read, and a window covers them"):
+        trainer.train()
+
+
+def test_the_last_piece_of_a_text_may_lie_within_the_window(tmp_path: Path) -> None:
+    model = convert_model(causal_lm(), "lolcats", window_size=16)
+    before = weights(model)
+    args = arguments(tmp_path, max_steps=8, per_device_train_batch_size=1, logging_steps=1)
+    pieces = {"train_dataset": texts(4, words=36), "max_length": 32}  # of 32 tokens, and of 8 at most
+    trainer = TransferTrainer(model, args, processing_class=small_tokenizer(), **pieces)
+    assert sorted({len(ids) for ids in trainer.train_dataset["input_ids"]})[0] < 16
+    trainer.train()
+    assert min(losses(trainer)) < 1e-12  # rounding alone
+    assert max(losses(trainer)) > 1e-6
+    assert moved(before, weights(model))
