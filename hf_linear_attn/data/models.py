@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 __all__ = [
     "BUNDLED_MODELS",
     "BundledModel",
@@ -133,9 +135,12 @@ def named_errors(name_or_path: str, what: str = "model") -> Iterator[None]:
         yield
     except Exception as error:
         # By class and not by `except`: the readers of weights and of tokenizers are Rust, and raise bare `Exception`s.
-        if not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or what == "tokenizer"):
+        unfit = isinstance(error, StrictDataclassError)  # a value of the config that older Transformers refuse
+        if not (
+            isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or what == "tokenizer" or unfit
+        ):
             raise
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = (" ".join(str(error).split()) if unfit else str(error).partition("\n")[0]).rstrip(".")
         message = f"The {what} of {name_or_path!r} cannot be read: {reason}."
         if not Path(name_or_path).is_dir():
             close = difflib.get_close_matches(name_or_path, BUNDLED_MODELS, n=1)

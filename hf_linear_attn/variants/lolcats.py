@@ -46,7 +46,9 @@ class LolcatsConfig(VariantConfig):
         window_size: w in tokens (even on encoders, half on each side); None means 64, or an eighth of the longest
             input where that is less.
         tail: features of the keys outside the window: `"taylor"` (order 2 on a projection of q and k), `"hedgehog"`
-            (as published), or `"centroids"` (as published until calibration chooses centroids).
+            (as published), or `"centroids"` (as published until calibration chooses centroids). Taylor is the closest
+            on short inputs; it gives unlikely keys too much weight, so that several times past the length of the
+            calibration a decoder is better off with centroids.
         num_features: features of `centroids` and `hedgehog`, even; None means 2 head_dim.
         projection_size: channels that `taylor` projects q and k to, at most head_dim.
     """
