@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from hf_linear_attn.compare.charts import language_png
 from hf_linear_attn.compare.language_parts import last_parts, likelihood_part, prompt_places
-from hf_linear_attn.compare.saved import SAVED, check_rows, saved_language_models
+from hf_linear_attn.compare.saved import SAVED, drop_stale_rows, saved_language_models
 from hf_linear_attn.data import load_config
 from hf_linear_attn.data.tokenization import encode_leading
 from hf_linear_attn.measure.bootstrap import bootstrap_interval, bootstrap_statistic, paired_bootstrap_difference
@@ -106,7 +106,7 @@ class _Language:
             setting["recipe"]["evaluation"].pop(name)
         self.rows = RowFile(self.output / "language.rows.jsonl", setting, writes=self.main)
         self.state.wait_for_everyone()  # every process has read them before one adds to them
-        for sentence in check_rows(self.saved, self.rows):
+        for sentence in drop_stale_rows(self.saved, self.rows):
             self.say(sentence)
 
     def _controls(self) -> tuple[list[Method], bool]:

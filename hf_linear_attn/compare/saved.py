@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAVED",
     "SavedSystem",
-    "check_rows",
+    "drop_stale_rows",
     "measure_classifier",
     "saved_classifiers",
     "saved_language_models",
@@ -131,7 +131,7 @@ def saved_language_models(recipe: Recipe, tokenizer: Any, texts: Sequence[str]) 
     return systems
 
 
-def check_rows(systems: Sequence[SavedSystem], rows: RowFile) -> list[str]:
+def drop_stale_rows(systems: Sequence[SavedSystem], rows: RowFile) -> list[str]:
     """Forget the rows of models that were saved anew since an earlier run; a sentence about each.
 
     Raises:

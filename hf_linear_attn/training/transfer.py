@@ -77,8 +77,9 @@ class TransferTrainer(LossStage):
         if isinstance(rows := self.train_dataset, Dataset) and "input_ids" in rows.column_names:
             lengths = [len(ids) for ids in rows["input_ids"]]
             longest = rows.select([lengths.index(max(lengths))])
-            for batch in self.get_eval_dataloader(longest):
-                self.loss(self.model, self._prepare_inputs(batch))
+            with torch.random.fork_rng([]):  # a loader draws a seed
+                for batch in self.get_test_dataloader(longest):  # unlike that of evaluation it is never kept
+                    self.loss(self.model, self._prepare_inputs(batch))
             self._check_learned(f"the longest text has {max(lengths)} tokens")
         output = super().train(*args, **kwargs)
         self._check_learned(f"pieces of at most {self.max_length} tokens were read")

@@ -45,10 +45,8 @@ class LolcatsConfig(VariantConfig):
     Attributes:
         window_size: w in tokens (even on encoders, half on each side); None means 64, or an eighth of the longest
             input where that is less.
-        tail: features of the keys outside the window: `"taylor"` (order 2 on a projection of q and k), `"hedgehog"`
-            (as published), or `"centroids"` (as published until calibration chooses centroids). Taylor is the closest
-            on short inputs; it gives unlikely keys too much weight, so that several times past the length of the
-            calibration a decoder is better off with centroids.
+        tail: features of keys outside the window: `"taylor"` (order 2 on a projection; closest until a decoder reads
+            far past its calibration), `"hedgehog"` (as published), `"centroids"` (so too until calibration).
         num_features: features of `centroids` and `hedgehog`, even; None means 2 head_dim.
         projection_size: channels that `taylor` projects q and k to, at most head_dim.
     """
