@@ -84,7 +84,7 @@ class _Language:
             raise ValueError("A comparison of language models takes stages transfer, distill or uptrain, got finetune")
         self.state = process_state()
         self.main = self.state.is_main_process
-        self.recipe, self.say, self.command = recipe, say if self.main else _say_nothing, command
+        self.recipe, self.say, self.command = recipe, say if self.main else lambda _: None, command
         self.methods = parse_methods(recipe.evaluation.variants if variants is None else variants, hybrids=True)
         self.output = recipe.output_dir
         with self.state.main_process_first():
@@ -104,7 +104,8 @@ class _Language:
         setting = {"recipe": recipe.to_dict(), "documents": {str(n): len(x) for n, x in self.documents.items()}}
         for name in _JOINING:
             setting["recipe"]["evaluation"].pop(name)
-        self.rows = RowFile(self.output / "language.rows.jsonl", setting, writes=self.main)
+        with self.state.main_process_first():  # it writes the file anew as it opens it
+            self.rows = RowFile(self.output / "language.rows.jsonl", setting, writes=self.main)
         self.state.wait_for_everyone()  # every process has read them before one adds to them
         for sentence in drop_stale_rows(self.saved, self.rows):
             self.say(sentence)
@@ -299,10 +300,6 @@ class _Language:
             if "found" in row:
                 found["found_interval"] = bootstrap_interval(row["found"]).to_dict()
             yield {**row, **found}
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def _ratio(own: Sequence[float], base: Sequence[float], groups: Sequence[str]) -> dict[str, float]:

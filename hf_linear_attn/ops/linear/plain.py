@@ -171,7 +171,7 @@ def _accumulate(
         weight = exponent.exp()
         k, values = (k, values * weight) if weight.shape[-1] == 1 else (k * weight, values)
     # v^T k: its long dimension is F, which suits matrix products better than D + 1
-    sums = k.mT * values if k.shape[2] == 1 else (values.mT @ k).mT
+    sums = (values.mT @ k).mT
     if carry is not None:
         sums = sums + (carry[0] if left is None else carry[0] * left.exp()[..., None])
     return sums, peak
