@@ -182,6 +182,10 @@ class _Language:
         base |= {"conversion": conversion, "training": {**base["training"], "output_dir": str(folder)}}
         if not list(self._layer(method).parameters()):  # nothing to transfer
             base["stages"] = [stage for stage in base["stages"] if stage["stage"] != "transfer"]
+        if self.recipe.evaluation.teacher == "budgeted":
+            for stage in base["stages"]:
+                if stage["stage"] == "distill":
+                    stage["teacher"] = stage["teacher"] or str(self._budgeted().output_dir)
         return Recipe.from_dict(base)
 
     def _layer(self, method: Method) -> AttentionVariant:

@@ -11,7 +11,7 @@ from hf_linear_attn.measure.strict import check
 __all__ = ["EvaluationRecipe", "GenerationRecipe", "SavedModelRecipe"]
 
 # What a comparison of the other kind would read and never run.
-_OF_LANGUAGE = ("lengths", "generation", "passkey_lengths", "controls")
+_OF_LANGUAGE = ("lengths", "generation", "passkey_lengths", "controls", "teacher")
 _OF_CLASSIFIERS = ("softmax_long", "bag_of_words")
 
 
@@ -69,6 +69,8 @@ class EvaluationRecipe:
             `linear_branch_off`: every trained variant with linear attention beside a window once more without it.
         lengths: tokens of the held-out documents on which a comparison of language models measures perplexity; 512 and
             2,048 when null.
+        teacher: whom the distill stages of such a comparison learn from, unless they name one: the checkpoint, or the
+            `budgeted` one, trained on the same tokens, of whose perplexity the conversion's loss is then a share.
         generation: what a comparison of language models lets each write; nothing when null.
         passkey_lengths: most tokens of the documents in which it lets each look for a pass key; empty for none.
         passkey_documents: of each length.
@@ -87,6 +89,7 @@ class EvaluationRecipe:
     variants: list[Any] = field(default_factory=list)
     controls: list[Any] = field(default_factory=list)
     lengths: list[int] | None = None
+    teacher: Literal["checkpoint", "budgeted"] = "checkpoint"
     generation: GenerationRecipe | None = None
     passkey_lengths: list[int] = field(default_factory=list)
     passkey_documents: int = 20

@@ -25,7 +25,7 @@ from hf_linear_attn.compare.language import (
     language_table,
 )
 from hf_linear_attn.measure.generation import continuation_likelihoods, greedy_continuations, repeated_share
-from hf_linear_attn.measure.methods import RefusedError
+from hf_linear_attn.measure.methods import RefusedError, parse_methods
 from hf_linear_attn.measure.perplexity import document_likelihoods
 from hf_linear_attn.training.parts import variants_of
 from hf_linear_attn.training.recipe import Recipe
@@ -207,6 +207,29 @@ def test_softmax_gets_the_budget_of_every_stage_that_trains_its_weights(recipe: 
     assert budgeted.conversion is None
     found = [(stage.kind, stage.trainable, stage.training) for stage in budgeted.stages]
     assert found == [("uptrain", "all", {"max_steps": 3}), ("uptrain", "last_layers:1", {})]
+
+
+def test_distillation_learns_from_the_budgeted_checkpoint_where_it_is_told_to(recipe: Recipe) -> None:
+    ends: dict[str, list[float]] = {}
+    for teacher in ("checkpoint", "budgeted"):
+        training = {"output_dir": str(recipe.output_dir / teacher), "learning_rate": 0.02, "max_steps": 8}
+        results = quiet(recipe.replace(training=training), teacher=teacher, controls=[], lengths=[32])
+        rows = {(row["system"], row["stage"]): row["nats"] for row in results["rows"] if "length" in row}
+        ends[teacher] = rows["hedgehog", "distill"]
+        base = rows[BUDGETED, "uptrain"]
+        assert rows[CHECKPOINT, "checkpoint"] != pytest.approx(base, rel=0.01)
+        if teacher == "budgeted":
+            assert (
+                np.abs(np.subtract(ends["budgeted"], base)).mean()
+                < np.abs(np.subtract(ends["checkpoint"], base)).mean()
+            )
+    own = recipe.replace(evaluation={"teacher": "budgeted"})
+    method = parse_methods(["hedgehog"])[0]
+    (distill,) = [x for x in module._Language(own, [], "", print)._recipe_of(method).stages if x.kind == "distill"]
+    assert distill.teacher == str(recipe.output_dir / "softmax")
+    named = [{"stage": "distill", "max_length": 32, "teacher": own.model.name}]
+    (distill,) = module._Language(own.replace(stages=named), [], "", print)._recipe_of(method).stages
+    assert distill.teacher == own.model.name
 
 
 WINDOWED = {"lolcats": {"window_size": 4}}
