@@ -4,10 +4,9 @@ y_i = (sum_window g e^l_ij v_j + phi(q_i) S_i) / (sum_window g e^l_ij + phi(q_i)
 and z_i sums of phi(k) v^T and phi(k) over the keys outside the window: earlier ones, on encoders later ones too.
 Cost n (w + f) d; decode state w keys and values and f (d + 1) sums a head.
 
-The window's scale does not cancel, it sets the balance with the tail. As published phi is Hedgehog's, relative to the
-largest term of the window, and g = 0.1. `taylor`, and `centroids` once calibrated, estimate the logits themselves, with
-g = 1: e^{s q.k} = e^{s (q-a).(k-c)} e^{s a.k} e^{s (q-a).c}, phi for the first factor, a the mean query and c the mean
-attended key. Calibration keeps in each head what lowers its output error.
+The window's scale sets the balance with the tail. As published phi is Hedgehog's, relative to the largest term of the
+window, and g = 0.1. `taylor`, and `centroids` once calibrated, estimate the logits themselves, with g = 1: e^{s q.k} =
+e^{s (q-a).(k-c)} e^{s a.k} e^{s (q-a).c}, phi for the first factor, a the mean query and c the mean attended key.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, Laye
 
 __all__ = ["LolcatsAttention", "LolcatsConfig"]
 
-_TAILS = ("taylor", "centroids", "hedgehog")
+_TAILS = ("taylor", "hedgehog", "centroids", None)
 _FACTOR_STEPS = (-0.5, 0.5, 1.0, 2.0, 4.0)  # of log g, tried by calibration; the last leaves little but the window
 
 
@@ -45,14 +44,14 @@ class LolcatsConfig(VariantConfig):
     Attributes:
         window_size: w in tokens (even on encoders, half on each side); None means 64, or an eighth of the longest
             input where that is less.
-        tail: features of keys outside the window: `"taylor"` (order 2 on a projection; closest until a decoder reads
-            far past its calibration), `"hedgehog"` (as published), `"centroids"` (so too until calibration).
+        tail: features of keys outside the window: `"hedgehog"` (as published), `"centroids"` (so too until calibrated)
+            or `"taylor"` (order 2 on a projection); None means centroids on decoders, Taylor's on encoders.
         num_features: features of `centroids` and `hedgehog`, even; None means 2 head_dim.
         projection_size: channels that `taylor` projects q and k to, at most head_dim.
     """
 
     window_size: int | None = None
-    tail: str = "taylor"
+    tail: str | None = None
     num_features: int | None = None
     projection_size: int = 16
 
@@ -74,7 +73,7 @@ class LolcatsConfig(VariantConfig):
     state="window",
     exact_limit=lambda length, is_causal: {"window_size": length if is_causal else max(2, 2 * (length - 1))},
     # An odd window is for decoders only.
-    test_options=({"window_size": 8, "tail": "centroids", "num_features": 12}, {"window_size": 5, "tail": "hedgehog"}),
+    test_options=({"window_size": 8, "tail": "centroids"}, *({"window_size": 5, "tail": x} for x in _TAILS[1::-1])),
     masked_export=True,
 )
 class LolcatsAttention(AttentionVariant):
@@ -99,7 +98,8 @@ class LolcatsAttention(AttentionVariant):
         self.window_size = config.window_size or min(64, max(2, context.max_length // 16 * 2))
         if not context.is_causal and self.window_size % 2:
             raise ValueError(f"window_size={self.window_size}; allowed on an encoder: even, half on each side.")
-        self.taylor, self.has_tail = config.tail == "taylor", True
+        self.tail = config.tail or ("centroids" if context.is_causal else "taylor")
+        self.taylor, self.has_tail = self.tail == "taylor", True
         rows = min(config.projection_size, dim) if self.taylor else config.num_features or 2 * dim
         self.num_features = 1 + rows + rows * (rows + 1) // 2 if self.taylor else rows
         self.window_log_factor = nn.Parameter(torch.empty(heads))
@@ -137,9 +137,9 @@ class LolcatsAttention(AttentionVariant):
         if self.taylor:
             projections = zip(("query_weight", "key_weight"), measure.principal_maps(q, k), strict=True)
             starts = [{name: x[:, : self.query_weight.shape[1]] for name, x in projections}]
-        elif self.config.tail == "centroids":
+        elif self.tail == "centroids":
             starts = measure.centroid_starts(q, k, self.num_features, scaling)
-        centers = {} if self.config.tail == "hedgehog" else {"query_center": a, "key_center": c}
+        centers = {} if self.tail == "hedgehog" else {"query_center": a, "key_center": c}
         errors = self.error_meter(rows, scaling)
         present = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         starts = [{**start, **centers, "window_log_factor": torch.zeros_like(a[:, 0])} for start in starts]

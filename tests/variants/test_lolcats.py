@@ -68,7 +68,7 @@ def rest_of_the_logits(q, k, a, c):
 @SIDES
 def test_taylor_is_its_formula(causal):
     q, k, v = draw(100)
-    module = build(causal, window_size=10, projection_size=4)
+    module = build(causal, tail="taylor", window_size=10, projection_size=4)
     a, c = set_tail(module)
     u = SCALING * ((q - a) @ module.query_weight.mT) @ ((k - c) @ module.key_weight.mT).mT
     log_tail = (1 + u + u**2 / 2).log() + rest_of_the_logits(q, k, a, c)
@@ -104,7 +104,7 @@ def test_a_window_over_everything_is_softmax(causal, tail):
 def test_taylor_is_near_softmax_where_logits_are_small(causal):
     """The tail stands on the scale of the logits: an exact expansion needs no balancing."""
     q, k, v = draw(60)
-    module = build(causal, window_size=4, projection_size=8)
+    module = build(causal, tail="taylor", window_size=4, projection_size=8)
     want = torch.nn.functional.scaled_dot_product_attention(0.3 * q, 0.3 * k, v, is_causal=causal, scale=SCALING)
     torch.testing.assert_close(attend(module, 0.3 * q, 0.3 * k, v), want, atol=2e-3, rtol=0)
 
@@ -131,8 +131,27 @@ def test_calibration_is_never_worse_in_any_head(causal, tail, gain):
     assert errors()[0] < gain * before[0]
 
 
+@SIDES
+def test_the_default_tail_is_the_one_that_lasts_on_its_side(causal):
+    module, named = (build(causal, tail=tail) for tail in (None, "centroids" if causal else "taylor"))
+    assert module.state_dict().keys() == named.state_dict().keys()
+    assert LolcatsConfig().to_dict()["tail"] is None, "a saved model keeps what it was told"
+
+
+def test_a_tail_is_turned_down_until_the_model_is_no_worse_than_its_window_alone():
+    """Tokens that attend to their like: most of what features give to keys outside the window is wrong."""
+    q, _, v = draw(200)
+    q = 3 * q
+    module = build(True, window_size=16, tail="hedgehog")
+    want = torch.nn.functional.scaled_dot_product_attention(q, q, v, is_causal=True, scale=SCALING)
+    module.calibrate([AttentionInputs(q, q, v, None, True, SCALING)])
+    error = (attend(module, q, q, v) - want).square().sum()
+    module.drop_linear_branch()
+    assert error < (attend(module, q, q, v) - want).square().sum()
+
+
 def test_decode_state_is_the_window_and_the_sums():
-    module = build(True, window_size=6, projection_size=4)
+    module = build(True, tail="taylor", window_size=6, projection_size=4)
     state = module.init_state(2, torch.float32, "cpu")
     assert state["key"].shape == state["value"].shape == (2, 3, 6, 8)
     features = 1 + 4 + 4 * 5 // 2
@@ -166,7 +185,7 @@ def test_without_its_linear_branch_it_is_the_window_alone(causal, tail):
 
 def test_without_its_linear_branch_it_decodes_from_the_window():
     q, k, v = draw(50)
-    module = build(True, window_size=6, projection_size=4)
+    module = build(True, tail="taylor", window_size=6, projection_size=4)
     set_tail(module)
     module.drop_linear_branch()
     state, rows = module.init_state(2, torch.float64, "cpu"), []
@@ -185,7 +204,7 @@ def test_the_default_window_suits_the_longest_input(max_length, window):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tail": "elu"}, "tail='elu'; allowed: taylor, centroids, hedgehog"),
+        ({"tail": "elu"}, "tail='elu'; allowed: taylor, hedgehog, centroids, None"),
         ({"window_size": 0}, "window_size=0; allowed: an integer of at least 1, or None"),
         ({"num_features": 5}, "num_features=5; allowed: an even integer, or None"),
         ({"num_features": True}, "num_features=True"),

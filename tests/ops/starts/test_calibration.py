@@ -42,6 +42,15 @@ def test_rows_are_the_real_tokens_of_every_call():
     assert [row[1].shape[2] for row in collect_rows(calls, max_tokens=8)] == [7, 8, 8]
 
 
+def test_a_row_is_as_long_as_most_decoders_read():
+    """A start that saw 1,024 tokens was far off at 2,048."""
+    q, k, v = draw(3, 1, 1, 5000, 2).unbind(0)
+    call = SimpleNamespace(query=q, key=k, value=v, token_mask=None, softmax_output=v)
+    rows = collect_rows([call])
+    assert [x.shape[2] for x in rows[0]] == [4096] * 3
+    assert rows.outputs == [None], "softmax of all tokens is not that of these"
+
+
 def test_softmax_that_was_recorded_is_not_computed_again(monkeypatch):
     q, k, v = draw(3, 2, 4, 10, 5).unbind(0)
     real = torch.arange(10) < torch.tensor([[7], [10]])
