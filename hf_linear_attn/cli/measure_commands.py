@@ -209,6 +209,7 @@ def evaluate_command(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Documents of a forward (default: 8).")
     ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, as training with bf16 does.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="A file for the numbers, as JSON.")] = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="A file for a line of JSON for each document.")
@@ -245,6 +246,7 @@ def evaluate_command(
             metrics=names(metrics, "--metrics"),
             max_length=max_length,
             batch_size=batch_size,
+            bf16=bf16,
             show_progress=sys.stderr.isatty(),
         )
     if found is None:  # not the main process

@@ -52,6 +52,7 @@ def load_documents(
     max_test_documents: int | None = None,
     streaming: bool = False,
     shuffle_buffer: int | None = None,
+    trains: bool = True,
     **options: Any,
 ) -> DocumentTask:
     """Documents for a task, from wherever they are; every row is checked before it is returned.
@@ -79,6 +80,8 @@ def load_documents(
             the test part.
         shuffle_buffer: of a stream: how many documents are held at once, of which the next ones are drawn at random, by
             `seed` and otherwise in each pass; they come in the source's order when None.
+        trains: whether a model learns from the training part, whose labels, two at least, are those of the task then;
+            False takes those of all rows, one or more, for a model that has learned its own.
         **options: options of the source. Files, folders, the Hub: `test_fraction` (.3, where the source has no test
             part) and `drop_empty` (leave out rows without text, with a note). Files: `sample_by`, what of a .txt file
             is a document: `"document"` (all of it), `"paragraph"` or `"line"`. The Hub: `config_name`, `revision`,
@@ -132,6 +135,7 @@ def load_documents(
             seed=seed,
             test_fraction=found.test_fraction,
             drop_empty=found.drop_empty,
+            trains=trains,
         )
         about["note"] = " ".join(filter(None, (found.note, note)))
         made = DocumentTask(train=whole, test=held, label_names=names, **about)

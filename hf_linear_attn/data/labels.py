@@ -71,17 +71,20 @@ def is_missing(value: Any, kind: str) -> bool:
     return classes and not isinstance(value, bool | str) and value == -1
 
 
-def collect_labels(kind: str, features: Features | None, column: str, rows: Iterable[tuple[str, Any]]) -> Labels:
-    """The labels of a task from its training rows.
+def collect_labels(
+    kind: str, features: Features | None, column: str, rows: Iterable[tuple[str, Any]], *, fewest: int = 2
+) -> Labels:
+    """The labels of a task from its rows.
 
     Args:
         kind: the task.
         features: of the source; a `ClassLabel` names its labels.
         column: the source's column.
-        rows: file and row, and value, of the training rows that have one.
+        rows: file and row, and value, of the rows that have one.
+        fewest: labels there must be.
 
     Raises:
-        ValueError: for fewer than two labels, or values that are no labels.
+        ValueError: for fewer labels, or values that are no labels.
     """
     feature = features.get(column) if features else None
     several = kind != "sequence_classification"
@@ -113,7 +116,7 @@ def collect_labels(kind: str, features: Features | None, column: str, rows: Iter
         return Labels([f"label {index}" for index in range(entries)], one_hot=True)
     if len({isinstance(value, str) for value in found}) > 1:
         raise ValueError(f"The column {column!r} mixes words and numbers as labels: {_some(sorted(map(str, found)))}.")
-    if len(found) < 2:
+    if len(found) < fewest:
         raise ValueError(
             f"The column {column!r} has fewer than two labels in the training part: {_some(map(str, found))}."
         )

@@ -76,7 +76,14 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def to_tables(
-    sides: Sides, kind: str, fields: Mapping[str, str], *, seed: int, test_fraction: float, drop_empty: bool = False
+    sides: Sides,
+    kind: str,
+    fields: Mapping[str, str],
+    *,
+    seed: int,
+    test_fraction: float,
+    drop_empty: bool = False,
+    trains: bool = True,
 ) -> tuple[Dataset, Dataset, list[str], str]:
     """Check every row and build the tables of a task.
 
@@ -87,6 +94,7 @@ def to_tables(
         seed: of the split, where the source has none.
         test_fraction: wanted share of test documents of that split.
         drop_empty: leave out rows without text, with a note, instead of refusing them.
+        trains: whether the labels are those of the training part, two at least, or else of all rows.
 
     Returns:
         training table, test table, names of the labels, and notes on what was left out.
@@ -96,7 +104,7 @@ def to_tables(
     """
     parts = [*sides.train, *(sides.test or [])]
     columns = {id(part): find_columns(part.rows.column_names, fields, kind, part.place.name) for part in parts}
-    labels, unlabeled = _labels(sides, kind, columns)
+    labels, unlabeled = _labels(sides, kind, columns, trains)
 
     def table(parts: list[Part], is_test: bool) -> Dataset:
         tables = [
@@ -113,7 +121,8 @@ def to_tables(
         notes.append(f"{empty} rows without text were left out.")
     if test is None:
         grouped = "group" in columns[id(parts[0])]
-        train, test = _split(train, kind, labels.names, grouped=grouped, seed=seed, share=test_fraction)
+        split: dict[str, Any] = {"grouped": grouped, "seed": seed, "share": test_fraction, "trains": trains}
+        train, test = _split(train, kind, labels.names, **split)
     for side, named in ((train, sides.train), (test, sides.test or sides.train)):
         if len(side) == 0:
             raise ValueError(f"Nothing is left of {', '.join(part.place.name for part in named)}. {' '.join(notes)}")
@@ -224,7 +233,7 @@ class _Convert:
         return text is None or (isinstance(text, str | list) and not "".join(text).strip())
 
 
-def _labels(sides: Sides, kind: str, columns: Mapping[int, Mapping[str, str]]) -> tuple[Labels, int]:
+def _labels(sides: Sides, kind: str, columns: Mapping[int, Mapping[str, str]], trains: bool) -> tuple[Labels, int]:
     """The labels, and how many test rows have none; a training row without one is an error."""
     label = LABEL_OF[kind]
     if label is None:
@@ -245,18 +254,21 @@ def _labels(sides: Sides, kind: str, columns: Mapping[int, Mapping[str, str]]) -
         return Labels([]), unlabeled
     if kind == "regression":
         return Labels([column]), unlabeled
+    parts = sides.train if trains else [*sides.train, *(sides.test or [])]
     values = (
         (part.place.where(index), value)
-        for part in sides.train
+        for part in parts
         for index, value in enumerate(part.rows[columns[id(part)][label]])
+        if not is_missing(value, kind)
     )
-    return collect_labels(kind, sides.train[0].rows.features, column, values), unlabeled
+    return collect_labels(kind, sides.train[0].rows.features, column, values, fewest=2 if trains else 1), unlabeled
 
 
 def _split(
-    table: Dataset, kind: str, names: Sequence[str], *, grouped: bool, seed: int, share: float
+    table: Dataset, kind: str, names: Sequence[str], *, grouped: bool, seed: int, share: float, trains: bool
 ) -> tuple[Dataset, Dataset]:
-    """Split so that no group is on both sides, nor a context that several questions are asked about."""
+    """Split so that no group is on both sides, nor a context that several questions are asked about, and so that every
+    label is on both; where nothing trains, labels with too few groups for that fall where they fall."""
     labels = list(table["label"]) if kind == "sequence_classification" else [0] * len(table)
     groups = list(table["group"])
     if "context" in table.column_names and not grouped:
@@ -265,6 +277,8 @@ def _split(
     by_label: dict[int, set[str]] = {}
     for label, group in zip(labels, groups, strict=True):
         by_label.setdefault(label, set()).add(group)
+    if not trains and min(map(len, by_label.values())) < 2:
+        labels, by_label = [0] * len(table), {0: set(groups)}
     for label, found in by_label.items():
         if len(found) < 2:
             what = f"The label {names[label]!r} occurs in" if kind == "sequence_classification" else "There is"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
@@ -230,6 +231,7 @@ def evaluate_model(
     metrics: Sequence[str] | None = None,
     max_length: int | None = None,
     batch_size: int | None = None,
+    bf16: bool = False,
     show_progress: bool = False,
 ) -> Evaluation:
     """Measure a saved model on documents.
@@ -241,6 +243,7 @@ def evaluate_model(
         metrics: names for `load_metrics`; the task's own when None.
         max_length: tokens of a document; as the tokenizer was saved with when None.
         batch_size: documents of a forward on a device; 8 when None.
+        bf16: compute under bfloat16 autocast, as training with `bf16` does; likelihoods are summed in float32.
         show_progress: a progress bar on the main process.
 
     Raises:
@@ -261,12 +264,14 @@ def evaluate_model(
         )
     _check_measures(saved, metrics)
     saved.reads(max_length)
-    task = load_task(data, saved.task)
+    task = load_task(data, saved.task, trains=False)
     if part == "train":
         task = dataclasses.replace(task, test=task.train)
     elif part == "all":
         task = dataclasses.replace(task, test=concatenate_datasets([task.train, task.test]))
-    arguments = {} if batch_size is None else {"per_device_eval_batch_size": batch_size}
+    arguments: dict[str, Any] = {"bf16": bf16}
+    if batch_size is not None:
+        arguments["per_device_eval_batch_size"] = batch_size
     options: dict[str, Any] = {"metrics": metrics, "max_length": max_length, "show_progress": show_progress}
     return evaluate_saved(saved, task, arguments=arguments, **options)
 
@@ -301,7 +306,8 @@ def evaluate_saved(
     _check_measures(saved, metrics)
     model = saved.load()
     if saved.auto == "AutoModelForCausalLM":
-        found = _likelihoods(model, saved, task.test, length, show_progress)
+        bf16 = bool((arguments or {}).get("bf16"))
+        found = _likelihoods(model, saved, task.test, length, bf16, show_progress)
     else:
         with tempfile.TemporaryDirectory() as folder:
             own = {"output_dir": folder, "disable_tqdm": not show_progress}
@@ -389,7 +395,7 @@ def _measured(trainer: StageTrainer) -> dict[str, float]:
     return {name.removeprefix("eval_"): found[name] for name in kept}
 
 
-def _likelihoods(model: Any, saved: SavedModel, test: Dataset, length: int, show_progress: bool) -> Found:
+def _likelihoods(model: Any, saved: SavedModel, test: Dataset, length: int, bf16: bool, show_progress: bool) -> Found:
     if length < 2:
         raise ValueError(f"max_length={length}; a likelihood needs 2 tokens")
     groups, encoded = list(test["group"]), encode_leading(list(test["text"]), saved.tokenizer, length)
@@ -399,7 +405,8 @@ def _likelihoods(model: Any, saved: SavedModel, test: Dataset, length: int, show
     state = process_state()
     model.to(state.device)
     tokens = [len(ids) - 1 for ids in encoded]  # the first is not predicted
-    with tqdm(encoded, disable=not (show_progress and state.is_main_process)) as bar:
+    half = torch.autocast(state.device.type, torch.bfloat16, enabled=bf16)
+    with half, tqdm(encoded, disable=not (show_progress and state.is_main_process)) as bar:
         nats = [document_likelihoods(model, [ids], len(ids))[0] * (len(ids) - 1) for ids in bar]
     measure = load_metrics([_LANGUAGE[saved.auto]])
     measure.add_batch(predictions=nats, references=tokens)

@@ -64,8 +64,8 @@ def process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def load_task(recipe: DataRecipe, kind: str) -> DocumentTask:
-    """The documents that `recipe` names, for a task or as `text`."""
+def load_task(recipe: DataRecipe, kind: str, *, trains: bool = True) -> DocumentTask:
+    """The documents that `recipe` names, for a task or as `text`; `trains` as `load_documents` takes it."""
     with quiet_libraries():
         return load_documents(
             recipe.source,
@@ -76,6 +76,7 @@ def load_task(recipe: DataRecipe, kind: str) -> DocumentTask:
             max_test_documents=recipe.max_test_documents,
             streaming=recipe.streaming,
             shuffle_buffer=recipe.shuffle_buffer,
+            trains=trains,
             **recipe.options,
         )
 

@@ -194,6 +194,27 @@ def test_labels_without_names_are_numbers(tmp_path: Path) -> None:
         measured(tmp_path / "saved", write_rows(source, [*rows, *[{"text": "w1", "label": 3}] * 4]))
 
 
+def test_documents_of_one_label_or_of_a_label_each_are_measured(classifier: Path, tmp_path: Path) -> None:
+    for labels in (["metal"] * 3, ["metal", "metal", "fruit"]):
+        rows = [{"text": f"some words {index} again", "label": label} for index, label in enumerate(labels)]
+        found = measured(classifier, write_rows(tmp_path / "rows.jsonl", rows), part="all")
+        assert sorted(found.references) == sorted(int(label == "metal") for label in labels)
+    parts = {
+        part: str(write_rows(tmp_path / f"{part}.jsonl", [{"text": "some words again", "label": label}]))
+        for part, label in (("train", "fruit"), ("test", "metal"))  # the test part has a label of its own
+    }
+    assert evaluate_model(read_saved(str(classifier)), DataRecipe(parts)).references == [1]
+
+
+def test_bf16_computes_in_bf16_and_counts_in_full(classifier: Path, texts_by_label: Path, tmp_path: Path) -> None:
+    causal_lm("llama").save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
+    for folder, name in ((classifier, "loss"), (tmp_path, "perplexity")):
+        full, half = (measured(folder, texts_by_label, bf16=bf16).metrics[name] for bf16 in (False, True))
+        assert half != full
+        assert half == pytest.approx(full, rel=0.02)
+
+
 def test_labels_that_the_model_does_not_know_are_named(classifier: Path, tmp_path: Path) -> None:
     words = [("fruit", "apple"), ("wood", "w1"), ("stone", "w2")]
     rows = [{"text": f"{text} w{index}", "label": label} for label, text in words for index in range(4)]
