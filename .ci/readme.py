@@ -19,6 +19,7 @@ from hf_linear_attn.bench.speed.recipe import BenchRecipe
 from hf_linear_attn.bench.speed.tables import render_performance
 from hf_linear_attn.bench.starts.tables import render_overview
 from hf_linear_attn.cli.listing import KEEPS, exact_limit, spell_defaults
+from hf_linear_attn.compare.language_tables import language_table
 from hf_linear_attn.measure.markdown import markdown_table as table
 from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
 
@@ -29,6 +30,7 @@ HEADLINE = RESULTS / "minilm_sotu_long.json"
 LONGER = RESULTS / "minilm_sotu_truncated.json"
 BENCH = ROOT / "recipes" / "bench"
 METHODS = ROOT / "recipes" / "methods" / "results"
+LANGUAGE = ROOT / "recipes" / "smollm2" / "results" / "language.json"
 TIMES = ROOT / ".ci" / "times.json"
 PICTURES = {"": "cost of a token", "_peers": "other implementations", "_generation": "generation"}  # of a bench
 LIMIT_LENGTH = 128  # the length at which the table writes out an exact limit
@@ -177,6 +179,22 @@ def results() -> str:
     return "\n\n".join(map(result, paths)) if paths else "`make demo` measures them on your machine."
 
 
+def language() -> str:
+    """What is left of a language model after each stage."""
+    if not LANGUAGE.is_file():
+        return "`hf-linear-attn compare recipes/smollm2/stages.yaml` measures them on your machine."
+    data = json.loads(LANGUAGE.read_text(encoding="utf-8"))
+    meta, documents = data["meta"], data["documents"]
+    counts = ", ".join(f"{count} of {int(n):,} tokens" for n, count in documents["counts"].items())
+    about = (
+        f"Held-out documents of {documents['source']}: {counts}. An interval is a 95% bootstrap over groups of them, "
+        f"paired with {data['baseline']}. {meta['machine']}, {meta['threads']} thread(s), torch {meta['torch']}, "
+        f"transformers {meta['transformers']}. Made by `{meta['command']}`."
+    )
+    picture = LANGUAGE.with_suffix(".png").relative_to(ROOT).as_posix()
+    return "\n\n".join([about, language_table(data), f"![Perplexity against the time of a forward]({picture})"])
+
+
 def performance() -> str:
     """What `hf-linear-attn bench` measured, one part for each device, and what waits for one."""
     measured = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(BENCH.glob("results/*.json"))}
@@ -257,6 +275,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "options": options,
     "families": families,
     "results": results,
+    "language": language,
     "methods": methods,
     "performance": performance,
     "times": times,

@@ -301,7 +301,7 @@ def _run_language_comparison(recipe: Recipe, variants: list[str] | None) -> None
     results = run_language_comparison(recipe, variants, command=" ".join(["hf-linear-attn", *sys.argv[1:]]))
     if results is None:  # not the main process
         return
-    from hf_linear_attn.compare.language import language_table
+    from hf_linear_attn.compare.language_tables import language_table
 
     Console().print(Markdown(language_table(results)))
     typer.echo(f"Table: {recipe.output_dir / 'language.md'}")

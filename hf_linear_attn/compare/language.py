@@ -5,7 +5,7 @@ Of a system's last stage also what a forward costs, what the model writes, and w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -14,11 +14,11 @@ from accelerate.utils import set_seed
 
 from hf_linear_attn.compare.charts import language_png
 from hf_linear_attn.compare.language_parts import last_parts, likelihood_part, prompt_places
+from hf_linear_attn.compare.language_tables import language_table
 from hf_linear_attn.compare.saved import SAVED, drop_stale_rows, saved_language_models
 from hf_linear_attn.data import load_config
 from hf_linear_attn.data.tokenization import encode_leading
 from hf_linear_attn.measure.bootstrap import bootstrap_interval, bootstrap_statistic, paired_bootstrap_difference
-from hf_linear_attn.measure.markdown import markdown_table
 from hf_linear_attn.measure.methods import Method, failures, not_measured, parse_methods
 from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.measure.rows import RowFile, about_machine
@@ -30,7 +30,7 @@ from hf_linear_attn.training.run import train
 from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_head, load_task, process_state
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
 
-__all__ = ["BUDGETED", "CHECKPOINT", "LINEAR_BRANCH_OFF", "compare_language", "language_table"]
+__all__ = ["BUDGETED", "CHECKPOINT", "LINEAR_BRANCH_OFF", "compare_language"]
 
 CHECKPOINT = "softmax"
 BUDGETED = "softmax, same tokens"
@@ -313,63 +313,3 @@ def _ratio(own: Sequence[float], base: Sequence[float], groups: Sequence[str]) -
         return float(np.exp(own.mean() - base.mean()))
 
     return bootstrap_statistic(ratio, np.array(own), np.array(base), groups=groups).to_dict()
-
-
-def language_table(results: Mapping[str, Any]) -> str:
-    """Markdown tables, a line for every system and stage in each.
-
-    Perplexity over the budgeted checkpoint's at every length; what was written and which pass keys were found, and what
-    a forward costs, where that was measured.
-    """
-    rows = results["rows"]
-    lengths, costs, keys = (
-        sorted({row[name] for row in rows if name in row}) for name in ("length", "forward_length", "passkey_length")
-    )
-    perplexity = {("length", n): f"perplexity at {n:,} (over {BUDGETED})" for n in lengths}
-    written: dict[Any, str] = {}
-    if any("generation" in row for row in rows):
-        written["repeated"] = f"repeated 4-grams (less those of {BUDGETED})"
-        written["likely"] = f"perplexity of the text by the checkpoint (over {BUDGETED})"
-    written |= {("passkey_length", n): f"pass key found in {n:,} tokens" for n in keys}
-    cost = {("forward_length", n): f"seconds for {n:,} tokens (over softmax's)" for n in costs}
-    return "\n\n".join(_table(rows, columns) for columns in (perplexity, written, cost) if columns)
-
-
-def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[Any, str]) -> str:
-    lines: dict[tuple[str, str], dict[Any, str]] = {}
-    for row in rows:
-        if cells := {place: text for place, text in _cells(row).items() if place in columns}:
-            name = row["system"] + (" (control)" if row.get("control") else "")
-            lines.setdefault((name, row["stage"]), {}).update(cells)
-    body = [[*key, *(cells.get(place, "-") for place in columns)] for key, cells in lines.items()]
-    return markdown_table(["system", "after", *columns.values()], body)
-
-
-def _cells(row: Mapping[str, Any]) -> dict[Any, str]:
-    """What a row says, by column."""
-    missing = not_measured(row)
-    if "generation" in row:
-        if missing:
-            return {"repeated": missing, "likely": missing}
-        repeated, likely = f"{row['repeated_share']:.1%}", f"{row['written_perplexity']:.2f}"
-        if "repeated_difference" in row:
-            repeated += _interval(row["repeated_difference"], "+.1%")
-            likely += _interval(row["written_ratio"], ".3f")
-        return {"repeated": repeated, "likely": likely}
-    (kind,) = {"length", "forward_length", "passkey_length"} & row.keys()
-    if missing:
-        text = missing
-    elif kind == "length":
-        text = f"{row['perplexity']:.2f}" + (_interval(row["ratio"], ".3f") if "ratio" in row else "")
-    elif kind == "passkey_length":
-        low, high = (row["found_interval"][end] for end in ("low", "high"))
-        text = f"{row['found_share']:.0%} [{low:.0%}, {high:.0%}]"
-    else:
-        text = f"{row['forward_seconds']:.3g} ({row['forward_ratio']:.2f})"
-    return {(kind, row[kind]): text}
-
-
-def _interval(value: Mapping[str, float], form: str) -> str:
-    """A mean and the ends of its interval, behind what it is of."""
-    mean, low, high = (format(value[name], form) for name in ("mean", "low", "high"))
-    return f" ({mean} [{low}, {high}])"

@@ -22,8 +22,8 @@ from hf_linear_attn.compare.language import (
     CHECKPOINT,
     LINEAR_BRANCH_OFF,
     compare_language,
-    language_table,
 )
+from hf_linear_attn.compare.language_tables import language_table
 from hf_linear_attn.measure.generation import continuation_likelihoods, greedy_continuations, repeated_share
 from hf_linear_attn.measure.methods import RefusedError, parse_methods
 from hf_linear_attn.measure.perplexity import document_likelihoods
