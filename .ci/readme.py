@@ -17,11 +17,11 @@ from typing import Any
 
 from hf_linear_attn.bench.speed.recipe import BenchRecipe
 from hf_linear_attn.bench.speed.tables import render_performance
-from hf_linear_attn.bench.starts.tables import render_overview
-from hf_linear_attn.cli.listing import KEEPS, exact_limit, spell_defaults
+from hf_linear_attn.bench.starts.tables import leading_numbers, render_overview
+from hf_linear_attn.cli.listing import KEEPS, by_kind, exact_limit, spell_defaults
 from hf_linear_attn.compare.language_tables import language_table
 from hf_linear_attn.measure.markdown import markdown_table as table
-from hf_linear_attn.registry import PATCHERS, VARIANTS, VariantSpec
+from hf_linear_attn.registry import KINDS, PATCHERS, VARIANTS, VariantSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/variants.md", "docs/methods.md", "docs/results.md", "docs/performance.md")
@@ -248,6 +248,31 @@ def methods() -> str:
     return "\n\n".join([about, render_overview(data), f"![How far each method starts from softmax]({picture})", more])
 
 
+def guide() -> str:
+    """When to use what: what the registry says of each kind of method, beside what was measured."""
+    data = json.loads(METHODS.joinpath("methods.json").read_text(encoding="utf-8"))
+    models = [model["name"] for model in data["recipe"]["models"]]
+    measured = leading_numbers(data)
+    header = ["method", "for", "generation keeps", "equals softmax"]
+    for model in models:
+        header += [f"{model}: error, calibrated", f"{model}: speed at 2,048 and 8,192"]
+    parts = []
+    for kind, specs in by_kind(map(VARIANTS.get, VARIANTS.names())).items():
+        rows = []
+        for spec in specs:
+            says = [spec.guide[1] if spec.guide else spec.title, KEEPS[spec.state]]
+            row = [f"`{spec.key}`", *says, "as a limit" if spec.exact_limit else "never"]
+            for model in models:
+                if (spec.key, model) not in measured:  # its side is refused
+                    row += ["refused"] * 2
+                    continue
+                error, speeds = measured[spec.key, model]
+                row += [number(error, 3), ", ".join(f"{speeds[n]:.2f}x" if n in speeds else "n²" for n in (2048, 8192))]
+            rows.append(row)
+        parts.append(f"**{kind}**: a token reads {KINDS[kind]}.\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
 def times() -> str:
     """What .ci/time.py measured."""
     measured = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() else {}
@@ -277,6 +302,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "results": results,
     "language": language,
     "methods": methods,
+    "guide": guide,
     "performance": performance,
     "times": times,
 }

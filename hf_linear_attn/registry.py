@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 __all__ = [
+    "KINDS",
     "PATCHERS",
     "VARIANTS",
     "Registry",
@@ -27,6 +28,16 @@ __all__ = [
     "register_patcher",
     "register_variant",
 ]
+
+# kind of method -> what a token reads
+KINDS = {
+    "local-global": "chosen places, by softmax: a window, and some tokens, blocks or sums that stand for the rest",
+    "content-based": "the keys that its query is near to, found by hashing or by weights that are exactly 0",
+    "low-rank": "a fixed number of slots, to which all keys are pooled",
+    "kernel": "sums over all keys: products of features stand for e^{q . k}",
+    "recurrent": "a state that is carried from segment to segment, or forgets as it goes",
+    "learned weights": "all tokens, by weights that no comparison makes",
+}
 
 T = TypeVar("T")
 
@@ -59,6 +70,10 @@ class VariantSpec:
         not_exported: options that are refused where the length of an exported program is dynamic, and why.
         kernel: the Triton kernel that can run it on a GPU, e.g. `"linear_attention"`; "" where there is none.
         kernel_sides: the sides whose attention the kernel runs.
+        guide: its kind, a key of `KINDS`, and what it is for, in a phrase; None for a variant of your own.
+
+    Raises:
+        ValueError: for a kind that `KINDS` does not have.
     """
 
     key: str
@@ -80,6 +95,11 @@ class VariantSpec:
     not_exported: str = ""
     kernel: Literal["", "linear_attention", "gated_linear_attention", "block_sparse"] = ""
     kernel_sides: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
+    guide: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.guide is not None and self.guide[0] not in KINDS:
+            raise ValueError(f"{self.key}: the kind {self.guide[0]!r} is not known; allowed: {', '.join(KINDS)}.")
 
     def has_kernel(self, is_causal: bool) -> bool:
         """Whether Triton can run it in a decoder (True) or an encoder (False)."""

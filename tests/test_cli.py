@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from hf_linear_attn import convert_model, get_variant, list_variants
 from hf_linear_attn.cli import app, arguments
+from hf_linear_attn.registry import KINDS
 from tests.small_runs import save_checkpoint, save_documents
 
 ROOT = Path(__file__).parents[1]
@@ -168,13 +169,20 @@ def test_every_example_in_the_help_runs(
 
 
 def test_list_tells_everything_about_one_variant() -> None:
-    everything = runner.invoke(app, ["list"]).output
+    everything = runner.invoke(app, ["list"], env={"COLUMNS": "80"}).output
+    lines = everything.splitlines()
+    assert max(map(len, lines)) <= 80
+    places = [next(i for i, line in enumerate(lines) if line.startswith(f"{kind}: ")) for kind in KINDS]
+    assert places == sorted(places)
     for key in list_variants():
-        assert key in everything
+        (row,) = [i for i, line in enumerate(lines) if line.startswith(f"  {key} ")]
+        kind = list(KINDS)[sum(place < row for place in places) - 1]
+        assert get_variant(key).guide == (kind, get_variant(key).guide[1])  # type: ignore[index]
     result = runner.invoke(app, ["list", "linformer"])
     assert result.exit_code == 0
     for fact in (
         "2006.04768",
+        "low-rank",
         "encoders only",
         "n k d",
         "k=128, projection='mean_pool' (encoder)",

@@ -61,8 +61,8 @@ def list_command(
     from rich.markup import escape
     from rich.table import Table
 
-    from hf_linear_attn.cli.listing import all_facts, short_facts
-    from hf_linear_attn.registry import get_variant, list_patchers, list_variants
+    from hf_linear_attn.cli.listing import all_facts, by_kind, short_facts
+    from hf_linear_attn.registry import KINDS, get_variant, list_patchers, list_variants
 
     console = Console()
     if variant is not None:
@@ -73,12 +73,14 @@ def list_command(
             facts.add_row(f"[bold]{name}", escape(value))
         console.print(facts)
         return
-    specs = [get_variant(key) for key in list_variants()]
-    table = Table("variant", *short_facts(specs[0]), show_lines=True)
-    for spec in specs:
-        name = f"{spec.key}\n{spec.title.partition(' (')[0]}"
-        table.add_row(*map(escape, [name, *short_facts(spec).values()]))
-    console.print(table)
+    width = max(map(len, list_variants()))
+    for kind, specs in by_kind(get_variant(key) for key in list_variants()).items():
+        console.print(f"[bold]{kind}[/bold]: a token reads {KINDS[kind]}" if kind in KINDS else f"[bold]{kind}")
+        table = Table(show_header=False, box=None, padding=(0, 0, 1, 2))
+        table.add_column(no_wrap=True, min_width=width)
+        for spec in specs:
+            table.add_row(*map(escape, [spec.key, short_facts(spec)]))
+        console.print(table)
     console.print(f"Model families: {', '.join(list_patchers())}")
 
 

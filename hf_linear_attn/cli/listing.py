@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from hf_linear_attn.registry import VariantSpec
+from hf_linear_attn.registry import KINDS, VariantSpec
 
 if TYPE_CHECKING:
     from hf_linear_attn.cli.calibration_texts import CalibrationTexts
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KEEPS",
     "all_facts",
+    "by_kind",
     "describe_calibration",
     "exact_limit",
     "exported_form",
@@ -53,15 +55,19 @@ def exact_limit(spec: VariantSpec, length: int) -> dict[str, list[str]]:
     return limits
 
 
-def short_facts(spec: VariantSpec) -> dict[str, str]:
-    """What fits in a row of a terminal."""
-    return {
-        "serves": "\n".join(f"{side}s" for side in _sides(spec)),
-        "cost of attention": spec.cost,
-        "generation keeps": KEEPS[spec.state],
-        "softmax as a limit": "yes" if spec.exact_limit is not None else "no",
-        "quadratic": spec.quadratic or "-",
-    }
+def short_facts(spec: VariantSpec) -> str:
+    """What a method is for, and below it what it serves and costs."""
+    facts = [" and ".join(f"{side}s" for side in _sides(spec)), f"cost {spec.cost}"]
+    facts += [f"generation keeps {KEEPS[spec.state]}"] if spec.state != "none" else []
+    return f"{spec.guide[1] if spec.guide else spec.title}\n{'; '.join(facts)}"
+
+
+def by_kind(specs: Iterable[VariantSpec]) -> dict[str, list[VariantSpec]]:
+    """Kind -> its methods, in the order of `KINDS`; those that say none come last, as "other"."""
+    groups: dict[str, list[VariantSpec]] = {kind: [] for kind in (*KINDS, "other")}
+    for spec in specs:
+        groups[spec.guide[0] if spec.guide else "other"].append(spec)
+    return {kind: group for kind, group in groups.items() if group}
 
 
 def exported_form(spec: VariantSpec) -> str:
@@ -77,6 +83,7 @@ def all_facts(spec: VariantSpec) -> dict[str, str]:
         "variant": spec.key,
         "method": spec.title,
         "paper": spec.paper,
+        **({"kind": f"{spec.guide[0]}: {KINDS[spec.guide[0]]}", "for": spec.guide[1]} if spec.guide else {}),
         "serves": " and ".join(f"{side}s" for side in _sides(spec))
         + (f" only. {spec.refusal}" if spec.refusal else ""),
         "cost of attention": spec.cost,

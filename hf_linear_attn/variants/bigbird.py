@@ -16,7 +16,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +85,7 @@ def _note_full(limit: int) -> None:
     title="BigBird (window, global and random blocks)",
     paper="Big Bird: Transformers for Longer Sequences, arXiv:2007.14062",
     cost="n (g+w+r) b d",
+    guide=("local-global", "long documents on encoders, where no token is to be named as the one that stands for all"),
     state="kv",
     kernel="block_sparse",
     exact_limit=_exact_limit,
@@ -196,5 +196,5 @@ class BigBirdAttention(AttentionVariant):
             if aligned and not torch.compiler.is_compiling() and not self.codes.is_inference():
                 kept_as = "bigbird", self.config, inputs.is_causal, WeakIdRef(self.codes), self.codes._version
             given: dict[str, Any] = {"extra": extra, "kept_as": kept_as, "backend": self.backend}
-            out = block_sparse_attention(call, grid, partial(self.lists, grid), scaling=scaling, **given)
+            out = block_sparse_attention(call, grid, functools.partial(self.lists, grid), scaling=scaling, **given)
         return call.restore(out), None if state is None else kv_state_after(call)

@@ -48,6 +48,7 @@ class CosformerConfig(VariantConfig):
     title="cosFormer",
     paper="cosFormer: Rethinking Softmax in Attention, arXiv:2202.08791",
     cost="n 2d d",
+    guide=("kernel", "linear cost where near keys matter most: weights fall with the distance"),
     state="constant",
     kernel="linear_attention",
     test_options=({"variance_reducer": False},),

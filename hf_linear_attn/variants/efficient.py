@@ -62,6 +62,7 @@ class EfficientConfig(VariantConfig):
     title="Efficient Attention",
     paper="Efficient Attention: Attention with Linear Complexities, arXiv:1812.01243",
     cost="n f d",
+    guide=("kernel", "encoders at the least cost, with features that are distributions"),
     state="constant",
     test_options=({"num_features": 12}, {"feature_map": "identity"}),
 )

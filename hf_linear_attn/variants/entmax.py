@@ -55,6 +55,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     title="Entmax (sparsemax, 1.5-entmax, learned alpha)",
     paper="Adaptively Sparse Transformers, arXiv:1909.00015",
     cost="n^2 d",
+    guide=("content-based", "weights that are exactly 0, to read who attends to what; quadratic, for short inputs"),
     state="kv",
     exact_limit=_exact_limit,
     linear_cost=False,

@@ -78,6 +78,7 @@ class GatedConfig(VariantConfig):
     title="Gated linear attention (GLA)",
     paper="Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635",
     cost="n f d",
+    guide=("recurrent", "decoders trained on much text: what is forgotten depends on the token"),
     state="constant",
     kernel="gated_linear_attention",
     encoder=False,

@@ -50,6 +50,7 @@ class HedgehogConfig(VariantConfig):
     title="Hedgehog",
     paper="The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry, arXiv:2402.04347",
     cost="n 2d d",
+    guide=("kernel", "decoders distilled from their checkpoint that generate from a constant state"),
     state="constant",
     kernel="linear_attention",
     test_options=({"num_features": 48},),

@@ -74,6 +74,7 @@ class KernelLinformerConfig(VariantConfig):
     title="Kernel Linformer (FLuRKA)",
     paper="FLuRKA: Fast and accurate unified Low-Rank & Kernel Attention, arXiv:2306.15799",
     cost="(n + k) f d",
+    guide=("low-rank", "encoders of one fixed length, with few slots and few features"),
     state="none",
     decoder=False,
     refusal=REFUSAL,

@@ -60,6 +60,7 @@ class LinearConfig(VariantConfig):
     title="Linear transformer",
     paper="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, arXiv:2006.16236",
     cost="n f d",
+    guide=("kernel", "the least cost and the smallest state, where training can bring the quality back"),
     state="constant",
     kernel="linear_attention",
     test_options=(

@@ -70,6 +70,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     title="Linformer",
     paper="Linformer: Self-Attention with Linear Complexity (arXiv:2006.04768)",
     cost="n k d",
+    guide=("low-rank", "encoders of one fixed length, cheap at any"),
     state="none",
     decoder=False,
     refusal=REFUSAL,

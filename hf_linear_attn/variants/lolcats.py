@@ -1,8 +1,7 @@
 """LoLCATs, softmax over a window and linear attention over every other key in one normalizer, arXiv:2410.10254.
 
 y_i = (sum_window g e^l_ij v_j + phi(q_i) S_i) / (sum_window g e^l_ij + phi(q_i) . z_i), l_ij the softmax logits, S_i
-and z_i sums of phi(k) v^T and phi(k) over the keys outside the window: earlier ones, on encoders later ones too.
-Cost n (w + f) d; decode state w keys and values and f (d + 1) sums a head.
+and z_i sums of phi(k) v^T and phi(k) over keys outside the window. Decode state: w keys and values, f (d + 1) sums.
 
 The window's scale sets the balance with the tail. As published phi is Hedgehog's, relative to the largest term of the
 window, and g = 0.1. `taylor`, and `centroids` once calibrated, estimate the logits themselves, with g = 1: e^{s q.k} =
@@ -70,6 +69,7 @@ class LolcatsConfig(VariantConfig):
     title="LoLCATs (window softmax with a linear tail)",
     paper="LoLCATs: On Low-Rank Linearizing of Large Language Models, arXiv:2410.10254",
     cost="n (w+f) d",
+    guide=("local-global", "decoders that stay close to their checkpoint and generate from a bounded state"),
     state="window",
     exact_limit=lambda length, is_causal: {"window_size": length if is_causal else max(2, 2 * (length - 1))},
     # An odd window is for decoders only.

@@ -71,6 +71,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     title="Long-Short Transformer",
     paper="Long-Short Transformer: Efficient Transformers for Language and Vision, arXiv:2107.02192",
     cost="n (w + r) d",
+    guide=("local-global", "close to softmax at once: near keys as they are, far ones in few slots"),
     state="kv",
     kernel="block_sparse",
     kernel_sides=("encoder",),

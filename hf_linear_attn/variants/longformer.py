@@ -56,6 +56,7 @@ class LongformerConfig(VariantConfig):
     title="Longformer (window, dilation and global tokens)",
     paper="Longformer: The Long-Document Transformer, arXiv:2004.05150",
     cost="n w d",
+    guide=("local-global", "long documents with tokens that stand for the whole; decoders that keep few keys"),
     state="window",
     kernel="block_sparse",
     exact_limit=lambda length, is_causal: {"window_size": length if is_causal else max(2, 2 * (length - 1))},

@@ -71,6 +71,7 @@ class MemoryConfig(VariantConfig):
         "Transformer-XL, arXiv:1901.02860"
     ),
     cost="n^2 d (chunked), n (s+d) d (infini), n (s+m) d (transformer_xl)",
+    guide=("recurrent", "softmax itself in little memory; its other forms carry segments along"),
     state="kv",
     exact_limit=lambda length, is_causal: {"form": "chunked"},
     test_options=(

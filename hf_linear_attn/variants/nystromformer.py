@@ -68,6 +68,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     title="Nystromformer",
     paper="Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention, arXiv:2102.03902",
     cost="n m d + m^3",
+    guide=("low-rank", "encoders of any length: a few landmarks stand for all tokens"),
     state="none",
     decoder=False,
     refusal=REFUSAL,

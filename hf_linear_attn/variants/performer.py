@@ -60,6 +60,7 @@ class PerformerConfig(VariantConfig):
     title="Performer (FAVOR+)",
     paper="Rethinking Attention with Performers, arXiv:2009.14794",
     cost="n m d",
+    guide=("kernel", "an unbiased estimate of softmax, where many random features can be afforded"),
     state="constant",
     kernel="linear_attention",
     test_options=(

@@ -75,6 +75,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     title="Reformer (LSH attention)",
     paper="Reformer: The Efficient Transformer, arXiv:2001.04451",
     cost="n log n",
+    guide=("content-based", "similar tokens that are far apart: a query sees the keys that hash alike"),
     state="kv",
     exact_limit=_exact_limit,
     test_options=({"chunk_size": 4, "num_hashes": 2, "num_buckets": 6},),

@@ -66,6 +66,7 @@ class RetentionConfig(VariantConfig):
     title="Retention (RetNet)",
     paper="Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621",
     cost="n f d",
+    guide=("recurrent", "decoders trained on much text: weights fall by a fixed rate in each head"),
     state="constant",
     kernel="linear_attention",
     encoder=False,

@@ -68,6 +68,7 @@ class RFAConfig(VariantConfig):
     title="Random Feature Attention",
     paper="Random Feature Attention, arXiv:2103.02143",
     cost="n m d",
+    guide=("kernel", "random features of one of several kernels; with its gate, a state that forgets"),
     state="constant",
     kernel="linear_attention",
     test_options=({"kernel": "positive", "num_features": 24, "gate": True}, {"variance_reducer": False}),

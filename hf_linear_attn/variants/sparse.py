@@ -70,6 +70,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     title="Sparse Transformer (strided, fixed and block-local patterns)",
     paper="Generating Long Sequences with Sparse Transformers, arXiv:1904.10509",
     cost="n sqrt(n) d",
+    guide=("local-global", "patterns that repeat at a fixed stride: rows, tables, code"),
     state="kv",
     kernel="block_sparse",
     exact_limit=_exact_limit,

@@ -5,10 +5,9 @@
                              = (R1 R2^T)_ij                     factorized random, rank k
                              = scaling q_i . k_j + one of them  mixture, the logits summed
 
-i, j are ranks among real tokens. Cost n^2 d in all forms: factorizing saves parameters only. What is synthetic
-starts at 0, so a mixture is the checkpoint exactly and the others are uniform attention; with calibration the
-random forms start from each head's mean softmax weight by distance instead, where that lowers its error. W1 starts
-as the checkpoint's query projection.
+i, j are ranks among real tokens. Cost n^2 d in all forms: factorizing saves parameters only. What is synthetic starts
+at 0, so a mixture is the checkpoint exactly and the others are uniform attention; with calibration the random forms
+start from each head's mean softmax weight by distance, where that is closer. W1 starts as the query projection.
 """
 
 from __future__ import annotations
@@ -68,6 +67,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     title="Synthesizer (dense, random, factorized random, mixture)",
     paper="Synthesizer: Rethinking Self-Attention for Transformer Models, arXiv:2005.00743",
     cost="n^2 d",
+    guide=("learned weights", "attention that compares no tokens; as a mixture it starts as the checkpoint"),
     state="kv",
     exact_limit=_exact_limit,
     linear_cost=False,

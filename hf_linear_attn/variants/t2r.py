@@ -52,6 +52,7 @@ class T2RConfig(VariantConfig):
     title="T2R",
     paper="Finetuning Pretrained Transformers into RNNs, arXiv:2103.13076",
     cost="n f d",
+    guide=("kernel", "decoders finetuned into recurrent networks with few learned features"),
     state="constant",
     kernel="linear_attention",
     test_options=({"num_features": 9}, {"num_features": 40, "variance_reducer": False}),

@@ -61,6 +61,7 @@ class TaylorConfig(VariantConfig):
     paper="Simple linear attention language models balance the recall-throughput tradeoff, arXiv:2402.18668; "
     "order 1: Linear Attention Mechanism, arXiv:2007.14902",
     cost="n f d",
+    guide=("kernel", "generation from a constant state with nothing random"),
     state="constant",
     kernel="linear_attention",
     test_options=({"num_features": 6}, {"order": 1, "variance_reducer": False}),

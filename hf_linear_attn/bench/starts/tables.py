@@ -13,6 +13,7 @@ from hf_linear_attn.measure.markdown import markdown_table
 
 __all__ = [
     "failed",
+    "leading_numbers",
     "render_methods",
     "render_overview",
     "summarize_starts",
@@ -163,6 +164,27 @@ def render_overview(results: Mapping[str, Any]) -> str:
         "the method serves the other side only."
     )
     return f"{table}\n\n{note}"
+
+
+def leading_numbers(results: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, dict[int, float]]]:
+    """(key, model) -> error of the calibrated start at the model's shortest length, and length -> speed over SDPA.
+
+    Of every method with its leading options; a method that the model's side does not serve is absent.
+    """
+    summary = summarize_starts(results["rows"])
+    found: dict[tuple[str, str], tuple[float, dict[int, float]]] = {}
+    for model in results["recipe"]["models"]:
+        name, length = model["name"], min(model["lengths"])
+        for entry in results["methods"]:
+            stages = summary.get((name, length, entry["name"]))
+            if not entry["leading"] or stages is None:
+                continue
+            error = stages.get("calibrated", stages["published"])["error"]
+            costs = [
+                r for r in results["rows"] if (r["kind"], r["model"], r["method"]) == ("cost", name, entry["name"])
+            ]
+            found[entry["key"], name] = error, {r["length"]: r["ratio"] for r in costs if "ratio" in r}
+    return found
 
 
 def why_missing(rows: Rows, model: str, length: int, method: str) -> str:
