@@ -226,6 +226,9 @@ class _Language:
 
     def _train(self, recipe: Recipe, kind: str, facts: dict[str, Any]) -> Any:
         """The model after a stage, which is trained if it is not yet; `facts` get what the row says of that."""
+        budgeted = self._budgeted()
+        if kind == "distill" and str(budgeted.output_dir) in [getattr(x, "teacher", None) for x in recipe.stages]:
+            train(budgeted, resume=True, evaluate=False)  # measured before, and perhaps its folder is gone
         result = train(recipe, until_stage=kind, resume=True, evaluate=False)
         last = result.last
         facts |= {"steps": last.steps, "tokens_seen": last.tokens_seen, "trained": last.trained}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,17 @@ def test_distillation_learns_from_the_budgeted_checkpoint_where_it_is_told_to(re
                 np.abs(np.subtract(ends["budgeted"], base)).mean()
                 < np.abs(np.subtract(ends["checkpoint"], base)).mean()
             )
+    shutil.rmtree(recipe.output_dir / "budgeted" / "softmax")  # rows are there, the teacher is gone
+    again = quiet(
+        recipe.replace(training={**training, "output_dir": str(recipe.output_dir / "budgeted")}),
+        "hedgehog",
+        "linear",
+        teacher="budgeted",
+        controls=[],
+        lengths=[32],
+    )
+    assert not any("failure" in row for row in again["rows"])
+    assert (recipe.output_dir / "budgeted" / "softmax" / "config.json").is_file()
     own = recipe.replace(evaluation={"teacher": "budgeted"})
     method = parse_methods(["hedgehog"])[0]
     (distill,) = [x for x in module._Language(own, [], "", print)._recipe_of(method).stages if x.kind == "distill"]
