@@ -29,6 +29,8 @@ WRONG = {
     "model: m\nsystems: [{variant: linear, model: x}]": "a variant or a model, not both",
     "model: m\nsystems: [{reads: all}]": "systems.reads has 'all'; allowed: whole, truncated, head_tail, chunks",
     "model: m\nsystems: [{reads: chunks, variant: linear}]": "leave variant away",
+    "model: m\nsystems: [{reads: chunks, model: x}, {reads: chunks, model: a/x}]": "given twice: x, chunk and average",
+    "model: m\nsystems: [{reads: chunks, model: x, extend: interpolate}]": "head_tail and chunks extend nothing",
     "model: m\nsystems: [{overlap: 8}]": "overlap is of reads: chunks",
     "model: m\nsystems: [{reads: chunks, overlap: -1}]": "systems.overlap must be at least 0, got -1",
     "model: m\nsystems: [{variant: linear, extend: stretch}]": "systems.extend has 'stretch'; allowed: tile, interp",
