@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_linear_attn.data.passages import cut_passages
 from hf_linear_attn.data.tokenization import LongDocumentCollator, special_frame
+from hf_linear_attn.training.batching import NeighborSampler
 from hf_linear_attn.training.losses import contrast_loss, mean_states
 from hf_linear_attn.training.parts import head_parameters
 from hf_linear_attn.training.stage import LossStage
@@ -40,6 +41,8 @@ class ContrastTrainer(LossStage):
         margin: tokens on both sides of it that are in neither text.
         temperature: the cosines are divided by it.
         symmetric: whether documents find their passages as well, both directions counting alike.
+        neighbors: whether a batch holds texts that follow one another in the data (addresses of a president, say),
+            which are harder to tell apart than texts drawn from all of it; batches come in random order.
         pooling: what becomes of the last hidden states: `mean` over all tokens, or `cls`, the first one.
 
     Raises:
@@ -59,6 +62,7 @@ class ContrastTrainer(LossStage):
         margin: int = 16,
         temperature: float = 0.05,
         symmetric: bool = False,
+        neighbors: bool = False,
         pooling: str = "mean",
         **kwargs: Any,
     ) -> None:
@@ -75,9 +79,12 @@ class ContrastTrainer(LossStage):
         self.pad = LongDocumentCollator(tokenizer)
         self.passage_tokens, self.margin = passage_tokens, margin
         self.temperature, self.symmetric, self.pooling = temperature, symmetric, pooling
+        self.neighbors = neighbors
         self.shortest = shortest_document(passage_tokens, margin, len(self.before) + len(self.after))
         super().__init__(model, args, **kwargs)
-        own = ("passage_tokens", "margin", "temperature", "symmetric", "pooling")
+        if neighbors and not isinstance(self.train_dataset, Dataset):
+            raise ValueError("neighbors=True is of data with a length; a stream comes in its own order")
+        own = ("passage_tokens", "margin", "temperature", "symmetric", "neighbors", "pooling")
         self.settings |= {name: getattr(self, name) for name in own}
         for parameter in head_parameters(model).values():
             parameter.requires_grad_(False)
@@ -97,6 +104,11 @@ class ContrastTrainer(LossStage):
                 "Take longer texts or shorter passages"
             )
         return kept
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.neighbors:
+            return super()._get_train_sampler(train_dataset)
+        return NeighborSampler(len(self.train_dataset), self.args.train_batch_size, seed=self.args.seed)
 
     def loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         passages, documents = self.cut(inputs)

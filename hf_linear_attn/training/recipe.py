@@ -223,6 +223,7 @@ class ContrastStage(Stage):
         margin: tokens on both sides of it that are in neither text.
         temperature: of the softmax over cosines.
         symmetric: whether documents find their passages as well.
+        neighbors: whether a batch holds texts that follow one another in the data.
     """
 
     kind: ClassVar[str] = "contrast"
@@ -230,6 +231,7 @@ class ContrastStage(Stage):
     margin: int = 16
     temperature: float = 0.05
     symmetric: bool = False
+    neighbors: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -418,6 +419,14 @@ def test_a_saved_model_is_measured_as_what_it_was(recipe: RetrievalRecipe, tmp_p
         assert rows["saved512", length]["ranks"] == rows["longformer window_size=8", length]["ranks"]
     assert rows["saved256", 512]["refused"] == "reads 256 tokens at most"
     assert rows["saved256", 256]["ranks"] == rows["saved512", 256]["ranks"]
+    measured = len((tmp_path / "out" / "rows.jsonl").read_text().splitlines())
+    measure_retrieval(recipe, tmp_path / "out", say=silent)
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == measured
+    os.utime(tmp_path / "saved512" / "model.safetensors", (0, 0))  # as if it was trained anew
+    measure_retrieval(recipe, tmp_path / "out", say=silent)
+    assert (
+        len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == measured + 3
+    )  # two lengths, and short texts
     assert "saved256 (512 tokens): reads 256 tokens at most" in render_retrieval(results)
 
 
@@ -450,8 +459,8 @@ def test_a_saved_model_is_read_as_the_checkpoint_is(recipe: RetrievalRecipe, tmp
     assert list(linear["top1_less"])[:3] == ["truncated", "chunk and average", "again, truncated"]
     assert "other, chunk and average" in linear["top1_less"]
     text = render_retrieval(results)
-    assert "`again, truncated`, " in text
-    assert "as they were saved. Nothing else is trained" in text
+    assert "Measured as they were saved: `again, truncated`, " in text
+    assert "nothing else is trained; calibrated" in text
     assert "top-1 less other, chunk and average" in text
     draw_retrieval(results, tmp_path / "saved.png")
     assert (tmp_path / "saved.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import BertModel
 from hf_linear_attn import convert_model
 from hf_linear_attn.data.companions import find_pooling
 from hf_linear_attn.training import ContrastTrainer
+from hf_linear_attn.training.batching import NeighborSampler
 from hf_linear_attn.training.losses import contrast_loss
 from hf_linear_attn.training.recipe import Recipe
 from hf_linear_attn.training.run import train
@@ -40,7 +42,7 @@ def stage(folder: Path, model: Any = None, *, data: Any = None, **changes: Any) 
     )
 
 
-OPTIONS = ("passage_tokens", "margin", "max_length", "temperature", "symmetric", "pooling", "trainable", "eval_dataset")
+OPTIONS = {*SMALL, "temperature", "symmetric", "neighbors", "pooling", "eval_dataset"}
 
 
 def ordered(count: int = 4, words: int = 20) -> list[str]:
@@ -126,6 +128,34 @@ def test_long_documents_are_pieces_and_short_pieces_are_left_out(tmp_path: Path)
     assert [len(ids) for ids in trainer.train_dataset["input_ids"]] == [32] * 3  # of 12 and 15 tokens are too short
     trainer = stage(tmp_path, data=texts(3, words=14))
     assert [len(ids) for ids in trainer.train_dataset["input_ids"]] == [16] * 3
+
+
+def test_neighbors_share_batches_and_every_row_comes_once(tmp_path: Path) -> None:
+    sampler = NeighborSampler(11, 4, seed=1)
+    orders = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert order == list(sampler)
+        assert sorted(order) == list(range(11))
+        for batch in (order[:4], order[4:8], order[8:]):
+            assert all((two - one) % 11 == 1 for one, two in itertools.pairwise(batch))
+        orders.append(tuple(order))
+    assert len(set(orders)) > 3
+    assert orders != [tuple(NeighborSampler(11, 4, seed=2)) for _ in range(6)]
+
+    data = [f"{word} {text}" for word, text in zip(FILLER, texts(20, words=20), strict=True)]
+    batches = list(stage(tmp_path, data=data, neighbors=True).get_train_dataloader())
+    assert len(batches) == 5
+    for batch in batches:
+        rows = batch["input_ids"][:, 1].tolist()  # ids of FILLER follow one another
+        assert all((two - one) % 20 == 1 for one, two in itertools.pairwise(rows))
+
+
+def test_a_stream_has_an_order_of_its_own(tmp_path: Path) -> None:
+    stream = Dataset.from_dict({"text": texts(words=20)}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="a stream comes in its own order"):
+        stage(tmp_path, data=stream, neighbors=True)
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tests.tiny import build, causal_lm, tiny_config, without_dropout
 @pytest.mark.parametrize("left", [4, 7])  # of 7 steps: killed on the way, and after the last one
 def test_a_resumed_stage_ends_with_the_same_bits(left: int, family: str, kind: str, tmp_path: Path) -> None:
     stages: dict[str, Any] = {"transfer": TransferTrainer, "distill": DistillTrainer, "uptrain": UptrainTrainer}
-    stage = (stages | {"contrast": partial(ContrastTrainer, passage_tokens=6, margin=1)})[kind]
+    stage = (stages | {"contrast": partial(ContrastTrainer, passage_tokens=6, margin=1, neighbors=True)})[kind]
 
     def run(folder: Path, **changes: Any) -> Any:
         # dropout is on: the random generators must come back too

@@ -275,7 +275,7 @@ class RetrievalRecipe:
     @property
     def references(self) -> list[str]:
         """Systems that the others are compared with: the checkpoint truncated and in chunks, and saved models that are
-        read like it, such as one trained for as long as the others."""
+        read like it, such as one that trained on as much."""
         own = [system for system in self.systems if system.variant is None and system.model is None]
         firsts = [next((s.label for s in own if s.reads == reads), None) for reads in ("truncated", "chunks")]
         saved = [system.label for system in self.systems if system.model is not None and system.reads != "whole"]

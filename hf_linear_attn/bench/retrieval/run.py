@@ -27,6 +27,7 @@ from hf_linear_attn.data import load_config
 from hf_linear_attn.measure.methods import failures, not_measured
 from hf_linear_attn.measure.profile import peak_memory, time_interleaved
 from hf_linear_attn.measure.rows import RowFile, about_machine
+from hf_linear_attn.saving import saved_at
 
 __all__ = ["measure_retrieval"]
 
@@ -154,6 +155,8 @@ def _planned(run: _Run, kind: str, length: int) -> list[tuple[dict[str, Any], Sy
             "room": room if system.reads == "whole" else None,
             "what": {name: value for name, value in asdict(system).items() if name != "name"},
         }
+        if system.model is not None:  # one that was saved anew is another
+            identity["saved_at"] = saved_at(system.model)
         if kind == "cost":
             identity |= {"repeats": run.recipe.cost_repeats, "threads": torch.get_num_threads()}
         planned.append((identity, system))
