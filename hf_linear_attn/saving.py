@@ -17,10 +17,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-__all__ = ["to_json", "whole_folder", "write_json"]
+__all__ = ["saved_at", "to_json", "whole_folder", "write_json"]
 
 # Loading starts with one of these: taken away first, put back last.
 _ENTRIES = ("config.json", "adapter_config.json")
@@ -108,6 +109,14 @@ def _remove_abandoned(folder: Path) -> None:
             shutil.rmtree(path)
         except PermissionError:  # it lives, and is someone else's
             continue
+
+
+def saved_at(name: str) -> str | None:
+    """When the newest file of weights in a folder was written, UTC; None of what lies elsewhere."""
+    files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".gguf")]
+    if not files:
+        return None
+    return datetime.fromtimestamp(max(path.stat().st_mtime for path in files), timezone.utc).isoformat()
 
 
 def to_json(data: Any, indent: int | None = None) -> str:

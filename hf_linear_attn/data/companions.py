@@ -18,10 +18,18 @@ from typing import Any
 
 from hf_linear_attn.saving import whole_folder
 
-__all__ = ["checkpoint_folder", "find_companions"]
+__all__ = ["checkpoint_folder", "find_companions", "find_pooling"]
 
 _MODULES = "modules.json"  # of sentence-transformers: the parts of the model, each with its folder
 _SETTINGS = "sentence_*_config.json"  # of its first module: the limit in tokens
+_POOLING_FLAGS = {  # as older folders write it
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 _WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index*.json",
@@ -105,6 +113,30 @@ def find_companions(source: str) -> Path:
     for path in root.glob(_SETTINGS):
         _read_settings(path)
     return root
+
+
+def find_pooling(root: Path) -> str:
+    """What a sentence encoder makes its vector of, in sentence-transformers' word; `mean` where nothing says.
+
+    Args:
+        root: what `find_companions` gave.
+
+    Raises:
+        ValueError: for modules behind the pooling that change its direction, or several poolings at once.
+    """
+    if not (root / _MODULES).is_file():
+        return "mean"
+    modules = {entry["type"].rpartition(".")[2]: entry["path"] for entry in _read_json(root / _MODULES)}
+    if others := sorted(set(modules) - {"Transformer", "Pooling", "Normalize"}):
+        raise ValueError(f"{root / _MODULES} has {', '.join(others)}; known: Transformer, Pooling, Normalize")
+    if "Pooling" not in modules:
+        return "mean"
+    settings = _read_settings(root / modules["Pooling"] / "config.json")
+    found = settings.get("pooling_mode", [mode for flag, mode in _POOLING_FLAGS.items() if settings.get(flag)])
+    modes = [found] if isinstance(found, str) else list(found)
+    if len(modes) != 1:
+        raise ValueError(f"{root / modules['Pooling']} pools by {', '.join(modes) or 'nothing'}; known: one way")
+    return modes[0]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LongDocumentCollator", "encode_leading", "tokenize_documents"]
+__all__ = ["LongDocumentCollator", "encode_leading", "special_frame", "tokenize_documents"]
 
 
 def encode_leading(
@@ -47,6 +47,14 @@ def encode_leading(
 def _first_words(text: str, count: int) -> str:
     word = next(itertools.islice(re.finditer(r"\S+", text), count - 1, None), None)
     return text if word is None else text[: word.end()]
+
+
+def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens in front of a text, and of those behind it."""
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    place = next(i for i in range(len(whole)) if whole[i : i + len(word)] == word)
+    return whole[:place], whole[place + len(word) :]
 
 
 def tokenize_documents(

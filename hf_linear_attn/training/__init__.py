@@ -6,15 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_linear_attn.training.contrast import ContrastTrainer
     from hf_linear_attn.training.distill import DistillTrainer
     from hf_linear_attn.training.finetune import FinetuneTrainer
     from hf_linear_attn.training.parts import Lora
     from hf_linear_attn.training.transfer import TransferTrainer
     from hf_linear_attn.training.uptrain import UptrainTrainer
 
-__all__ = ["DistillTrainer", "FinetuneTrainer", "Lora", "TransferTrainer", "UptrainTrainer"]
+__all__ = ["ContrastTrainer", "DistillTrainer", "FinetuneTrainer", "Lora", "TransferTrainer", "UptrainTrainer"]
 
 _MODULES = {
+    "ContrastTrainer": "contrast",
     "DistillTrainer": "distill",
     "FinetuneTrainer": "finetune",
     "Lora": "parts",

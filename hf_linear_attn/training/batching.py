@@ -1,4 +1,5 @@
-"""Batches of documents of like length, the same documents in the same order for every system that is compared."""
+"""Batches of documents of like length, the same documents in the same order for every system that is compared; and of
+documents that follow one another."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["LengthGroupedSampler"]
+__all__ = ["LengthGroupedSampler", "NeighborSampler"]
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -53,3 +54,35 @@ class LengthGroupedSampler(Sampler[int]):
         for batch in batches:
             if len(batch) < size:
                 yield from batch
+
+
+class NeighborSampler(Sampler[int]):
+    """Cut the rows into batches where they stand, and shuffle the batches; yields rows one by one.
+
+    Where the first cut lies is drawn anew for every epoch, so that a row meets those on both its sides; the last batch,
+    which may be smaller, holds rows from the end and from the beginning.
+
+    Args:
+        count: of the rows.
+        batch_size: rows of a batch.
+        seed: of the order, which is a function of `(count, batch_size, seed, epoch)` only.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, seed: int = 0) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        first = int(torch.randint(self.count, (1,), generator=generator))
+        rows = [*range(first, self.count), *range(first)]
+        full = self.count // self.batch_size
+        for batch in torch.randperm(full, generator=generator).tolist():
+            yield from rows[batch * self.batch_size : (batch + 1) * self.batch_size]
+        yield from rows[full * self.batch_size :]

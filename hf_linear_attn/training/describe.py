@@ -47,15 +47,16 @@ def describe_stage(
 
 
 def _describe_data(trainer: StageTrainer, task: DocumentTask, buffer: int | None) -> str:
-    rows, limit = trainer.train_dataset, trainer.max_length
+    rows, limit, least = trainer.train_dataset, trainer.max_length, trainer.shortest
+    left_out = "nothing is cut off" if least == 1 else f"shorter ones than {least:,} are left out"
     if not isinstance(rows, Dataset):
         shuffled = "" if buffer is None else f", shuffled in a buffer of {buffer:,}"
-        return f"reads {task.name} as a stream{shuffled}, in pieces of at most {limit:,} tokens; nothing is cut off."
+        return f"reads {task.name} as a stream{shuffled}, in pieces of at most {limit:,} tokens; {left_out}."
     tokens = f"{sum(_tokens(ids) for ids in rows['input_ids']):,} tokens"
     if not isinstance(trainer, FinetuneTrainer):
         return (
             f"{len(task.train):,} documents of {task.name}, {tokens} in {len(rows):,} pieces of at most {limit:,}; "
-            "nothing is cut off."
+            f"{left_out}."
         )
     cut = _count_cut(trainer, task)
     return (

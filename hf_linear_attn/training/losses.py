@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant
 
-__all__ = ["LayerLosses", "label_divergence", "mean_states", "states_distance"]
+__all__ = ["LayerLosses", "contrast_loss", "label_divergence", "mean_states", "states_distance"]
 
 
 class LayerLosses:
@@ -81,3 +81,23 @@ def states_distance(student: torch.Tensor, teacher: torch.Tensor, real: torch.Te
     error = (student - teacher)[real].square().sum() / teacher[real].square().sum().clamp(min=1e-12)
     cosine = F.cosine_similarity(mean_states(student, real), mean_states(teacher, real), dim=-1)
     return error + (1 - cosine).mean()
+
+
+def contrast_loss(
+    queries: torch.Tensor, documents: torch.Tensor, temperature: float = 0.05, symmetric: bool = False
+) -> torch.Tensor:
+    """Cross-entropy of each query's own document under a softmax over the cosines to all of them, in nats: a scalar.
+
+    That of sentence-transformers' `MultipleNegativesRankingLoss` with `scale` 1 / temperature (Henderson et al.,
+    Efficient Natural Language Response Suggestion for Smart Reply, arXiv:1705.00652).
+
+    Args:
+        queries: vectors `[B, d]`.
+        documents: vectors `[B, d]`, that of each query in its own row.
+        temperature: the cosines are divided by it.
+        symmetric: the mean with the loss of documents that find their queries.
+    """
+    scores = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T / temperature  # [B, B]
+    own = torch.arange(len(scores), device=scores.device)
+    loss = F.cross_entropy(scores, own)
+    return (loss + F.cross_entropy(scores.T, own)) / 2 if symmetric else loss

@@ -19,6 +19,7 @@ from hf_linear_attn.training.parts import Lora, check_trainable, last_layers
 from hf_linear_attn.training.tasks import TASKS
 
 __all__ = [
+    "ContrastStage",
     "ConversionRecipe",
     "DataRecipe",
     "DistillStage",
@@ -214,6 +215,33 @@ class UptrainStage(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContrastStage(Stage):
+    """`ContrastTrainer`: an embedder learns that a passage belongs to the rest of its document.
+
+    Attributes:
+        passage_tokens: of a passage.
+        margin: tokens on both sides of it that are in neither text.
+        temperature: of the softmax over cosines.
+        symmetric: whether documents find their passages as well.
+        neighbors: whether a batch holds texts that follow one another in the data.
+    """
+
+    kind: ClassVar[str] = "contrast"
+    passage_tokens: int = 128
+    margin: int = 16
+    temperature: float = 0.05
+    symmetric: bool = False
+    neighbors: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("passage_tokens", 1), ("margin", 0)):
+            check(getattr(self, name) >= least, f"contrast.{name} must be at least {least}, got {getattr(self, name)}")
+        fits = 0 < self.temperature < math.inf
+        check(fits, f"contrast.temperature must be a finite number above 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneStage(Stage):
     """`FinetuneTrainer`: a new head learns a task.
 
@@ -238,7 +266,7 @@ class FinetuneStage(Stage):
 
 
 STAGES: dict[str, type[Stage]] = {
-    stage.kind: stage for stage in (TransferStage, DistillStage, UptrainStage, FinetuneStage)
+    stage.kind: stage for stage in (TransferStage, DistillStage, ContrastStage, UptrainStage, FinetuneStage)
 }
 
 
@@ -249,8 +277,8 @@ class Recipe:
     Attributes:
         model: the checkpoint.
         data: the documents.
-        stages: what is trained, one after the other; each a mapping whose `stage` is `transfer`, `distill`, `uptrain`
-            or `finetune`, with the keys of that stage.
+        stages: what is trained, one after the other; each a mapping whose `stage` is `transfer`, `distill`,
+            `contrast`, `uptrain` or `finetune`, with the keys of that stage.
         training: `transformers.TrainingArguments` by their own names, for all stages. `output_dir` gets the model;
             `bf16: auto` is bf16 where the device computes in it.
         conversion: what to convert to, or None to keep softmax attention.

@@ -13,7 +13,7 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 from transformers import PrinterCallback, ProgressCallback
 
-from hf_linear_attn.data.companions import checkpoint_folder, find_companions
+from hf_linear_attn.data.companions import checkpoint_folder, find_companions, find_pooling
 from hf_linear_attn.data.models import resolve_model
 from hf_linear_attn.measure.metrics import check_metrics, load_metrics
 from hf_linear_attn.measure.profile import parameter_counts, track_peak_memory
@@ -21,6 +21,7 @@ from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.seam.trainer import remove_checkpoints, writing
 from hf_linear_attn.training.arguments import training_arguments
+from hf_linear_attn.training.contrast import ContrastTrainer, check_pooling
 from hf_linear_attn.training.describe import LossBar, OnStep, Share, describe_conversion, describe_stage
 from hf_linear_attn.training.distill import DistillTrainer
 from hf_linear_attn.training.finetune import FinetuneTrainer
@@ -49,6 +50,7 @@ __all__ = ["StageResult", "TrainResult", "train"]
 TRAINERS: dict[str, type[StageTrainer]] = {
     "transfer": TransferTrainer,
     "distill": DistillTrainer,
+    "contrast": ContrastTrainer,
     "uptrain": UptrainTrainer,
     "finetune": FinetuneTrainer,
 }
@@ -147,8 +149,10 @@ class _Run:
             self.tasks.append(task if task is not None else self._documents(self.recipe.stages[-1]))
             heads = [TRAINERS[stage.kind].new_head for stage in self.recipe.stages]
             self.companions = None if all(heads) else find_companions(resolve_model(self.recipe.model.name))
+        if self.companions is not None and any(stage.kind == "contrast" for stage in self.recipe.stages):
+            self.pooling = check_pooling(find_pooling(self.companions))
         self.autos = [auto_class(stage, self.recipe.model.name) for stage in self.recipe.stages]
-        check_stages(self.recipe, self.autos, self.tokenizer)
+        check_stages(self.recipe, self.autos, self.tokenizer, self.arguments)
         settings = [self._settings(index) for index in range(len(self.tasks))]
         self.progress = Progress(self.recipe.output_dir, settings)
 
@@ -237,6 +241,8 @@ class _Run:
         extra: dict[str, Any] = {}
         if stage.kind == "distill" and (teacher := self._teacher(index, model)) is not None:
             extra["teacher"] = teacher
+        if stage.kind == "contrast":
+            extra["pooling"] = self.pooling
         if stage.kind == "finetune":
             extra |= {"metrics": self.recipe.evaluation.metrics, "prefix": self.prefix}
         callbacks = [] if self.on_step is None else [Share(self.on_step, index, len(self.recipe.stages))]

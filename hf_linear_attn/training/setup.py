@@ -22,9 +22,10 @@ from hf_linear_attn.data import (
     resolve_model_kwargs,
 )
 from hf_linear_attn.data.models import named_errors
-from hf_linear_attn.data.tokenization import encode_leading
+from hf_linear_attn.data.tokenization import encode_leading, special_frame
 from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.training.contrast import check_batches, check_room, shortest_document
 from hf_linear_attn.training.distill import choose_objective, settle_windows
 from hf_linear_attn.training.parts import last_layers
 from hf_linear_attn.training.stage import checkpoint_limit, longest_input
@@ -178,20 +179,21 @@ def build_model(recipe: Recipe, auto: str, task: DocumentTask | None, tokenizer:
     )
 
 
-def check_stages(recipe: Recipe, autos: list[str], tokenizer: Any) -> None:
+def check_stages(recipe: Recipe, autos: list[str], tokenizer: Any, arguments: list[Any]) -> None:
     """Raise `ValueError` for a stage that would fail when its turn comes, after hours of the stages before it.
 
     Args:
         recipe: the run.
         autos: Auto class of each stage's model.
         tokenizer: the checkpoint's.
+        arguments: `TrainingArguments` of each stage.
     """
     config = load_config(recipe.model.name)
     own_limit = longest_input(SimpleNamespace(config=config))
     conversion, layers = recipe.conversion, config.num_hidden_layers
     wanted = max((stage.max_length or 0 for stage in recipe.stages), default=0)
     limit = max(own_limit, wanted if conversion is None else conversion.max_length or wanted)
-    for number, (stage, auto) in enumerate(zip(recipe.stages, autos, strict=True), 1):
+    for number, (stage, auto, args) in enumerate(zip(recipe.stages, autos, arguments, strict=True), 1):
         where = f"stage {number}, {stage.kind}"
         if (stage.max_length or 0) > limit:
             raise ValueError(f"{where}: max_length={stage.max_length}, but the converted model reads {limit} tokens")
@@ -204,6 +206,11 @@ def check_stages(recipe: Recipe, autos: list[str], tokenizer: Any) -> None:
         masks = auto == "AutoModelForMaskedLM" and stage.kind in ("uptrain", "distill")
         if masks and tokenizer.mask_token is None:
             raise ValueError(f"{where}: a masked language model needs a tokenizer with a mask token")
+        if stage.kind == "contrast":
+            check_batches(args)
+            special = sum(map(len, special_frame(tokenizer)))
+            shortest = shortest_document(stage.passage_tokens, stage.margin, special)
+            check_room(shortest, stage.max_length or limit)
         if stage.kind == "distill":
             objective = choose_objective(stage.objective, auto != "AutoModel", auto)
             teacher = load_config(stage.teacher) if stage.teacher else config

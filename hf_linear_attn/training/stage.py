@@ -82,6 +82,8 @@ class StageTrainer(CheckedTrainer):
     default_trainable: ClassVar[str] = "all"
     new_head: ClassVar[bool] = False
     """Whether the model's head is new, and trains whatever else does."""
+    shortest: int = 1
+    """Tokens of the shortest piece of text that is read."""
     _data: str | None = None
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -418,7 +419,51 @@ def test_a_saved_model_is_measured_as_what_it_was(recipe: RetrievalRecipe, tmp_p
         assert rows["saved512", length]["ranks"] == rows["longformer window_size=8", length]["ranks"]
     assert rows["saved256", 512]["refused"] == "reads 256 tokens at most"
     assert rows["saved256", 256]["ranks"] == rows["saved512", 256]["ranks"]
+    measured = len((tmp_path / "out" / "rows.jsonl").read_text().splitlines())
+    measure_retrieval(recipe, tmp_path / "out", say=silent)
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == measured
+    os.utime(tmp_path / "saved512" / "model.safetensors", (0, 0))  # as if it was trained anew
+    measure_retrieval(recipe, tmp_path / "out", say=silent)
+    assert (
+        len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == measured + 3
+    )  # two lengths, and short texts
     assert "saved256 (512 tokens): reads 256 tokens at most" in render_retrieval(results)
+
+
+def test_a_saved_model_is_read_as_the_checkpoint_is(recipe: RetrievalRecipe, tmp_path: Path) -> None:
+    """The checkpoint saved again is the checkpoint; another one is a reference for the others; a converted one is read
+    in the checkpoint's windows, which a window of attention as wide leaves as they are."""
+    again, other, converted = (tmp_path / name for name in ("again", "other", "converted"))
+    model = AutoModel.from_pretrained(recipe.model)
+    model.save_pretrained(again)
+    convert_model(AutoModel.from_pretrained(recipe.model), "longformer", max_length=512).save_pretrained(converted)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(other)
+    for folder in (again, other, converted):
+        AutoTokenizer.from_pretrained(recipe.model).save_pretrained(folder)
+    ways = [{"reads": "truncated"}, {"reads": "head_tail"}, {"reads": "chunks"}, {"reads": "chunks", "overlap": 8}]
+    systems = [SystemRecipe(model=str(folder), **way) for folder in (again, other, converted) for way in ways]
+    systems = [*systems, *(SystemRecipe(**way) for way in ways), SystemRecipe(variant="linear")]
+    recipe = replace(recipe, systems=systems, lengths=[256, 512])
+    results = measure_retrieval(recipe, tmp_path / "out", say=silent)
+    rows = {(row["system"], row["length"]): row for row in rows_of(tmp_path / "out") if row["kind"] == "long"}
+    for own in ("truncated", "head and tail", "chunk and average", "chunk and average, overlap 8"):
+        for length in (256, 512) if "chunk" in own else (64,):
+            wanted = rows[own, length]["gaps"]
+            assert rows[f"again, {own}", length]["gaps"] == wanted
+            assert rows[f"converted, {own}", length]["gaps"] == pytest.approx(wanted, abs=1e-4)
+            assert own == "truncated" or rows[f"other, {own}", length]["gaps"] != wanted  # all begin alike
+    linear = next(row for row in results["rows"] if (row["system"], row["kind"]) == ("linear", "long"))
+    assert list(linear["top1_less"])[:3] == ["truncated", "chunk and average", "again, truncated"]
+    assert "other, chunk and average" in linear["top1_less"]
+    text = render_retrieval(results)
+    assert "Measured as they were saved: `again, truncated`, " in text
+    assert "nothing else is trained; calibrated" in text
+    assert "top-1 less other, chunk and average" in text
+    draw_retrieval(results, tmp_path / "saved.png")
+    assert (tmp_path / "saved.png").stat().st_size > 10_000
 
 
 def test_a_model_with_another_vocabulary_is_refused(recipe: RetrievalRecipe, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hf_linear_attn.bench.retrieval.recipe import (
     SystemRecipe,
 )
 from hf_linear_attn.bench.retrieval.run import measure_retrieval
+from hf_linear_attn.training.recipe import Recipe
 from tests.bench.test_retrieval import recipe as recipe
 from tests.bench.test_retrieval import silent
 
@@ -29,6 +30,8 @@ WRONG = {
     "model: m\nsystems: [{variant: linear, model: x}]": "a variant or a model, not both",
     "model: m\nsystems: [{reads: all}]": "systems.reads has 'all'; allowed: whole, truncated, head_tail, chunks",
     "model: m\nsystems: [{reads: chunks, variant: linear}]": "leave variant away",
+    "model: m\nsystems: [{reads: chunks, model: x}, {reads: chunks, model: a/x}]": "given twice: x, chunk and average",
+    "model: m\nsystems: [{reads: chunks, model: x, extend: interpolate}]": "head_tail and chunks extend nothing",
     "model: m\nsystems: [{overlap: 8}]": "overlap is of reads: chunks",
     "model: m\nsystems: [{reads: chunks, overlap: -1}]": "systems.overlap must be at least 0, got -1",
     "model: m\nsystems: [{variant: linear, extend: stretch}]": "systems.extend has 'stretch'; allowed: tile, interp",
@@ -84,7 +87,24 @@ def test_what_only_the_checkpoint_and_the_documents_tell_is_said_before_anything
         )
 
 
-@pytest.mark.parametrize("name", ["embedder.yaml", "embedder_demo.yaml"])
+@pytest.mark.parametrize("name", ["embedder.yaml", "embedder_demo.yaml", "trained_embedder.yaml"])
 def test_the_shipped_recipes_are_right(name: str) -> None:
     recipe = RetrievalRecipe.from_yaml(ROOT / "recipes" / "minilm" / name)
     assert {system.reads for system in recipe.systems} >= {"truncated", "chunks", "whole"}
+
+
+def test_what_the_shipped_embedders_learn_from_is_not_searched() -> None:
+    """The same split of the same source: its training part for the two of a budget, its test part for the search."""
+    folder = ROOT / "recipes" / "minilm"
+    trained = [Recipe.from_yaml(folder / f"{name}_embedder.yaml") for name in ("long", "chunk")]
+    for name in ("embedder.yaml", "trained_embedder.yaml"):
+        searched = RetrievalRecipe.from_yaml(folder / name).documents
+        for embedder in trained:
+            data = embedder.data
+            assert (data.source, data.options, data.seed) == (searched.source, searched.options, searched.seed)
+            assert all(stage.data is None for stage in embedder.stages)
+    searching = RetrievalRecipe.from_yaml(folder / "trained_embedder.yaml")
+    models = [Path(system.model) for system in searching.systems if system.model is not None]
+    for folder in models:
+        assert trained[0].output_dir in (folder, folder.parent)
+    assert len(searching.references) == 4

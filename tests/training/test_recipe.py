@@ -39,7 +39,9 @@ def test_unknown_section_and_nested_key_raise() -> None:
         Recipe.from_dict(staged("finetune", lora={"rank": 4}))
     with pytest.raises(ValueError, match=r"Unknown key\(s\) \['window'\] in recipe\.stages\[0\]"):
         Recipe.from_dict(staged("transfer", window=4))
-    with pytest.raises(ValueError, match="stage is one of transfer, distill, uptrain, finetune, got 'pretrain'"):
+    with pytest.raises(
+        ValueError, match="stage is one of transfer, distill, contrast, uptrain, finetune, got 'pretrain'"
+    ):
         Recipe.from_dict(staged("pretrain"))
 
 

@@ -126,7 +126,7 @@ def small(path: Path, checkpoint: Path, documents: dict[str, str], output: Path)
     for stage in stages:
         kind = stage["task"] if stage["stage"] == "finetune" else "text"
         stage["data"] = data(stage["data"] or dataclasses.asdict(recipe.data), kind)
-        for key in ("max_length", "window", "stride"):
+        for key in ("max_length", "window", "stride", "passage_tokens", "margin"):
             if key in stage:
                 stage[key] = shrunk(stage[key])
         stage["training"].pop("num_train_epochs", None)

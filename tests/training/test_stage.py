@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ from datasets import Dataset
 
 from hf_linear_attn import convert_model
 from hf_linear_attn.seam.trainer import NotFiniteError, last_checkpoint
-from hf_linear_attn.training import DistillTrainer, TransferTrainer, UptrainTrainer
+from hf_linear_attn.training import ContrastTrainer, DistillTrainer, TransferTrainer, UptrainTrainer
 from tests.small_runs import small_tokenizer
 from tests.small_stages import arguments, losses, moved, texts, weights
 from tests.tiny import build, causal_lm, tiny_config, without_dropout
 
 
-@pytest.mark.parametrize("kind", ["transfer", "distill", "uptrain"])
+@pytest.mark.parametrize("kind", ["transfer", "distill", "contrast", "uptrain"])
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 @pytest.mark.parametrize("left", [4, 7])  # of 7 steps: killed on the way, and after the last one
 def test_a_resumed_stage_ends_with_the_same_bits(left: int, family: str, kind: str, tmp_path: Path) -> None:
-    stage = {"transfer": TransferTrainer, "distill": DistillTrainer, "uptrain": UptrainTrainer}[kind]
+    stages: dict[str, Any] = {"transfer": TransferTrainer, "distill": DistillTrainer, "uptrain": UptrainTrainer}
+    stage = (stages | {"contrast": partial(ContrastTrainer, passage_tokens=6, margin=1, neighbors=True)})[kind]
 
     def run(folder: Path, **changes: Any) -> Any:
         # dropout is on: the random generators must come back too

@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_linear_attn.bench.retrieval.recipe import DocumentsRecipe, PassagesRecipe
 from hf_linear_attn.data import load_documents
+from hf_linear_attn.data.passages import cut_passages
 from hf_linear_attn.data.tokenization import encode_leading
 
 __all__ = ["Corpus", "build_corpus", "near_duplicates", "take_passages"]
@@ -101,14 +102,7 @@ def take_passages(
     drawn_from = len(document) if passages.within is None else min(len(document), passages.within)
     free = np.sort(rng.integers(drawn_from - passages.count * span + 1, size=passages.count))
     starts = free + span * np.arange(passages.count)
-    left: Tokens = []
-    taken, end = [], 0
-    for start in starts.tolist():
-        left += document[end:start]
-        first = start + passages.margin
-        taken.append(list(document[first : first + passages.tokens]))
-        end = start + span
-    return [*left, *document[end:]], taken
+    return cut_passages(document, starts.tolist(), passages.tokens, passages.margin)
 
 
 def near_duplicates(documents: Sequence[Sequence[int]]) -> set[int]:

@@ -9,13 +9,13 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 
-from hf_linear_attn.bench.retrieval.tables import at, first_of, measured_lengths
+from hf_linear_attn.bench.retrieval.tables import at, measured_lengths, references
 from hf_linear_attn.measure.style import COLORS, GRAY, INK, new_figure, save_figure, style
 
 __all__ = ["draw_retrieval"]
 
 _DASHED: dict[str, Any] = {"linewidth": 1.2, "linestyle": (0, (4, 3)), "zorder": 1}
-_REFERENCES = {"truncated": COLORS[1], "chunks": COLORS[2]}  # way to read -> color of its line
+_LINES = COLORS[1:]  # of systems that the others are compared with
 
 
 def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
@@ -36,12 +36,14 @@ def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
     systems.sort(key=lambda system: -first.get(system["name"], {}).get("top1", {"mean": -1.0})["mean"])
     names = [system["name"] for system in systems]
     corpus, passages = results["corpus"], results["recipe"]["passages"]
-    title = "Long documents as vectors, nothing trained: a passage finds the rest of its document"
+    saved = any(system["saved"] for system in systems)
+    title = f"Long documents as vectors{'' if saved else ', nothing trained'}: a passage finds the rest of its document"
     subtitle = (
         f"{corpus['queries']:,} passages of {passages['tokens']} tokens, cut out of {corpus['documents']} documents; "
         f"share of passages whose document comes first, with 95% intervals over {corpus['groups']} groups.\n"
-        f"Gray: the checkpoint as it is, {corpus['limit']:,} tokens at a time. Blue: reads all of them at a time; "
-        "hollow as published, filled calibrated on other documents, or nothing to calibrate."
+        f"Gray: {corpus['limit']:,} tokens at a time, as the checkpoint. Blue: reads all of them at a time; hollow as "
+        "published, filled calibrated on other documents, or nothing to calibrate."
+        f"{' Squares: saved models, trained or not; all else is untrained.' if saved else ''}"
     )
     with matplotlib.rc_context(style()):
         figure = new_figure(max(11.5, 3.4 + 2.7 * (len(lengths) + timed)), 0.27 * len(names) + 2.3, title, subtitle)
@@ -59,8 +61,7 @@ def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
         panels[0].set_ylim(len(names) - 0.4, -0.6)
         handles = [
             panels[0].plot([], [], color=color, label=name, **_DASHED)[0]
-            for reads, color in _REFERENCES.items()
-            if (name := first_of(results, reads)) is not None
+            for name, color in zip(references(results), _LINES, strict=False)
         ]
         if handles:
             figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
@@ -69,8 +70,8 @@ def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
 
 def _quality(axes: Axes, results: Mapping[str, Any], systems: Sequence[Mapping[str, Any]], length: int) -> None:
     rows = at(results, "long", length)
-    for reads, color in _REFERENCES.items():
-        reference = rows.get(first_of(results, reads) or "", {})
+    for name, color in zip(references(results), _LINES, strict=False):
+        reference = rows.get(name, {})
         if "top1" in reference:
             axes.axvline(reference["top1"]["mean"], color=color, **_DASHED)
     for line, system in enumerate(systems):
@@ -103,5 +104,5 @@ def _color(system: Mapping[str, Any]) -> str:
 
 
 def _marker(system: Mapping[str, Any]) -> dict[str, Any]:
-    hollow = system["start"] == "published"
-    return {"marker": "o", "linestyle": "none", "color": _color(system), "mfc": "white" if hollow else _color(system)}
+    shape = {"marker": "s" if system["saved"] else "o", "linestyle": "none", "color": _color(system)}
+    return shape | {"mfc": "white" if system["start"] == "published" else _color(system)}

@@ -115,12 +115,12 @@ class SystemRecipe:
     """One way to turn a document into a vector.
 
     Attributes:
-        reads: `whole` (the first tokens, as many as the length says), or the checkpoint as it is: `truncated` (as many
-            as it can read), `head_tail` (half of them from the document's end) or `chunks` (windows of as many, whose
+        reads: `whole` (the first tokens, as many as the length says), or what the checkpoint can read: `truncated` (so
+            many tokens), `head_tail` (half of them from the document's end) or `chunks` (windows of so many, whose
             vectors are averaged).
         variant: what the checkpoint is converted to, a key or a one-key mapping to options; null for softmax attention.
-        model: a saved model (folder or Hub id), such as a trained embedder, in place of a variant; the positions of one
-            that is not converted are tiled.
+        model: a saved model (folder or Hub id), such as a trained embedder, in place of checkpoint or variant; the
+            positions of one that is not converted are tiled where it reads `whole`.
         extend: how positions grow: `tile`, or `interpolate` (stretched to the length that is read).
         start: `calibrated`, or `published` for the variant's own; a variant without anything to calibrate has that.
         overlap: tokens that neighboring windows of `chunks` share.
@@ -151,8 +151,8 @@ class SystemRecipe:
             f"reads: truncated, head_tail and chunks extend nothing. Got {self.label!r}.",
         )
         _check(
-            not given or self.reads == "whole",
-            f"The checkpoint is what {self.reads!r} reads with; leave {', '.join(given)} away, or read whole.",
+            self.variant is None or self.reads == "whole",
+            f"The checkpoint, or a saved model, is what {self.reads!r} reads with; leave variant away, or read whole.",
         )
         _check(
             self.start == "calibrated" or self.calibrates,
@@ -187,10 +187,11 @@ class SystemRecipe:
         """What it is called."""
         if self.name is not None:
             return self.name
-        if self.model is not None:
-            return Path(self.model).name
         words = {"truncated": "truncated", "head_tail": "head and tail", "chunks": "chunk and average"}
-        parts = [words.get(self.reads, "softmax, longer table") if self.method is None else self.method.name]
+        own = "softmax, longer table" if self.method is None else self.method.name
+        parts = [words.get(self.reads, own)]
+        if self.model is not None:
+            parts = [Path(self.model).name, *parts[: self.reads != "whole"]]
         parts += [f"overlap {self.overlap}"] * (self.overlap > 0)
         parts += ["interpolated"] * (self.extend == "interpolate")
         parts += ["as published"] * (self.start == "published")
@@ -270,6 +271,15 @@ class RetrievalRecipe:
     def room(self, system: SystemRecipe, length: int) -> int:
         """Tokens that a system's positions are extended to, to read `length`: stretched ones no further than needed."""
         return length if system.extend == "interpolate" else max(self.lengths)
+
+    @property
+    def references(self) -> list[str]:
+        """Systems that the others are compared with: the checkpoint truncated and in chunks, and saved models that are
+        read like it, such as one that trained on as much."""
+        own = [system for system in self.systems if system.variant is None and system.model is None]
+        firsts = [next((s.label for s in own if s.reads == reads), None) for reads in ("truncated", "chunks")]
+        saved = [system.label for system in self.systems if system.model is not None and system.reads != "whole"]
+        return [label for label in (*firsts, *saved) if label is not None]
 
     def setting(self) -> dict[str, Any]:
         """What must not change between the rows of one file; systems and lengths may grow."""

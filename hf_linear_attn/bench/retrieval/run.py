@@ -1,4 +1,4 @@
-"""A passage finds the rest of its document: systems without training beside the checkpoint, long and short, and costs.
+"""A passage finds the rest of its document: converted and saved models beside the checkpoint, long and short; costs.
 
 One run, decided by a recipe, writes one line a row as soon as it is measured: a run that is cut off goes on where it
 stopped. Queries are read by the system that reads the documents. Nothing is trained; calibrated starts are chosen on
@@ -27,11 +27,11 @@ from hf_linear_attn.data import load_config
 from hf_linear_attn.measure.methods import failures, not_measured
 from hf_linear_attn.measure.profile import peak_memory, time_interleaved
 from hf_linear_attn.measure.rows import RowFile, about_machine
+from hf_linear_attn.saving import saved_at
 
 __all__ = ["measure_retrieval"]
 
 _FIXED = ("truncated", "head_tail")  # read the same whatever may be read beyond it: one row serves every length
-_COMPARED = ("truncated", "chunks")  # ways to read whose first system the others are compared with
 
 
 def measure_retrieval(
@@ -85,7 +85,7 @@ def measure_retrieval(
         "meta": {**about_machine(command), "unfinished": unfinished},
         "recipe": asdict(recipe),
         "corpus": {**corpus.about, "limit": checkpoint.limit},
-        "systems": [_about(system) for system in recipe.systems],
+        "systems": [_about(system) | {"reference": system.label in recipe.references} for system in recipe.systems],
         "rows": _results(run),
     }
 
@@ -117,7 +117,8 @@ def _check_lengths(recipe: RetrievalRecipe, checkpoint: Checkpoint) -> None:
 def _about(system: SystemRecipe) -> dict[str, Any]:
     start = system.start if system.calibrates else None
     family = system.method.key if system.method is not None else system.label
-    return {"name": system.label, "family": family, "reads": system.reads, "start": start}
+    saved = system.model is not None
+    return {"name": system.label, "family": family, "reads": system.reads, "start": start, "saved": saved}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -154,6 +155,8 @@ def _planned(run: _Run, kind: str, length: int) -> list[tuple[dict[str, Any], Sy
             "room": room if system.reads == "whole" else None,
             "what": {name: value for name, value in asdict(system).items() if name != "name"},
         }
+        if system.model is not None:  # one that was saved anew is another
+            identity["saved_at"] = saved_at(system.model)
         if kind == "cost":
             identity |= {"repeats": run.recipe.cost_repeats, "threads": torch.get_num_threads()}
         planned.append((identity, system))
@@ -163,12 +166,15 @@ def _planned(run: _Run, kind: str, length: int) -> list[tuple[dict[str, Any], Sy
 def _results(run: _Run) -> list[dict[str, Any]]:
     """The rows of this recipe, with intervals in place of ranks; `tokens_read` is what is read of a longer document."""
     found = []
-    firsts = [next((s.label for s in run.recipe.systems if s.reads == reads), "") for reads in _COMPARED]
     parts = (("long", run.recipe.lengths), ("short", run.recipe.short_lengths), ("cost", run.recipe.lengths))
     for kind, length in ((kind, length) for kind, lengths in parts for length in lengths):
         rows = {identity["system"]: run.file.find(**identity) for identity, _ in _planned(run, kind, length)}
         measured = {name: row for name, row in rows.items() if row is not None}
-        against = {n: measured[n] for n in (*firsts, CHECKPOINT.label) if n in measured and "ranks" in measured[n]}
+        against = {
+            n: measured[n]
+            for n in (*run.recipe.references, CHECKPOINT.label)
+            if n in measured and "ranks" in measured[n]
+        }
         for row in measured.values():
             kept = {name: value for name, value in row.items() if name not in ("ranks", "gaps", "cosines")}
             kept |= {"length": length, "tokens_read": row["length"]}

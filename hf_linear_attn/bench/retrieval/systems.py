@@ -18,6 +18,7 @@ from hf_linear_attn.analysis.recordings import load_model
 from hf_linear_attn.bench.retrieval.recipe import SystemRecipe
 from hf_linear_attn.convert import convert_model, extend_positions
 from hf_linear_attn.data import LongDocumentCollator, load_tokenizer
+from hf_linear_attn.data.tokenization import special_frame
 from hf_linear_attn.measure.methods import RefusedError, sharing_copy
 from hf_linear_attn.measure.profile import longest_input
 from hf_linear_attn.registry import get_patcher
@@ -84,10 +85,7 @@ def load_encoder(name: str) -> Checkpoint:
     limit = longest_input(model)
     if limit is None:
         raise ValueError(f"The config of {name!r} states no longest input: nothing is truncated there.")
-    word = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    place = next(i for i in range(len(whole)) if whole[i : i + len(word)] == word)
-    return Checkpoint(model, tokenizer, limit, whole[:place], whole[place + len(word) :])
+    return Checkpoint(model, tokenizer, limit, *special_frame(tokenizer))
 
 
 def build_embedder(
@@ -102,21 +100,23 @@ def build_embedder(
     Args:
         system: what to build.
         checkpoint: what to build it from.
-        room: tokens that the positions are extended to; None for the checkpoint as it is.
+        room: tokens that the positions are extended to; None for what reads as many at a time as the checkpoint.
         calibration: batches that a calibrated start may be chosen on.
         seed: of variants that draw at random.
 
     Raises:
         RefusedError: where the conversion is refused, or the saved model's tokenizer is another.
     """
+    model: Any
+    if system.model is not None:
+        model = load_model(system.model, max_length=room and max(room, checkpoint.limit))
+        if load_tokenizer(system.model).get_vocab() != checkpoint.tokenizer.get_vocab():
+            raise RefusedError(f"the tokenizer of {system.model!r} is another than the checkpoint's")
+        limit = longest_input(model) or checkpoint.limit
+        return Embedder(system, checkpoint, model, limit if room is not None else min(limit, checkpoint.limit))
     if room is None:
         return Embedder(system, checkpoint, checkpoint.model, checkpoint.limit)
     room = max(room, checkpoint.limit)
-    if system.model is not None:
-        model: Any = load_model(system.model, max_length=room)
-        if load_tokenizer(system.model).get_vocab() != checkpoint.tokenizer.get_vocab():
-            raise RefusedError(f"the tokenizer of {system.model!r} is another than the checkpoint's")
-        return Embedder(system, checkpoint, model, longest_input(model) or room)
     model = sharing_copy(checkpoint.model)
     if system.method is None:
         extend_positions(model, room, system.extend)  # type: ignore[arg-type]

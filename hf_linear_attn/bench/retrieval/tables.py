@@ -13,9 +13,10 @@ from hf_linear_attn.measure.markdown import markdown_table
 __all__ = [
     "about",
     "at",
+    "chunked",
     "failed",
-    "first_of",
     "measured_lengths",
+    "references",
     "render_headline",
     "render_overview",
     "render_retrieval",
@@ -30,9 +31,15 @@ def at(results: Mapping[str, Any], kind: str, length: int) -> dict[str, Row]:
     return {row["system"]: row for row in results["rows"] if (row["kind"], row["length"]) == (kind, length)}
 
 
-def first_of(results: Mapping[str, Any], reads: str) -> str | None:
-    """The first system that reads in this way, which others are compared with."""
-    return next((system["name"] for system in results["systems"] if system["reads"] == reads), None)
+def references(results: Mapping[str, Any]) -> list[str]:
+    """Systems that the others are compared with, in the order of the recipe."""
+    return [system["name"] for system in results["systems"] if system["reference"]]
+
+
+def chunked(results: Mapping[str, Any]) -> str | None:
+    """The checkpoint in chunks, which costs are held against."""
+    found = (s["name"] for s in results["systems"] if s["reference"] and s["reads"] == "chunks" and not s["saved"])
+    return next(found, None)
 
 
 def measured_lengths(results: Mapping[str, Any]) -> list[int]:
@@ -56,11 +63,11 @@ def verdict(results: Mapping[str, Any], length: int) -> str:
     rows, costs = at(results, "long", length), at(results, "cost", length)
     systems = [system["name"] for system in results["systems"] if system["reads"] == "whole"]
     whole = {name: rows[name] for name in systems if "top1" in rows.get(name, {})}
-    truncated, chunks = first_of(results, "truncated"), first_of(results, "chunks")
+    chunks = chunked(results)
     sentences = [
         f"*{name}* finds {rows[name]['top1']['mean']:.3f}; {_sides(whole, name, length)}."
-        for name in (truncated, chunks)
-        if name is not None and whole and "top1" in rows.get(name, {})
+        for name in references(results)
+        if whole and "top1" in rows.get(name, {})
     ]
     times = {name: costs[name]["seconds"] for name in whole if "seconds" in costs.get(name, {})}
     if chunks is not None and times and "seconds" in costs.get(chunks, {}):
@@ -120,9 +127,9 @@ def render_overview(results: Mapping[str, Any], length: int) -> str:
     rows, costs = at(results, "long", length), at(results, "cost", length)
     shorts = [n for n in sorted(results["recipe"]["short_lengths"]) if at(results, "short", n)]
     short = at(results, "short", shorts[-1]) if shorts else {}
-    references = [name for name in (first_of(results, "truncated"), first_of(results, "chunks")) if name is not None]
+    others = references(results)
     header = ["system", "tokens read", "top-1 [95% interval]", "mean reciprocal rank", "cosine gap"]
-    header += [f"top-1 less {name}" for name in references]
+    header += [f"top-1 less {name}" for name in others]
     header += ["s / document", "peak MB"] * bool(costs) + [f"cosine to the checkpoint at {n:,}" for n in shorts[-1:]]
     lines = []
     for name in (system["name"] for system in results["systems"]):
@@ -130,7 +137,7 @@ def render_overview(results: Mapping[str, Any], length: int) -> str:
         if row is None and cost is None:  # of an unfinished run
             continue
         line = [f"`{name}`", *([_missing(row)] * 4 if row is None or "top1" not in row else _quality(row))]
-        line += [_interval((row or {}).get("top1_less", {}).get(other), "+") for other in references]
+        line += [_interval((row or {}).get("top1_less", {}).get(other), "+") for other in others]
         if costs:
             timed = cost is not None and "seconds" in cost
             line += [f"{cost['seconds']:.2f}", f"{cost['peak_mb']:,.0f}"] if timed else [_missing(cost)] * 2  # type: ignore[index]
@@ -156,12 +163,16 @@ def about(results: Mapping[str, Any]) -> str:
     passages, calibration = recipe["passages"], recipe["calibration"]
     drawn = f" from its first {passages['within']:,} tokens" if passages["within"] is not None else ""
     chosen = f"{calibration['documents']} documents of {calibration['tokens']:,} tokens"
+    saved = [system["name"] for system in results["systems"] if system["saved"]]
+    trained = (
+        f"Measured as they were saved: {_names(saved)}; nothing else is trained;" if saved else "Nothing is trained;"
+    )
     return (
         f"{corpus['queries']:,} passages of {passages['tokens']} tokens, {passages['count']} of each of "
         f"{corpus['documents']} documents ({corpus['source']}; {corpus['groups']} groups, median "
         f"{corpus['median_tokens']:,} tokens){drawn}, search the rest of their documents: a passage and "
         f"{passages['margin']} tokens on both sides are in no document. Queries are read by the system that reads the "
-        f"documents. Nothing is trained; calibrated starts are chosen on {chosen}, of groups that are not searched. "
+        f"documents. {trained} calibrated starts are chosen on {chosen}, of groups that are not searched. "
         "Intervals are 95% bootstrap intervals over groups, differences are "
         f"paired, bold where they exclude zero. Checkpoint: {recipe['model']}, which reads {corpus['limit']:,} tokens. "
         f"Left out: {corpus['too_short']} documents below {recipe['documents']['min_tokens']:,} tokens, "
