@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from hf_linear_attn.ops.features.maps import (
-    FEATURE_MAPS,
     FeatureMap,
     Features,
     ScaledMap,
     laplace_features,
     weighted_by_mean_logit,
 )
+from hf_linear_attn.ops.features.named import feature_width
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, FeatureMapVariant, LayerContext, VariantConfig
@@ -35,8 +35,9 @@ class LinearConfig(VariantConfig):
     """Options of `linear`.
 
     Attributes:
-        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, or `"laplace"`
-            (random Fourier features of the kernel exp(-|q - k|_1), of both signs: for small norms only).
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, `"laplace"` (random Fourier
+            features of the kernel exp(-|q - k|_1), of both signs: for small norms only), or a map of your own
+            (`register_feature_map`).
         variance_reducer: weight keys by a calibrated exp(scaling * a . k); without calibration a is 0.
         num_features: random features of `"laplace"` (a cosine and a sine each); other maps make head_dim.
         seed: seed of the random features of `"laplace"`.
@@ -48,7 +49,7 @@ class LinearConfig(VariantConfig):
     seed: int = 0
 
     def validate(self) -> None:
-        self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "laplace"))
+        self.require_feature_map("feature_map", "laplace")
         self.require_bool("variance_reducer")
         self.require_width("num_features")
         self.require_integer("seed", at_least=0)
@@ -80,8 +81,10 @@ class LinearAttention(FeatureMapVariant):
         super().__init__(config, context)
         if config.variance_reducer:
             self.register_buffer("query_mean", torch.empty(context.num_heads, context.head_dim))
-        self.num_features = 2 * config.num_features if config.feature_map == "laplace" else context.head_dim
-        if config.feature_map == "laplace":
+        if config.feature_map != "laplace":
+            self.num_features = feature_width(config.feature_map, context.head_dim)
+        else:
+            self.num_features = 2 * config.num_features
             self.register_buffer("omega", torch.empty(config.num_features, context.head_dim))
         self.reset_parameters()
 
