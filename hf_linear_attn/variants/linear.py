@@ -132,7 +132,7 @@ class LinearAttention(FeatureMapVariant):
             given = self.config.num_features, self.context.head_dim, self.context.generator(self.config.seed)
             omega, width = shift_invariant.draw_frequencies(self.config.feature_map, *given)
             self.omega.copy_(omega)
-            if self.width is not None:
+            if self.width is not None and width is not None:
                 self.width.copy_(width)
 
     @torch.no_grad()
