@@ -17,6 +17,7 @@ from hf_linear_attn.seam.versions import say_if_untested
 
 if TYPE_CHECKING:
     from hf_linear_attn.convert import convert_model, extend_positions, revert_model, set_backend
+    from hf_linear_attn.ops.features.named import register_feature_map, unregister_feature_map
     from hf_linear_attn.registry import get_variant, list_patchers, list_variants, register_patcher, register_variant
     from hf_linear_attn.report import ConversionReport
 
@@ -29,10 +30,12 @@ __all__ = [
     "get_variant",
     "list_patchers",
     "list_variants",
+    "register_feature_map",
     "register_patcher",
     "register_variant",
     "revert_model",
     "set_backend",
+    "unregister_feature_map",
 ]
 
 # Public name -> module. Resolved on first use: importing the package must not import torch's heavy parts.
@@ -43,10 +46,12 @@ _HOMES = {
     "get_variant": "registry",
     "list_patchers": "registry",
     "list_variants": "registry",
+    "register_feature_map": "ops.features.named",
     "register_patcher": "registry",
     "register_variant": "registry",
     "revert_model": "convert",
     "set_backend": "convert",
+    "unregister_feature_map": "ops.features.named",
 }
 
 say_if_untested()

@@ -117,6 +117,16 @@ class LinearAttnConfigMixin:
         # A process without the plugin must refuse the checkpoint, whatever was switched on while saving.
         return {**super().to_dict(), "attn_implementation": IMPLEMENTATION}  # type: ignore[misc]
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream.
+
+        Raises:
+            ValueError: for a layer with an option of which a file can hold nothing: a function given in Python.
+        """
+        config_module = importlib.import_module("hf_linear_attn.config")
+        config_module.LinearAttentionConfig.from_dict(self.linear_attn).check_savable()
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def to_diff_dict(self) -> dict[str, Any]:
         return {**super().to_diff_dict(), "attn_implementation": IMPLEMENTATION}  # type: ignore[misc]
 

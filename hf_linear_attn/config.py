@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from hf_linear_attn.ops.features.named import refuse_unregistered
 from hf_linear_attn.registry import get_variant
 
 __all__ = ["EXTENSION_MODES", "FORMAT_VERSION", "LayerConfig", "LinearAttentionConfig", "PositionsConfig"]
@@ -131,6 +132,15 @@ class LinearAttentionConfig:
             positions=None if positions is None else _read(PositionsConfig, "linear_attn.positions", positions),
             version=version,
         )
+
+    def check_savable(self) -> None:
+        """Raise `ValueError` for a layer with an option that means something in this process alone."""
+        for i, layer in enumerate(self.layers):
+            for value in () if layer is None else layer.options.values():
+                try:
+                    refuse_unregistered(value)
+                except ValueError as error:
+                    raise ValueError(f"linear_attn.layers[{i}]: {error}") from error
 
     def variants(self) -> list[str]:
         """Keys of the variants in use, without repetition, in layer order."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.features import named
 from hf_linear_attn.ops.features.maps import FeatureMap
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import Row, error_meter
@@ -104,6 +105,21 @@ class VariantConfig:
         allowed, value = list(allowed), getattr(self, name)
         if isinstance(value, bool) or not any(isinstance(value, type(x)) and value == x for x in allowed):
             raise ValueError(f"{name}={value!r}; allowed: {', '.join(map(str, allowed))}.")
+
+    def require_feature_map(self, name: str, *others: str) -> None:
+        """Raise `ValueError` unless this option is the name of a feature map, a function, or one of `others`.
+
+        A function's name takes its place (`ops.features.named.name_of`), so that options stay plain values.
+        """
+        value = named.name_of(getattr(self, name))
+        if not named.is_known(value) and not (isinstance(value, str) and value in others):
+            allowed = ", ".join([*named.registered_names(), *others])
+            raise ValueError(
+                f"{name}={value!r}; allowed: {allowed}. A map of your own is known by its name once "
+                "hf_linear_attn.register_feature_map(name, function) was called in this process, before a model is "
+                "converted or loaded."
+            )
+        object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Options as JSON types (tuples become lists)."""

@@ -22,6 +22,7 @@ from torch import nn
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, weighted_by_mean_logit
+from hf_linear_attn.ops.features.named import feature_width
 from hf_linear_attn.ops.linear.attention import LogDecay, feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import (
     Row,
@@ -51,8 +52,9 @@ class GatedConfig(VariantConfig):
     """Options of `gated`.
 
     Attributes:
-        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, all with a normalizer, or
-            `"identity"`, GLA's kernel without one: its outputs are on a scale of their own.
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"` or a map of your own
+            (`register_feature_map`), all with a normalizer, or `"identity"`, GLA's kernel without one: its
+            outputs are on a scale of their own.
         gate_rank: width of the gate's low-rank map.
         init: start of the gates, `"undecayed"` (W_2 = 0 and a bias that keeps all but 1/160 over the position
             table's length) or `"published"` (W_2 random as linear layers are, b = 0: memories of about 23 tokens).
@@ -66,7 +68,7 @@ class GatedConfig(VariantConfig):
     variance_reducer: bool = True
 
     def validate(self) -> None:
-        self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "identity"))
+        self.require_feature_map("feature_map", "identity")
         self.require_width("gate_rank")
         self.require_choice("init", INITS)
         self.require_bool("variance_reducer")
@@ -104,6 +106,9 @@ class GatedLinearAttention(AttentionVariant):
         heads, dim = context.num_heads, context.head_dim
         self.normalized = config.feature_map != "identity"
         self.reduces = config.variance_reducer and self.normalized
+        width = feature_width(config.feature_map, dim)
+        if width != dim:
+            raise ValueError(f"feature_map={config.feature_map!r} makes {width} features; allowed: {dim}, one a gate.")
         self.gate_down = nn.Parameter(torch.empty(config.gate_rank, context.hidden_size))
         self.gate_up = nn.Parameter(torch.empty(heads * dim, config.gate_rank))
         self.gate_bias = nn.Parameter(torch.empty(heads, dim))

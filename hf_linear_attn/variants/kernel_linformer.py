@@ -21,6 +21,7 @@ from torch import nn
 from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features.maps import FEATURE_MAPS
+from hf_linear_attn.ops.features.named import feature_width
 from hf_linear_attn.ops.linear.attention import linear_attention
 from hf_linear_attn.ops.pooled.projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens
@@ -42,7 +43,8 @@ class KernelLinformerConfig(VariantConfig):
 
     Attributes:
         k: slots; one int, or one per layer of the model.
-        feature_map: `"elu"` (elu + 1), `"exp"`, `"relu"`, `"softmax"` or `"squared_relu"`.
+        feature_map: `"elu"` (elu + 1), `"exp"`, `"relu"`, `"softmax"`, `"squared_relu"`, or a map of
+            your own (`register_feature_map`).
         variance_reducer: use the calibrated means and sharpness; without calibration they change nothing.
         sharing: `"none"`, `"headwise"`, `"key_value"` or `"layerwise"`.
         projection: `"linear"`, `"conv"`, `"mean_pool"` or `"max_pool"`.
@@ -64,7 +66,7 @@ class KernelLinformerConfig(VariantConfig):
         self.require_integer("seed", at_least=0)
         self.require_integer("k", each="layer")
         check_projection_options(self)
-        self.require_choice("feature_map", sorted(FEATURE_MAPS))
+        self.require_feature_map("feature_map")
         self.require_bool("variance_reducer")
 
 
@@ -105,6 +107,7 @@ class KernelLinformerAttention(AttentionVariant):
         if context.is_causal:
             raise ValueError(REFUSAL)
         heads, dim = context.num_heads, context.head_dim
+        feature_width(config.feature_map, dim)  # says what is wrong with a map of one's own
         self.projection = SequenceProjection(
             config, context.layer_idx, context.num_layers, heads, dim, context.max_length
         )

@@ -6,28 +6,33 @@ Cost n f d; decode state f (d + 1) numbers a head.
 
 With calibration, phi(k) is weighted by exp(scaling * a . k), a the head's mean query or a part of it: what all
 queries share of the logits. Heads that it does not bring closer to softmax keep a = 0, the published form.
+
+The kernels of a difference, `rbf` exp(-|q - k|^2 / 2 sigma^2) and `laplace` exp(-|q - k|_1 / sigma), have random
+features. Calibration chooses their bandwidth sigma with a, and whether the head's mean query and key are taken off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
-from hf_linear_attn.ops.features.maps import (
-    FEATURE_MAPS,
-    FeatureMap,
-    Features,
-    ScaledMap,
-    laplace_features,
-    weighted_by_mean_logit,
-)
-from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
+from hf_linear_attn.ops.features import shift_invariant
+from hf_linear_attn.ops.features.maps import FeatureMap, Features, ScaledMap, weighted_by_mean_logit
+from hf_linear_attn.ops.features.named import feature_width
+from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, FeatureMapVariant, LayerContext, VariantConfig
 
 __all__ = ["LinearAttention", "LinearConfig"]
+
+# Bandwidths that calibration tries, as multiples of the mean distance between queries and keys.
+BANDWIDTHS = (0.25, 0.5, 1.0)
+MEANS = ("query_mean", "query_center", "key_center")
 
 
 @dataclass(frozen=True)
@@ -35,23 +40,42 @@ class LinearConfig(VariantConfig):
     """Options of `linear`.
 
     Attributes:
-        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, or `"laplace"`
-            (random Fourier features of the kernel exp(-|q - k|_1), of both signs: for small norms only).
-        variance_reducer: weight keys by a calibrated exp(scaling * a . k); without calibration a is 0.
-        num_features: random features of `"laplace"` (a cosine and a sine each); other maps make head_dim.
-        seed: seed of the random features of `"laplace"`.
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, the kernels
+            `"laplace"` and `"rbf"`, or a map of your own (`register_feature_map`).
+        variance_reducer: weight keys by a calibrated exp(scaling * a . k), and center what a kernel compares; without
+            calibration it changes nothing.
+        num_features: random directions m of a kernel; other maps make head_dim features, or as many as yours does.
+        seed: seed of the directions, which are saved with the model.
+        random_features: of a kernel, `"positive"`, or `"fourier"`, a cosine and a sine of each direction, as published:
+            of both signs, for small norms only.
+        normalize: let a kernel compare q / |q| and k / |k|.
+        bandwidth: sigma of a kernel, before calibration.
     """
 
     feature_map: str = "elu"
     variance_reducer: bool = True
     num_features: int = 128
     seed: int = 0
+    random_features: str = "positive"
+    normalize: bool = False
+    bandwidth: float = 1.0
 
     def validate(self) -> None:
-        self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "laplace"))
-        self.require_bool("variance_reducer")
+        self.require_feature_map("feature_map", *shift_invariant.SHIFT_INVARIANT)
+        self.require_choice("random_features", shift_invariant.FEATURES)
+        self.require_bool("variance_reducer", "normalize")
+        self.require_number("bandwidth", at_least=1e-3)
+        for name, default in (("random_features", "positive"), ("normalize", False), ("bandwidth", 1.0)):
+            value = getattr(self, name)
+            if not self.is_kernel and value != default:
+                raise ValueError(f"{name}={value!r}; allowed with feature_map={self.feature_map!r}: {default!r}.")
         self.require_width("num_features")
         self.require_integer("seed", at_least=0)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the feature map is a kernel of a difference, with random features."""
+        return self.feature_map in shift_invariant.SHIFT_INVARIANT
 
 
 @register_variant(
@@ -66,55 +90,109 @@ class LinearConfig(VariantConfig):
     test_options=(
         {"feature_map": "exp"},
         {"feature_map": "softmax", "variance_reducer": False},
+        {"feature_map": "rbf", "num_features": 24, "bandwidth": 2.0},
+        {"feature_map": "laplace", "num_features": 24, "normalize": True},
     ),
 )
 class LinearAttention(FeatureMapVariant):
     """Attention through a feature map phi, `(phi(q) . phi(k))` in place of `exp(q . k)`.
 
-    Buffers (persistent): `query_mean [H, D]` with the variance reducer, `omega [m, D]` with Laplace features.
+    Buffers (persistent): with the variance reducer `query_mean [H, D]`; of a kernel `omega [m, D]`, `bandwidth [H]`,
+    with the reducer `query_center`, `key_center [H, D]`, and for positive features of Laplace's `width [m, D]`.
     """
 
     query_mean: torch.Tensor
+    query_center: torch.Tensor
+    key_center: torch.Tensor
     omega: torch.Tensor
+    width: torch.Tensor | None
+    bandwidth: torch.Tensor
 
     def __init__(self, config: LinearConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        if config.variance_reducer:
-            self.register_buffer("query_mean", torch.empty(context.num_heads, context.head_dim))
-        self.num_features = 2 * config.num_features if config.feature_map == "laplace" else context.head_dim
-        if config.feature_map == "laplace":
-            self.register_buffer("omega", torch.empty(config.num_features, context.head_dim))
+        heads, dim, directions = context.num_heads, context.head_dim, config.num_features
+        for name in MEANS[: 3 if config.is_kernel else 1] if config.variance_reducer else ():
+            self.register_buffer(name, torch.empty(heads, dim))
+        if not config.is_kernel:
+            self.num_features = feature_width(config.feature_map, dim)
+        else:
+            self.num_features = directions * (1 if config.random_features == "positive" else 2)
+            self.register_buffer("omega", torch.empty(directions, dim))
+            mixes = (config.feature_map, config.random_features) == ("laplace", "positive")
+            self.register_buffer("width", torch.empty(directions, dim) if mixes else None)
+            self.register_buffer("bandwidth", torch.empty(heads))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published form: mean query 0; Cauchy frequencies drawn from (seed, layer_idx)."""
-        if self.config.variance_reducer:
-            self.query_mean.zero_()
-        if self.config.feature_map == "laplace":
-            generator = self.context.generator(self.config.seed)
-            shape = (self.config.num_features, self.context.head_dim)
-            self.omega.copy_(torch.empty(shape, device="cpu").cauchy_(generator=generator))
+        """The published form: means 0, the bandwidth of the options; directions drawn from (seed, layer_idx)."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        if self.config.is_kernel:
+            self.bandwidth.fill_(self.config.bandwidth)
+            given = self.config.num_features, self.context.head_dim, self.context.generator(self.config.seed)
+            omega, width = shift_invariant.draw_frequencies(self.config.feature_map, *given)
+            self.omega.copy_(omega)
+            if self.width is not None and width is not None:
+                self.width.copy_(width)
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
-        """Set the mean query in the heads where that lowers the error against softmax on these inputs."""
-        if not self.config.variance_reducer:
+        """Choose each head's mean query, and a kernel's bandwidth and centers, by its error against softmax; warn where
+        denominators are not positive."""
+        present = {name: x for name, x in self.named_buffers() if name not in ("omega", "width")}
+        if not present:
             return
-        rows, scaling = collect_rows(batches), batches[0].scaling
-        starts = [{"query_mean": a} for a, _, _ in reducer_starts(*head_tokens(rows), centered=False)]
-        choose_start({"query_mean": self.query_mean}, starts, self.error_meter(rows, scaling))
+        rows, scaling = measure.collect_rows(batches), batches[0].scaling
+        q, k = measure.head_tokens(rows)
+        means = measure.reducer_starts(q, k, centered=self.config.is_kernel)
+        starts = [dict(zip(MEANS, start, strict=True)) for start in means]
+        if self.config.is_kernel:
+            tried = starts if self.config.variance_reducer else starts[:1]
+            starts = [{**starts[0], "bandwidth": torch.full_like(self.bandwidth, self.config.bandwidth)}]
+            starts += [start for moved in tried for start in self._bandwidth_starts(q, k, moved, scaling)]
+        starts = [{name: x for name, x in start.items() if name in present} for start in starts]
+        measure.choose_start(present, starts, self.error_meter(rows, scaling))
+        if self.config.random_features == "fourier":
+            q_map, k_map = self.feature_maps(scaling)
+            measure.warn_of_nonpositive(
+                f"linear, layer {self.context.layer_idx}",
+                f"feature_map={self.config.feature_map!r}, random_features='fourier'",
+                ((q_map(q)[0], *k_map(k)) for q, k, _ in rows),
+                is_causal=self.context.is_causal,
+                advice="Use random_features='positive', or another variant for the layer.",
+            )
+
+    def _bandwidth_starts(
+        self, q: torch.Tensor, k: torch.Tensor, moved: dict[str, torch.Tensor], scaling: float
+    ) -> list[dict[str, torch.Tensor]]:
+        """These means with bandwidths that are multiples of the distance between queries and keys."""
+        x, y = self._compared(q, moved["query_center"], scaling), self._compared(k, moved["key_center"], scaling)
+        distance = shift_invariant.mean_distance(x, y, self.config.feature_map).clamp(min=1e-3)
+        return [{**moved, "bandwidth": share * distance} for share in BANDWIDTHS]
 
     def feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
-        scale, name = scaling**0.5, self.config.feature_map
         query_mean = self.query_mean if self.config.variance_reducer else None
-        if name != "laplace":
-            return ScaledMap(name, scale), ScaledMap(name, scale, query_mean, scaling)
+        if self.config.is_kernel:
+            features = partial(self._features, scaling=scaling)
+            return partial(features, side="query"), partial(features, side="key")
+        scale, name = scaling**0.5, self.config.feature_map
+        return ScaledMap(name, scale), ScaledMap(name, scale, query_mean, scaling)
 
-        def features(x: torch.Tensor) -> Features:
-            return laplace_features(x * scale, self.omega)
+    def _features(self, x: torch.Tensor, side: str, scaling: float) -> Features:
+        """Random features of a kernel, `[B, H, T, m or 2m]`."""
+        reduced = self.config.variance_reducer
+        compared = self._compared(x, self.get_buffer(f"{side}_center") if reduced else None, scaling)
+        compared = compared / self.bandwidth.to(compared.dtype)[:, None, None]
+        given = self.omega, self.width, self.config.random_features
+        features = shift_invariant.shift_invariant_features(compared, *given)
+        if side == "query" or not reduced:
+            return features
+        return weighted_by_mean_logit(features, x, self.query_mean, scaling)
 
-        def key_features(x: torch.Tensor) -> Features:
-            return features(x) if query_mean is None else weighted_by_mean_logit(features(x), x, query_mean, scaling)
-
-        return features, key_features
+    def _compared(self, x: torch.Tensor, center: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """What a kernel compares, over its bandwidth: tokens `[..., H, T, D]`, centered, normalized or scaled."""
+        x = x.to(accumulation_dtype(x.dtype))
+        if center is not None:
+            x = x - center.to(x.dtype)[:, None]
+        return F.normalize(x, dim=-1) if self.config.normalize else x * scaling**0.5

@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, weighted_by_mean_logit
+from hf_linear_attn.ops.features.named import feature_width
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
 from hf_linear_attn.registry import register_variant
@@ -41,8 +42,9 @@ class RetentionConfig(VariantConfig):
     """Options of `retention`.
 
     Attributes:
-        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"`, all with a normalizer, or
-            `"identity"`, RetNet's kernel without one: its outputs are on a scale of their own.
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"` or a map of your own
+            (`register_feature_map`), all with a normalizer, or `"identity"`, RetNet's kernel without one: its
+            outputs are on a scale of their own.
         init: start of the decays, `"undecayed"` (gamma = 1) or `"published"` (gamma = 1 - 2^(-5-h) in head h).
         learnable: whether decays are parameters, and calibrated; False keeps them as `init` sets them.
         variance_reducer: weight keys by a calibrated exp(scaling * a . k); without calibration, and with
@@ -55,7 +57,7 @@ class RetentionConfig(VariantConfig):
     variance_reducer: bool = True
 
     def validate(self) -> None:
-        self.require_choice("feature_map", (*sorted(FEATURE_MAPS), "identity"))
+        self.require_feature_map("feature_map", "identity")
         self.require_choice("init", INITS)
         self.require_bool("learnable", "variance_reducer")
 
@@ -92,6 +94,7 @@ class RetentionAttention(AttentionVariant):
             raise ValueError(REFUSAL)
         self.normalized = config.feature_map != "identity"
         self.reduces = config.variance_reducer and self.normalized
+        self.num_features = feature_width(config.feature_map, context.head_dim)
         if config.learnable:
             self.decay_rate = nn.Parameter(torch.empty(context.num_heads))
         else:
@@ -125,7 +128,7 @@ class RetentionAttention(AttentionVariant):
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
-        return init_linear_state(batch_size, heads, dim, dim, dtype, device, normalized=self.normalized)
+        return init_linear_state(batch_size, heads, self.num_features, dim, dtype, device, normalized=self.normalized)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         batch, heads, length, _ = inputs.key.shape

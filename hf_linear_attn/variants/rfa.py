@@ -14,7 +14,6 @@ before they are normalized. Each head keeps what lowers its output error.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -133,17 +132,16 @@ class RFAAttention(AttentionVariant):
 
         errors = measure.error_meter(attend, rows, is_causal=self.context.is_causal, scaling=scaling)
         measure.choose_start(present, starts, errors)
-        features = [
-            (self._features(q, self.sigma, is_key=False)[0], *self._key_features(k, self.sigma, scaling=scaling))
-            for q, k, _ in rows
-        ]
-        share = measure.nonpositive_share(features, is_causal=self.context.is_causal)
-        if share:
-            warnings.warn(
-                f"rfa, layer {self.context.layer_idx}: {share:.1%} of the denominators of kernel={self.config.kernel!r}"
-                " are not positive: such rows are noise or 0. Use another kernel or more features.",
-                stacklevel=2,
-            )
+        measure.warn_of_nonpositive(
+            f"rfa, layer {self.context.layer_idx}",
+            f"kernel={self.config.kernel!r}",
+            (
+                (self._features(q, self.sigma, is_key=False)[0], *self._key_features(k, self.sigma, scaling=scaling))
+                for q, k, _ in rows
+            ),
+            is_causal=self.context.is_causal,
+            advice="Use another kernel or more features.",
+        )
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         num_features = self.config.num_features * (2 if self.config.kernel == "sincos" else 1)

@@ -1,5 +1,7 @@
 """`linear` against its dense float64 formula, and its calibrated start."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -100,24 +102,126 @@ def test_calibration_keeps_the_published_form_where_the_reducer_hurts():
     assert not module.query_mean.any()
 
 
-def test_laplace_frequencies_are_cauchy_seeded_and_per_layer():
-    module = build(feature_map="laplace", num_features=4000)
-    omega = module.omega.flatten()
-    assert omega.median().abs() < 0.03
-    assert omega.abs().median().item() == pytest.approx(1.0, abs=0.05)  # quartiles of the Cauchy distribution
-    torch.manual_seed(5)
-    assert torch.equal(build(feature_map="laplace", num_features=4000).omega, module.omega)
-    assert not torch.equal(build(feature_map="laplace", num_features=4000, seed=1).omega, module.omega)
-    assert not torch.equal(build(feature_map="laplace", num_features=4000, layer_idx=1).omega, module.omega)
-    assert "omega" in module.state_dict()
+KERNELS = {
+    "laplace": lambda x, y: torch.exp(-torch.cdist(x, y, p=1)),
+    "rbf": lambda x, y: torch.exp(-torch.cdist(x, y).square() / 2),
+}
 
 
-def test_laplace_attention_tends_to_its_kernel():
-    q, k, v = (0.3 * x for x in draw(20, dim=4))
-    module = build(feature_map="laplace", num_features=20_000, dim=4).double()
-    kernel = torch.exp(-torch.cdist(q, k, p=1) * 0.3**0.5)
+def trained_kernel(feature_map, causal=False, **options):
+    """A layer whose buffers all are what a calibration may choose."""
+    module = build(causal, feature_map=feature_map, **options).double()
+    generator = torch.Generator().manual_seed(1)
+    for name, x in module.named_buffers():
+        if name not in ("omega", "width"):
+            x.copy_(0.5 + torch.rand(x.shape, generator=generator, dtype=x.dtype))
+    return module
+
+
+def dense_features(module, x, center, scaling):
+    """The formula of the docstring, token by token, without any shift of exponents."""
+    x = x - center[:, None]
+    x = x / x.norm(dim=-1, keepdim=True) if module.config.normalize else x * scaling**0.5
+    x = (x / module.bandwidth[:, None, None])[..., None, :]  # [B, H, T, 1, D]
+    if module.config.random_features == "fourier":
+        angle = (module.omega * x).sum(-1)
+        return torch.cat([angle.cos(), angle.sin()], -1)
+    width = 1.0 if module.config.feature_map == "rbf" else module.width
+    return (module.omega * x - (x / width) ** 2).sum(-1).exp()
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
+@pytest.mark.parametrize("random_features", ["positive", "fourier"])
+@pytest.mark.parametrize("feature_map", sorted(KERNELS))
+def test_kernels_are_the_dense_formula(feature_map, random_features, normalize, causal):
+    module = trained_kernel(feature_map, causal, random_features=random_features, normalize=normalize)
+    for length in (1, 36, 70):
+        q, k, v = (0.5 * x for x in draw(length))
+        scores = (
+            dense_features(module, q, module.query_center, 0.3) @ dense_features(module, k, module.key_center, 0.3).mT
+        )
+        scores = scores * (0.3 * torch.einsum("hd,bhtd->bht", module.query_mean, k)).exp()[:, :, None]
+        scores = scores.tril() if causal else scores
+        expected = scores @ v / scores.sum(-1, keepdim=True)
+        torch.testing.assert_close(attend(module, q, k, v, causal=causal), expected, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("random_features", ["positive", "fourier"])
+@pytest.mark.parametrize("feature_map", sorted(KERNELS))
+def test_kernel_attention_tends_to_its_kernel(feature_map, random_features):
+    q, k, v = (0.3 * x for x in draw(20, dim=2))
+    q, k = q.abs(), -k.abs()  # elsewhere the variance of positive Laplace features has no bound
+    options = {"random_features": random_features, "bandwidth": 0.5}
+    module = build(feature_map=feature_map, num_features=20_000, dim=2, **options).double()
+    kernel = KERNELS[feature_map](q * 0.3**0.5 / 0.5, k * 0.3**0.5 / 0.5)
     expected = kernel @ v / kernel.sum(-1, keepdim=True)
-    torch.testing.assert_close(attend(module, q, k, v), expected, atol=0.01, rtol=0.05)
+    torch.testing.assert_close(attend(module, q, k, v), expected, atol=0.015, rtol=0.05)
+
+
+def test_frequencies_are_seeded_and_per_layer():
+    for feature_map, quartile in (("laplace", 1.0), ("rbf", 0.6745)):  # of the Cauchy and the normal distribution
+        options = {"feature_map": feature_map, "num_features": 4000}
+        module = build(**options)
+        omega = module.omega.flatten()
+        assert omega.median().abs() < 0.03
+        assert omega.abs().median().item() == pytest.approx(quartile, abs=0.05)
+        torch.manual_seed(5)
+        assert torch.equal(build(**options).omega, module.omega)
+        assert not torch.equal(build(**options, seed=1).omega, module.omega)
+        assert not torch.equal(build(**options, layer_idx=1).omega, module.omega)
+        assert "omega" in module.state_dict()
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("feature_map", sorted(KERNELS))
+def test_positive_features_give_means_of_values_at_the_norms_of_checkpoints(feature_map, causal):
+    """Kernels of far tokens are 0 for all purposes; the error of Fourier features is not, and has either sign."""
+    q, k, v = draw(200, dim=32, dtype=torch.float32)
+    largest = v.abs().amax().item()
+    positive = attend(build(causal, dim=32, feature_map=feature_map).float(), 3 * q, 3 * k, v, causal=causal)
+    assert positive.abs().amax().item() <= 1.001 * largest
+    fourier = build(causal, dim=32, feature_map=feature_map, random_features="fourier").float()
+    assert attend(fourier, 3 * q, 3 * k, v, causal=causal).abs().amax().item() > 3 * largest
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
+@pytest.mark.parametrize("feature_map", sorted(KERNELS))
+def test_a_calibrated_bandwidth_is_never_worse_in_any_head(feature_map, normalize, causal):
+    q, k, v = (2 * x for x in skewed(dim=16))
+    module = build(causal, dim=16, feature_map=feature_map, normalize=normalize).float()
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3)
+
+    def errors():
+        return (attend(module, q, k, v, causal=causal) - exact).square().sum((0, 2, 3))
+
+    before = errors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # positive features have nothing to warn of
+        module.calibrate([AttentionInputs(q, k, v, None, causal, 0.3)])
+    after = errors()
+    assert (after <= before * 1.0001).all()
+    assert after.sum() < 0.8 * before.sum()
+    assert all(x.isfinite().all() for x in module.buffers())
+    assert (module.bandwidth > 0).all()
+
+
+def test_without_the_reducer_calibration_chooses_the_bandwidth_alone():
+    q, k, v = skewed(dim=16)
+    module = build(dim=16, feature_map="rbf", variance_reducer=False).float()
+    module.calibrate([AttentionInputs(2 * q, 2 * k, v, None, False, 0.3)])
+    assert set(module.state_dict()) == {"omega", "bandwidth"}
+    assert not torch.equal(module.bandwidth, torch.ones(3))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+def test_fourier_features_that_err_warn(causal):
+    q, k, v = (3 * x for x in draw(100, dim=32, dtype=torch.float32))
+    options = {"feature_map": "laplace", "random_features": "fourier", "num_features": 1, "variance_reducer": False}
+    module = build(causal, dim=32, layer_idx=4, **options).float()
+    with pytest.warns(UserWarning, match=r"linear, layer 4: [\d.]+% of the denominators of feature_map='laplace'"):
+        module.calibrate([AttentionInputs(q, k, v, None, causal, 0.3)])
 
 
 def test_a_huge_later_key_leaks_nothing():
@@ -138,8 +242,12 @@ def test_a_huge_later_key_leaks_nothing():
     [
         (
             {"feature_map": "gelu"},
-            "feature_map='gelu'; allowed: elu, exp, relu, softmax, squared_relu, laplace",
+            "feature_map='gelu'; allowed: elu, exp, relu, softmax, squared_relu, laplace, rbf. A map of your own",
         ),
+        ({"feature_map": "rbf", "bandwidth": 0.0}, "bandwidth=0.0"),
+        ({"feature_map": "rbf", "random_features": "trig"}, "random_features='trig'; allowed: positive, fourier"),
+        ({"normalize": True}, "normalize=True; allowed with feature_map='elu': False"),
+        ({"bandwidth": 2.0}, "bandwidth=2.0; allowed with feature_map='elu': 1.0"),
         ({"num_features": 0}, "num_features=0"),
         ({"seed": -1}, "seed=-1"),
         ({"variance_reducer": 1}, "variance_reducer=1"),
@@ -158,19 +266,25 @@ def test_is_registered_for_both_sides():
     assert LinearConfig.from_dict(LinearConfig(feature_map="relu").to_dict()) == LinearConfig(feature_map="relu")
 
 
-# Laplace features have denominators of both signs: at the contract's norms they come near 0, where rounding
+# Fourier features have denominators of both signs: at the contract's norms they come near 0, where rounding
 # the inputs alone changes the output at will. So half precision is tested where the estimate means something.
-LAPLACE = [Subject(get_variant("linear"), causal, {"feature_map": "laplace"}) for causal in (False, True)]
+FOURIER = {"feature_map": "laplace", "random_features": "fourier"}
+# Of a bandwidth that was not calibrated, Laplace's exponents (x / n)^2 of keys a hundred times too long are more than
+# half precision can hold. (That its features pass of normalized tokens is in the contract's own options.)
+RAW = {"feature_map": "laplace", "num_features": 24}
+LEFT_OUT = {"half_precision": (FOURIER, RAW), "low_precision": (FOURIER,), "compile_full_graph": (FOURIER,)}
 
 
 @pytest.mark.parametrize(
     ("law", "subject"),
     [
-        pytest.param(law, subject, id=f"{law.name}-{'decoder' if subject.is_causal else 'encoder'}")
-        for subject in LAPLACE
+        pytest.param(law, subject, id=f"{law.name}-{'decoder' if causal else 'encoder'}-{name}")
+        for name, options in (("fourier", FOURIER), ("raw", RAW))
+        for causal in (False, True)
+        for subject in [Subject(get_variant("linear"), causal, options)]
         for law in applicable_laws(subject)
-        # Tested below where denominators are positive.
-        if law.name not in ("low_precision", "half_precision", "compile_full_graph")
+        # Fourier features are tested below where denominators are positive.
+        if options not in LEFT_OUT.get(law.name, ())
     ],
 )
 def test_contract_with_laplace_features(law, subject):
@@ -178,9 +292,9 @@ def test_contract_with_laplace_features(law, subject):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_laplace_features_in_half_precision(dtype):
+def test_fourier_features_in_half_precision(dtype):
     q, k, v = (0.1 * x for x in draw(130, dtype=torch.float32))
-    module = build(feature_map="laplace")
+    module = build(**FOURIER)
     expected = attend(module, q, k, v)
     with torch.autocast("cpu", dtype=dtype):
         output = attend(module, q.to(dtype), k.to(dtype), v.to(dtype))
@@ -189,8 +303,8 @@ def test_laplace_features_in_half_precision(dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
-def test_laplace_features_compile(causal):
-    module, results = build(causal, feature_map="laplace").float(), []
+def test_fourier_features_compile(causal):
+    module, results = build(causal, **FOURIER).float(), []
     for forward in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
         inputs = [(0.1 * x).requires_grad_() for x in draw(36, dtype=torch.float32)]
         output = attend(forward, *inputs, causal=causal)

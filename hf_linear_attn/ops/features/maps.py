@@ -33,7 +33,6 @@ __all__ = [
     "fourier_features",
     "gaussian_orthogonal",
     "key_random_features",
-    "laplace_features",
     "mean_logit",
     "query_random_features",
     "relu_features",
@@ -147,21 +146,6 @@ def mean_logit(x: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Te
 def fourier_features(projected: torch.Tensor) -> torch.Tensor:
     """[cos, sin] / sqrt(m) of `projected [..., m]`; a product of two averages cos of the difference."""
     return torch.cat([projected.cos(), projected.sin()], -1) * projected.shape[-1] ** -0.5
-
-
-def laplace_features(x: torch.Tensor, omega: torch.Tensor) -> Features:
-    """Random features of the Laplace kernel exp(-|x - y|_1): Fourier features with Cauchy frequencies.
-
-    Args:
-        x: `[..., D]`.
-        omega: `[m, D]`, independent standard Cauchy draws.
-
-    Returns:
-        `[..., 2m]` (of both signs), and None. Source: Rahimi and Recht, "Random Features for Large-Scale
-        Kernel Machines", table of shift-invariant kernels.
-    """
-    x = _full(x)
-    return fourier_features(x @ omega.to(x.dtype).mT), None
 
 
 RANDOM_FEATURE_KERNELS = ("positive", "hyperbolic", "trig", "relu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -28,6 +29,7 @@ __all__ = [
     "nonpositive_share",
     "principal_maps",
     "reducer_starts",
+    "warn_of_nonpositive",
 ]
 
 Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v of one sequence, each [1, H, T, D], no padding
@@ -247,6 +249,31 @@ def nonpositive_share(
         denominators = (q * z).sum(-1)
         wrong, total = wrong + int((denominators <= 0).sum()), total + denominators.numel()
     return wrong / max(total, 1)
+
+
+def warn_of_nonpositive(
+    where: str,
+    kernel: str,
+    features: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    *,
+    is_causal: bool,
+    advice: str,
+) -> None:
+    """Warn, in a variant's `calibrate`, of rows whose denominators are not positive (`nonpositive_share`).
+
+    Args:
+        where: the variant and its layer.
+        kernel: the options that decide.
+        features, is_causal: see `nonpositive_share`.
+        advice: what to use instead.
+    """
+    share = nonpositive_share(features, is_causal=is_causal)
+    if share:
+        shown = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+        warnings.warn(
+            f"{where}: {shown} of the denominators of {kernel} are not positive: such rows are noise or 0. {advice}",
+            stacklevel=3,
+        )
 
 
 def balancing_maps(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

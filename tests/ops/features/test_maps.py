@@ -9,7 +9,6 @@ from hf_linear_attn.ops.features.maps import (
     FEATURE_MAPS,
     fourier_features,
     gaussian_orthogonal,
-    laplace_features,
     taylor_features,
 )
 
@@ -84,15 +83,6 @@ def test_fourier_features_estimate_the_gaussian_kernel():
     estimate = fourier_features(x @ omega.T) @ fourier_features(y @ omega.T).T
     exact = torch.exp(-torch.cdist(x, y).square() / 2)
     assert (estimate - exact).abs().max() < 4 / math.sqrt(40_000)
-
-
-def test_laplace_features_estimate_the_laplace_kernel():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 30, 4, generator=generator) * 0.3
-    omega = torch.empty(40_000, 4).cauchy_(generator=generator)
-    estimate = laplace_features(x, omega)[0] @ laplace_features(y, omega)[0].T
-    exact = torch.exp(-torch.cdist(x, y, p=1))
-    assert (estimate - exact).abs().max() < 5 / math.sqrt(40_000)
 
 
 def test_taylor_features_are_exact_in_float64():

@@ -1,0 +1,92 @@
+"""Random features of kernels of a difference: Gaussian ("rbf") exp(-|x - y|^2 / 2) and Laplace exp(-|x - y|_1).
+
+`fourier` features [cos, sin](omega x) / sqrt(m) are those of Rahimi and Recht, "Random Features for Large-Scale Kernel
+Machines": Gaussian omega for the first kernel, Cauchy omega for the second. An estimate errs by m^-1/2 whatever it
+estimates. Real queries and keys lie so far apart that all kernels of a row are smaller than that, and the row's
+denominator, which they sum to, has either sign.
+
+`positive` features have no such rows. They are FAVOR+'s (arXiv:2009.14794) of exp(x . y), times what makes a Gaussian
+of it: exp(-|x - y|^2 / 2) = E exp(omega x - |x|^2) exp(omega y - |y|^2). And the Laplace kernel is a mixture of
+Gaussians, exp(-|t|) = E exp(-t^2 / 2 n^2) with a standard normal n for each coordinate, so that
+
+    exp(-|x - y|_1) = E phi(x) phi(y),    phi(x) = exp(sum_d omega_d x_d / |n_d| - (x_d / n_d)^2),
+
+where omega / |n| is a Cauchy draw: the frequencies are those of the Fourier features.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_
+from hf_linear_attn.ops.features.maps import Features, fourier_features, gaussian_orthogonal
+
+__all__ = ["FEATURES", "SHIFT_INVARIANT", "draw_frequencies", "mean_distance", "shift_invariant_features"]
+
+SHIFT_INVARIANT = ("laplace", "rbf")
+FEATURES = ("positive", "fourier")
+
+_SMALLEST_WIDTH = 1e-4  # so that frequencies fit into float16
+_PAIRED_TOKENS = 256  # of each side, whose distances are averaged
+
+
+def draw_frequencies(
+    kernel: str, num_features: int, dim: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The random directions of a kernel, and the widths |n| of the Gaussians that mix to it.
+
+    Args:
+        kernel: one of `SHIFT_INVARIANT`.
+        num_features: m.
+        dim: D.
+        generator: a CPU generator; it alone decides the result.
+
+    Returns:
+        float32 `[m, D]` on the CPU, and the same, or None for a kernel that is one Gaussian.
+    """
+    if kernel == "rbf":
+        return gaussian_orthogonal(num_features, dim, generator), None
+    gaussian, width = torch.randn(2, num_features, dim, generator=generator, device="cpu").unbind(0)
+    width = width.abs().clamp(min=_SMALLEST_WIDTH)
+    return gaussian / width, width
+
+
+def shift_invariant_features(
+    x: torch.Tensor, omega: torch.Tensor, width: torch.Tensor | None, features: str
+) -> Features:
+    """Random features of a kernel of `draw_frequencies`.
+
+    Args:
+        x: `[..., D]`.
+        omega: `[m, D]`, its directions.
+        width: `[m, D]`, its widths, or None; Fourier features need none.
+        features: one of `FEATURES`.
+
+    Returns:
+        `[..., m]` and their log scale `[...]`, up to a common factor; `[..., 2m]`, of both signs, and None.
+    """
+    x = x.to(accumulation_dtype(x.dtype))
+    projected = x @ omega.to(x.dtype).mT
+    if features == "fourier":
+        return fourier_features(projected), None
+    square = x.square()
+    if width is not None:
+        projected = projected - square @ width.to(x.dtype).square().reciprocal().mT
+    peak = projected.detach().amax(-1)
+    # What all features share goes into the scale: that of a query cancels, in its gradient too.
+    return exp_(projected - peak[..., None]), peak - square.sum(-1) if width is None else peak
+
+
+def mean_distance(x: torch.Tensor, y: torch.Tensor, kernel: str) -> torch.Tensor:
+    """How far apart tokens are where the kernel measures it, `[H]`: |x - y|_1 ("laplace") or |x - y| ("rbf").
+
+    Args:
+        x, y: `[H, tokens, D]`, of which evenly spaced ones are paired.
+        kernel: one of `SHIFT_INVARIANT`.
+    """
+    return torch.cdist(_few(x), _few(y), p=1.0 if kernel == "laplace" else 2.0).mean((1, 2))
+
+
+def _few(x: torch.Tensor) -> torch.Tensor:
+    tokens = x.shape[1]
+    return x[:, torch.linspace(0, tokens - 1, min(_PAIRED_TOKENS, tokens), device=x.device).long()]
