@@ -2,9 +2,9 @@
 
 Of each bucket a query sees the members since the start of the chunk before its own, fewer than 2 c of them. The state
 therefore knows the last 2 c members of every bucket beside all keys and values. New tokens wait in tensors of their
-own, so that a step copies these alone and earlier keys stay where they are; no state is changed in place. Where buckets
-grow, the state keeps every token's bucket at all levels, and the members at the level of the next token: they are found
-anew at the few tokens that begin a level.
+own, so that a step copies these alone, and earlier keys and the lists of members stay as they are; no state is changed
+in place. Where buckets grow, the state keeps every token's bucket at all levels, and the members at the level of the
+next token: they are found anew at the few tokens that begin a level.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.compaction import CompactedCall, init_kv_state, kv_state_after
 from hf_linear_attn.ops.lsh.levels import Level, at_level, levels_up_to
@@ -41,7 +42,7 @@ def init_lsh_state(
     Returns:
         key, value `[B, H, N, D]`, bucket `[B, H, N, levels * rounds]`, their continuations recent_key, recent_value and
         recent_bucket, all of them real, and count `[B]` of real tokens. Of every bucket, at the level of the next
-        token, the number of its keys, filled `[B, H, rounds, num_buckets]`, and member
+        token, the number of its keys without the recent ones, filled `[B, H, rounds, num_buckets]`, and member
         `[B, H, rounds, num_buckets, 2 * chunk_size]`: the key of number i in its bucket is the real token
         `member[..., i % (2 * chunk_size)]`, counted from 0, for the last of them.
     """
@@ -140,31 +141,39 @@ def decode_token(
     recent = {name: torch.cat([state[f"recent_{name}"].to(x.dtype), x], 2) for name, x in new.items()}
     reached = levels_up_to(levels, state["key"].shape[2] + recent["key"].shape[2])
     used = q_bucket.shape[-1] // len(levels) * len(reached)
-    q_bucket, k_bucket = (at_level(x[:, :, 0:1, :used], state["count"], reached)[:, :, 0] for x in (q_bucket, k_bucket))
-    token = _tokens_seen(q_bucket, state)
-    place, seen = _places(token, state["count"], state["key"].shape[2], recent["key"].shape[2])
+    q_own, recent_own = (at_level(x[..., :used], state["count"], reached) for x in (q_bucket, recent["bucket"]))
+    token, lately = _tokens_seen(q_own[:, :, 0], recent_own[:, :, :-1], state)
+    place, seen = _places(token, lately, state["count"], state["key"].shape[2])
     keys, values = (torch.cat([_take(state[x].to(k.dtype), place), recent[x]], 2) for x in ("key", "value"))
     logits = (q @ keys.mT).to(torch.promote_types(q.dtype, torch.float32)) * scaling
     if self_bias:
         logits = torch.cat([logits[..., :-1], logits[..., -1:] + self_bias], -1)
     weights = logits.masked_fill(~seen[:, :, None], -torch.inf).softmax(-1)
-    return weights.to(values.dtype) @ values, _state_with(state, recent, k_bucket, levels)
+    return weights.to(values.dtype) @ values, _state_with(state, recent, levels)
 
 
 @torch.no_grad()
-def _tokens_seen(q_bucket: torch.Tensor, state: _State) -> torch.Tensor:
-    """The tokens that a new query of buckets `[B, H, rounds]` sees, each once, -1 in other places: `[B, H, S]`."""
+def _tokens_seen(q_bucket: torch.Tensor, recent: torch.Tensor, state: _State) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a new query of buckets `[B, H, rounds]` sees; those of the recent tokens before it are `[B, H, T, rounds]`.
+
+    Returns:
+        tokens by position or from `member`, each once, -1 in other places, `[B, H, S]`, and which of the recent ones
+        are seen for their bucket, bool `[B, H, T]`.
+    """
     slots = state["member"].shape[-1]
     chunk, own = slots // 2, state["count"][:, None, None]
-    filled = state["filled"].gather(-1, q_bucket[..., None])[..., 0].long()
+    filled = state["filled"].gather(-1, q_bucket[..., None]).long()
     token = state["member"].gather(-2, q_bucket[..., None, None].expand(-1, -1, -1, -1, slots))[..., 0, :].long()
-    token = token.masked_fill(_number_in(filled, slots) < _first_seen(filled, chunk)[..., None], -1).flatten(2)
+    shared = recent.mT == q_bucket[..., None]  # [B, H, rounds, T]
+    number = filled + shared.long().cumsum(-1)  # one more than that of each shared one in its bucket
+    first = _first_seen(filled + shared.sum(-1, keepdim=True), chunk)
+    token = token.masked_fill(_number_in(filled[..., 0], slots) < first, -1).flatten(2)
     by_position = own - torch.arange(slots, device=own.device)
     by_position = by_position.masked_fill(by_position < _first_seen(own, chunk), -1)
     token = torch.cat([token, by_position.expand(*token.shape[:2], -1)], -1).sort(-1).values
     again = token[..., 1:] == token[..., :-1]
     token[..., 1:].masked_fill_(again, -1)
-    return token
+    return token, (shared & (number > first)).any(2)
 
 
 def _first_seen(number: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -173,16 +182,17 @@ def _first_seen(number: torch.Tensor, chunk: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _places(token: torch.Tensor, count: torch.Tensor, length: int, recent: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(
+    token: torch.Tensor, lately: torch.Tensor, count: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Where these tokens (-1: none) stand among `length` earlier ones, and which of them and the recent ones are seen.
 
     Returns:
         place long `[B, H, S]`, any place for tokens that are not among the earlier ones, S = 0 if there are none, and
-        seen bool `[B, H, S + recent]`.
+        seen bool `[B, H, S + T + 1]`, the new token being the last.
     """
-    first = (count + 1 - recent)[:, None, None]  # of the recent ones
-    new = torch.zeros(*token.shape[:2], 1 + recent, dtype=torch.bool, device=token.device)
-    new = new.scatter_(-1, (token - first + 1).clamp_(min=0), True)[..., 1:]
+    first = (count - lately.shape[2])[:, None, None]  # of the recent ones
+    new = F.pad(lately, (1, 1)).scatter_(-1, (token - first + 1).clamp_(min=0), True)[..., 1:]
     token = token if length else token[..., :0]
     place = (token + length - first).clamp_(0, max(length - 1, 0))
     return place, torch.cat([(token >= 0) & (token < first), new], -1)
@@ -195,26 +205,13 @@ def _take(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 2).index_select(0, (place + head * length).flatten()).view(B, H, -1, D)
 
 
-@torch.no_grad()
-def _remember(state: _State, k_bucket: torch.Tensor) -> _State:
-    """`filled` and `member` with the next token in buckets `[B, H, rounds]`."""
-    chosen, member = k_bucket[..., None], state["member"].clone()
-    slot = state["filled"].gather(-1, chosen) % member.shape[-1] + chosen * member.shape[-1]
-    token = state["count"].int()[:, None, None, None].expand_as(chosen)
-    member.flatten(-2).scatter_(-1, slot, token)
-    return {"filled": state["filled"].scatter_add(-1, chosen, torch.ones_like(token)), "member": member}
-
-
-def _state_with(state: _State, recent: _State, k_bucket: torch.Tensor, levels: Sequence[Level]) -> _State:
-    count = state["count"] + 1
-    length = state["key"].shape[2] + recent["key"].shape[2]
-    may_begin = [level.start for level in levels_up_to(levels, length)[1:]]
-    begins = bool(may_begin) and not set(may_begin).isdisjoint(count.tolist())
+def _state_with(state: _State, recent: _State, levels: Sequence[Level]) -> _State:
+    count, length = state["count"] + 1, state["key"].shape[2] + recent["key"].shape[2]
     after = {**state, **{f"recent_{name}": x for name, x in recent.items()}, "count": count}
-    if begins or recent["key"].shape[2] >= MOST_RECENT:
-        after |= dict(zip(_KEPT, lsh_past(after), strict=True))
-        after = _nothing_recent(after)
-    if not begins:
-        return {**after, **_remember(state, k_bucket)}
+    starts = [level.start for level in levels_up_to(levels, length)[1:]]
+    begins = bool(starts) and not set(starts).isdisjoint(count.tolist())
+    if not begins and recent["key"].shape[2] < MOST_RECENT:
+        return after
+    after |= dict(zip(_KEPT, lsh_past(after), strict=True))
     rank = torch.arange(length, device=count.device) - length + count[:, None]
-    return {**after, **_members_at(after["bucket"], rank, state["member"].shape[-1], levels)}
+    return {**_nothing_recent(after), **_members_at(after["bucket"], rank, state["member"].shape[-1], levels)}

@@ -64,7 +64,8 @@ def test_tokens_one_by_one_equal_the_dense_form(self_bias, padded, prompt, chunk
     torch.testing.assert_close(outputs, expected[:, :, prompt:])
 
 
-def test_a_state_is_the_same_however_its_tokens_came():
+def test_a_state_is_the_same_however_its_tokens_came(monkeypatch):
+    monkeypatch.setattr(lsh_decode, "MOST_RECENT", 1)
     tokens, sizes = draw(60, 4), (3, 4)
     one_by_one = decode(tokens, 20, None, sizes, scaling=1.0, self_bias=0.0)[1]
     at_once = decode(tokens, 59, None, sizes, scaling=1.0, self_bias=0.0)[1]
@@ -83,11 +84,11 @@ def test_a_step_leaves_the_tokens_of_the_prompt_where_they_are(monkeypatch):
         [x[:, :, :30] for x in tokens], None, decode(draw(1, 4), 0, None, sizes, scaling=1.0, self_bias=0.0)[1], sizes
     )
     for token in range(30, 34):
-        key = state["key"]
+        key, member = state["key"], state["member"]
         state = decode_token(
             *(x[:, :, token : token + 1] for x in tokens), state, (Level(0, 4),), scaling=1.0, self_bias=0.0
         )[1]
-        assert (state["key"] is key) == (token < 33)
+        assert (state["key"] is key) == (state["member"] is member) == (token < 33)
     assert state["key"].shape[2] == 35
     assert state["recent_key"].shape[2] == 0
 
