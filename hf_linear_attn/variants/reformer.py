@@ -2,12 +2,13 @@
 
 bucket(x) = argmax [x R; -x R], R random. Per round the keys are sorted by (bucket, position); a query is placed among
 them by its own bucket and position and sees its chunk of keys and the one before. Rounds are merged exactly: softmax
-over the union of what they show. Cost n log n for the sort, 4 n c d a round for chunks of c keys.
+over the union of what they show. Cost n log n for the sort, 4 n c d a round for chunks of c keys. Where buckets grow
+with the length, a query of an encoder is placed so that the two chunks show most of its bucket.
 
-A pretrained checkpoint has queries that are not its keys. They are hashed apart with the same R, keys stay as they
-are, and a token may attend to itself; `share_qk=True` is the paper's form. In a decoder, chunks of all sorted keys
-depend on later tokens and leak even when masked: each bucket is cut into chunks from its first key on, which no later
-token moves, and one more round goes by position alone, so that a query always sees c + 1 to 2 c tokens up to itself.
+A checkpoint's queries are not its keys. They are hashed apart with the same R, keys stay as they are, and a token may
+attend to itself; `share_qk=True` is the paper's form. In a decoder, chunks of all sorted keys depend on later tokens
+and leak even when masked: each bucket is cut into chunks from its first key on, which no later token moves, and one
+more round goes by position alone, so that a query always sees c + 1 to 2 c tokens up to itself.
 
 With calibration a head may center its keys, or queries and keys, balance their second moments, and take normalized
 keys of its own for the directions R: what lowers its output error on the calibration data.
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.base.masking import safe_masked_fill
-from hf_linear_attn.ops.lsh.attention import SELF_LOGIT, hash_buckets, round_attention, visible
+from hf_linear_attn.ops.lsh.attention import SELF_LOGIT, hash_buckets, level_attention
 from hf_linear_attn.ops.lsh.decode import decode_token, init_lsh_state, lsh_past, lsh_state_after
+from hf_linear_attn.ops.lsh.levels import Level, growing_levels, levels_up_to
 from hf_linear_attn.ops.starts.calibration import balancing_maps, choose_start, collect_rows, head_tokens
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -38,11 +40,11 @@ class ReformerConfig(VariantConfig):
     """Options of `reformer`.
 
     Attributes:
-        num_hashes: rounds of hashing, 1 to 8 in the literature. More are closer to softmax and cost as much each: on a
-            CPU 2 rounds on encoders, or 1 on decoders beside the round by position, are faster than softmax from 2,048
-            tokens on, but start about twice as far from it as 4.
-        num_buckets: buckets of a round, an even number, or 1 for sorting by position alone. None chooses by the
-            model's `max_length`: as many as fill two chunks each, from 4 to 16.
+        num_hashes: rounds of hashing, 1 to 8 in the literature. More are closer to softmax and cost as much each: 2 on
+            encoders, or 1 on decoders, start about twice as far from it as 4.
+        num_buckets: buckets of a round, an even number, or 1 for sorting by position alone. "length": as fill about a
+            chunk each, 8 to 512 by the tokens of a sequence, or on decoders by the place of a token, for inputs of up
+            to the model's `max_length`. None, once the default: by `max_length` alone, 4 to 16.
         chunk_size: keys per chunk, c.
         share_qk: the keys, normalized, serve as keys and as they are as queries, and a token attends to itself only
             where it sees nothing else. The checkpoint's queries are not used: far from it at the start.
@@ -50,7 +52,7 @@ class ReformerConfig(VariantConfig):
     """
 
     num_hashes: int = 4
-    num_buckets: int | None = None
+    num_buckets: int | str | None = "length"
     chunk_size: int = 64
     share_qk: bool = False
     seed: int = 0
@@ -58,11 +60,15 @@ class ReformerConfig(VariantConfig):
     def validate(self) -> None:
         self.require_integer("chunk_size")
         self.require_width("num_hashes")
-        self.require_width("num_buckets", optional=True)
+        if isinstance(self.num_buckets, str):
+            self.require_choice("num_buckets", ("length",))
+        else:
+            self.require_width("num_buckets", optional=True)
         self.require_integer("seed", at_least=0)
         self.require_bool("share_qk")
-        if self.num_buckets is not None and self.num_buckets > 1 and self.num_buckets % 2:
-            raise ValueError(f"num_buckets={self.num_buckets}; allowed: None, 1 or an even integer of at least 2.")
+        if isinstance(self.num_buckets, int) and self.num_buckets > 1 and self.num_buckets % 2:
+            allowed = 'None, "length", 1 or an even integer of at least 2'
+            raise ValueError(f"num_buckets={self.num_buckets}; allowed: {allowed}.")
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
@@ -78,7 +84,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     guide=("content-based", "similar tokens that are far apart: a query sees the keys that hash alike"),
     state="kv",
     exact_limit=_exact_limit,
-    test_options=({"chunk_size": 4, "num_hashes": 2, "num_buckets": 6},),
+    test_options=({"chunk_size": 2, "num_hashes": 2}, {"chunk_size": 4, "num_hashes": 2, "num_buckets": 6}),
     masked_export=True,
 )
 class ReformerAttention(AttentionVariant):
@@ -98,10 +104,12 @@ class ReformerAttention(AttentionVariant):
 
     def __init__(self, config: ReformerConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        buckets, heads, dim = config.num_buckets, context.num_heads, context.head_dim
+        heads, dim, buckets = context.num_heads, context.head_dim, config.num_buckets
         if buckets is None:
             buckets = min(max(4, context.max_length // (4 * config.chunk_size) * 2), 16)
-        self.register_buffer("rotations", torch.empty(heads, dim, config.num_hashes, buckets // 2))
+        growing = growing_levels(context.max_length, config.chunk_size)
+        self._levels = growing if isinstance(buckets, str) else (Level(0, buckets),)
+        self.register_buffer("rotations", torch.empty(heads, dim, config.num_hashes, self._levels[-1].buckets // 2))
         if not config.share_qk:
             for name, shape in (("mean", (heads, dim)), ("map", (heads, dim, dim))):
                 self.register_buffer(f"query_{name}", torch.empty(shape))
@@ -143,29 +151,29 @@ class ReformerAttention(AttentionVariant):
             starts += [start, {**start, "rotations": directions}]
         choose_start(dict(self.named_buffers()), starts, self.error_meter(rows, scaling))
 
-    @property
-    def _num_buckets(self) -> int:
-        return max(2 * self.rotations.shape[3], 1)
-
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         heads, dim = self.context.num_heads, self.context.head_dim
-        hashing = self.config.num_hashes, self.config.chunk_size, self._num_buckets
-        return init_lsh_state(batch_size, heads, dim, *hashing, dtype, device)
+        sizes = self.config.num_hashes, self.config.chunk_size, self._levels
+        return init_lsh_state(batch_size, heads, dim, *sizes, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         query, key, share, real = inputs.query, inputs.key, self.config.share_qk, inputs.token_mask
+        levels = self._levels
+        if state is None:
+            levels = levels_up_to(levels, key.shape[2], all_as_long=real is None and not inputs.is_causal)
+        sizes = [level.buckets for level in levels]
         if share:
             key = safe_masked_fill(key, real)  # before the norm: the gradient of inf is nan, also times 0
-            query = key if key.shape[2] == query.shape[2] else key[:, :, key.shape[2] - query.shape[2] :]
-            k_bucket = hash_buckets(key, self.rotations)
-            q_bucket = k_bucket if query is key else k_bucket[:, :, key.shape[2] - query.shape[2] :]
+            offset, k_bucket = key.shape[2] - query.shape[2], hash_buckets(key, self.rotations, None, sizes)
+            query, q_bucket = (x[:, :, offset:] if offset else x for x in (key, k_bucket))
             key = F.normalize(key, dim=-1) / inputs.scaling
         else:
-            q_bucket = self._hash(query, self.query_mean, self.query_map)
-            k_bucket = self._hash(key, self.key_mean, self.key_map)
-        if state is not None and inputs.is_causal and key.shape[2] == 1 and _all_real(real):
-            given, bias = (query, key, inputs.value, q_bucket, k_bucket), SELF_LOGIT if share else 0.0
-            output, after = decode_token(*given, state, scaling=inputs.scaling, self_bias=bias)
+            q_bucket = self._hash(query, self.query_mean, self.query_map, sizes)
+            k_bucket = self._hash(key, self.key_mean, self.key_map, sizes)
+        step = state is not None and inputs.is_causal and key.shape[2] == 1 and _all_real(real)
+        if state is not None and step and (len(levels) == 1 or not torch.compiler.is_compiling()):
+            token, bias = (query, key, inputs.value, q_bucket, k_bucket), SELF_LOGIT if share else 0.0
+            output, after = decode_token(*token, state, levels, scaling=inputs.scaling, self_bias=bias)
             return output.to(inputs.query.dtype), after
         past = past_bucket = None
         if state is not None:
@@ -173,19 +181,19 @@ class ReformerAttention(AttentionVariant):
             past, past_bucket = (past_key, past_value, state["count"]), (held, held, state["count"])
         call = compact(query, key, inputs.value, real, past)
         bucket = compact(q_bucket, k_bucket, k_bucket, real, past_bucket)
-        seen = None if real is None and state is None else call.rank >= 0
-        sizes = self.config.chunk_size, self._num_buckets
-        rounds = visible(bucket.q, bucket.k, seen, *sizes, is_causal=inputs.is_causal)
-        output = round_attention(call.q, call.k, call.v, rounds, scaling=inputs.scaling, self_penalty=share)
-        output = call.restore(output).to(inputs.query.dtype)
-        return output, None if state is None else lsh_state_after(call, bucket.k, *sizes)
+        given = call, bucket.q, bucket.k, levels, self.config.chunk_size
+        known = {"centered": self.config.num_buckets == "length", "all_real": real is None and state is None}
+        options = {"is_causal": inputs.is_causal, "scaling": inputs.scaling, "self_penalty": share, **known}
+        output = call.restore(level_attention(*given, **options)).to(inputs.query.dtype)
+        return output, None if state is None else lsh_state_after(call, bucket.k, self.config.chunk_size, levels)
 
-    def _hash(self, x: torch.Tensor, mean: torch.Tensor, linear_map: torch.Tensor) -> torch.Tensor:
-        """Buckets of `(x - mean) @ linear_map`: the map goes to the directions, which are few."""
+    def _hash(self, x: torch.Tensor, mean: torch.Tensor, linear_map: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """Hashes of `(x - mean) @ linear_map`: the map goes to the directions, which are few."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rotations = (linear_map.to(dtype) @ self.rotations.to(dtype).flatten(2)).view(self.rotations.shape)
-        return hash_buckets(x, rotations, mean)
+            used = self.rotations[..., : max(sizes) // 2].to(dtype)
+            rotations = (linear_map.to(dtype) @ used.flatten(2)).view(used.shape)
+        return hash_buckets(x, rotations, mean, sizes)
 
 
 def _all_real(real: torch.Tensor | None) -> bool:

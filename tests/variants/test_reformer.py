@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.config import LayerConfig
 from hf_linear_attn.testing import LAWS, check_variant
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.reformer import ReformerAttention, ReformerConfig
+from tests.planted import found_by
 
 HEADS, DIM = 2, 6
 
@@ -33,7 +35,7 @@ def keys_seen(module, q, k, h, chunk, is_causal):
     n = len(k)
     seen = [set() for _ in range(n)]
     for r in range(module.rotations.shape[2]):
-        rotations = module.rotations[h, :, r]
+        rotations = module.rotations[h, :, r].to(k.dtype)
         if module.config.share_qk:
             q_bucket = k_bucket = [bucket(x, rotations) for x in k]
         else:
@@ -157,8 +159,109 @@ def test_directions_are_saved_and_follow_seed_and_layer():
 @pytest.mark.parametrize(
     ("max_length", "chunk", "buckets"), [(512, 64, 4), (2048, 64, 16), (512, 16, 16), (100, 128, 4)]
 )
-def test_buckets_by_the_length_of_the_model(max_length, chunk, buckets):
-    assert build(max_length=max_length, chunk_size=chunk).rotations.shape[-1] == buckets // 2
+def test_none_is_buckets_by_the_length_of_the_model(max_length, chunk, buckets):
+    """What layers that were saved with this default are made of."""
+    module = build(max_length=max_length, chunk_size=chunk, num_buckets=None)
+    assert module.rotations.shape[-1] == buckets // 2
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize(
+    ("length", "least"), [(2048, 0.95), (8192, 0.9), pytest.param(32768, 0.8, marks=pytest.mark.heavy)]
+)
+def test_finds_near_copies_far_away_at_any_length(length, least, is_causal):
+    """16 buckets find half of them at 2,048 tokens on encoders, and 1 in 100 at 8,192."""
+    assert found_by("reformer", length, is_causal) >= least
+
+
+def test_a_short_input_to_a_long_model_is_hashed_by_its_own_length():
+    for is_causal in (False, True):
+        assert found_by("reformer", 1024, is_causal, max_length=32768) >= 0.9
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("share_qk", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_buckets_grow_with_the_tokens(is_causal, share_qk, padded):
+    """8 buckets for chunks of 2, then 16, 32 and 64 from 24, 48 and 96 tokens on: by the dense formula."""
+    module = build(is_causal, max_length=200, chunk_size=2, num_hashes=2, share_qk=share_qk)
+    real = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)) < 2
+    if padded:
+        real[0, ::2], real[1, 140:] = False, False
+    inputs = draw(150, is_causal, real if padded else None)
+    output = module(inputs)[0]
+    for b in range(2):
+        q, k, v = (x[b, 0][real[b]] for x in (inputs.query, inputs.key, inputs.value))
+        for i in range(len(k)):
+            level = sum((i if is_causal else len(k)) >= start for start in (24, 48, 96))
+            keys = growing_keys_seen(module, q, k, i, 2, 8 << level, is_causal)
+            if share_qk:
+                others = [j for j in keys if j != i] or [i]
+                logits, keys = F.normalize(k[others], dim=-1) @ k[i], others
+            else:
+                logits = k[keys] @ q[i] * DIM**-0.5
+            torch.testing.assert_close(output[b, 0][real[b]][i], logits.softmax(0) @ v[keys])
+
+
+def growing_keys_seen(module, q, k, i, chunk, buckets, is_causal):
+    """Ranks of the keys that query i of head 0 sees among so many buckets."""
+    seen = set(range(max(0, i // chunk - 1) * chunk, i + 1)) if is_causal else set()
+    for r in range(module.rotations.shape[2]):
+        rotations = module.rotations[0, :, r, : buckets // 2].double()
+        k_bucket = [bucket(x, rotations) for x in k]
+        own = k_bucket[i] if module.config.share_qk else bucket(q[i], rotations)
+        if is_causal:
+            before = [j for j in range(i) if k_bucket[j] == own]
+            seen |= set(before[max(0, len(before) // chunk - 1) * chunk :])
+            continue
+        ordered = sorted(range(len(k)), key=lambda j: (k_bucket[j], j))
+        first, size = sum(x < own for x in k_bucket), k_bucket.count(own)
+        reach = min(size // 2, chunk)
+        place = first + sum(x == own and j < i for j, x in enumerate(k_bucket))
+        middle = min(max(place, first + reach), first + size - reach)
+        last = (len(k) - 1) // chunk
+        end = min(max(1, (middle + chunk // 2) // chunk), last)  # the second of the two chunks
+        seen |= set(ordered[max(0, end - 1) * chunk : (end + 1) * chunk])
+    return sorted(seen)
+
+
+def test_every_split_into_calls_gives_the_same_result_as_buckets_grow():
+    """Prompt, pieces and single tokens, over three changes of the number of buckets and for rows of other lengths."""
+    module = build(True, max_length=300, chunk_size=2, num_hashes=2)
+    real = torch.ones(2, 180, dtype=torch.bool)
+    real[0, :41] = False  # rows begin a level at different steps
+    inputs = draw(180, True, real)
+    whole = module(inputs)[0].masked_fill(~real[:, None, :, None], 0)
+    for cuts in ([60, *range(61, 181)], [45, 46, 100, 101, 180], [100, *range(101, 140), 180]):
+        state, parts, start = module.init_state(2, torch.float64, torch.device("cpu")), [], 0
+        for stop in cuts:
+            call = AttentionInputs(
+                *(x[:, :, start:stop] for x in (inputs.query, inputs.key, inputs.value)),
+                real[:, start:stop] if start < 41 else None,
+                True,
+                DIM**-0.5,
+            )
+            out, state = module(call, state)
+            parts.append(out)
+            start = stop
+        joined = torch.cat(parts, 2).masked_fill(~real[:, None, :, None], 0)
+        torch.testing.assert_close(joined, whole)
+
+
+def test_a_saved_default_of_earlier_versions_computes_what_it_did():
+    """Files of earlier versions hold `num_buckets: null`."""
+    old = {"num_hashes": 2, "num_buckets": None, "chunk_size": 8, "share_qk": False, "seed": 0}
+    options = LayerConfig("reformer", old).to_dict()["options"]
+    assert options == old
+    module = build(max_length=512, **options)
+    explicit = build(max_length=512, **{**options, "num_buckets": 16})
+    explicit.load_state_dict(module.state_dict())
+    inputs = draw(400)
+    assert torch.equal(module(inputs)[0], explicit(inputs)[0])
+    h, n = 0, 400
+    for i, keys in list(enumerate(keys_seen(module, inputs.query[0, h], inputs.key[0, h], h, 8, False)))[:n:40]:
+        logits = inputs.key[0, h][keys] @ inputs.query[0, h, i] * DIM**-0.5
+        torch.testing.assert_close(module(inputs)[0][0, h, i], logits.softmax(0) @ inputs.value[0, h][keys])
 
 
 def test_the_decode_state_holds_keys_values_and_buckets():
@@ -184,8 +287,9 @@ def test_the_decode_state_holds_keys_values_and_buckets():
         ({"num_hashes": 0}, "num_hashes=0; allowed: an integer of at least 1."),
         ({"chunk_size": 2.5}, "chunk_size=2.5; allowed"),
         ({"seed": -1}, "seed=-1; allowed: an integer of at least 0"),
-        ({"num_buckets": 7}, "num_buckets=7; allowed: None, 1 or an even integer of at least 2"),
+        ({"num_buckets": 7}, 'num_buckets=7; allowed: None, "length", 1 or an even integer of at least 2'),
         ({"num_buckets": True}, "num_buckets=True; allowed"),
+        ({"num_buckets": "many"}, "num_buckets='many'; allowed: length"),
         ({"share_qk": 1}, "share_qk=1; allowed: True or False"),
     ],
 )

@@ -7,43 +7,69 @@ shown, and rounds are merged by their log-sum-exp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from hf_linear_attn.ops.base.compaction import CompactedCall
 from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
 from hf_linear_attn.ops.lsh.blocks import attend_chunks
-from hf_linear_attn.ops.lsh.plan import Rounds
+from hf_linear_attn.ops.lsh.levels import Level, at_level
+from hf_linear_attn.ops.lsh.plan import Rounds, sizes_may_depend_on_numbers
 
-__all__ = ["hash_buckets", "naive_round_attention", "round_attention", "visible"]
+__all__ = ["hash_buckets", "level_attention", "naive_round_attention", "round_attention", "visible"]
 
 # Added to the logit of a token with itself where queries are keys: it counts when nothing else is there, as in the
 # paper's code.
 SELF_LOGIT = -1e5
+# Upper bound on the scores in hand while hashing (2 MiB in fp32): of long inputs they would be many times the keys.
+HASH_ELEMENTS = 1 << 19
 
 
-def hash_buckets(x: torch.Tensor, rotations: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+def hash_buckets(
+    x: torch.Tensor, rotations: torch.Tensor, mean: torch.Tensor | None = None, sizes: Sequence[int] | None = None
+) -> torch.Tensor:
     """Angular hash: the nearest of the directions [R, -R], in float32 at least.
 
     Args:
         x: `[B, H, T, D]`.
         rotations: R, `[H, D, rounds, b / 2]`; b / 2 = 0 is a single bucket.
         mean: `[H, D]`, subtracted from x, or None.
+        sizes: for each number of buckets b' <= b a hash by the first b' / 2 directions of each round; None for b.
 
     Returns:
-        long `[B, H, T, rounds]`, from 0 to b - 1.
+        long `[B, H, T, sizes * rounds]`, the rounds of each size side by side, from 0 to b' - 1.
     """
     rounds, half = rotations.shape[2:]
     if half == 0:
         return torch.zeros(*x.shape[:3], rounds, dtype=torch.long, device=x.device)
+    halves = [half] if sizes is None else [size // 2 for size in sizes]
     dtype = torch.promote_types(x.dtype, torch.float32)
     # A hash of rounded numbers is another hash: no autocast.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        directions = rotations.to(dtype).flatten(2)
-        score = x.to(dtype) @ directions
-        if mean is not None:
-            score = score.sub_(mean.to(dtype)[:, None] @ directions)
-        score = score.unflatten(-1, (rounds, half))
-        nearest = score.abs().argmax(-1, keepdim=True)  # direction, of either sign
-        return torch.where(score.gather(-1, nearest) < 0, nearest + half, nearest)[..., 0]
+        directions = rotations[..., : max(halves)].to(dtype).flatten(2)
+        offset = None if mean is None else mean.to(dtype)[:, None] @ directions
+        found = []
+        for part in _hash_pieces(x, directions.shape[-1]):
+            score = part.to(dtype) @ directions
+            if offset is not None:
+                score = score.sub_(offset)
+            score = score.unflatten(-1, (rounds, -1))
+            found.append(torch.cat([_nearest(score[..., :few]) for few in halves], -1))
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def _nearest(score: torch.Tensor) -> torch.Tensor:
+    """Number of the largest of `[score, -score]`, over the last dimension."""
+    nearest = score.abs().argmax(-1, keepdim=True)  # direction, of either sign
+    return torch.where(score.gather(-1, nearest) < 0, nearest + score.shape[-1], nearest)[..., 0]
+
+
+def _hash_pieces(x: torch.Tensor, directions: int) -> Sequence[torch.Tensor]:
+    """Tokens whose scores fit a CPU's cache; all of them elsewhere."""
+    if is_exported() or not sizes_may_depend_on_numbers(x.device):
+        return [x]
+    return x.split(max(64, HASH_ELEMENTS // max(x.shape[0] * x.shape[1] * directions, 1)), 2)
 
 
 @torch.no_grad()
@@ -55,11 +81,13 @@ def visible(
     num_buckets: int,
     *,
     is_causal: bool,
+    centered: bool = False,
 ) -> Rounds:
     """Where queries look, query row r being at position Tk - Tq + r.
 
     A query is placed in the order of the keys by its own (bucket, position). Bidirectional: chunks are cut from the
-    order of all keys, without wrapping. Causal: each bucket is cut into chunks from its first key on, so that no
+    order of all keys, without wrapping; `centered` moves a query to where the two chunks show most of its bucket, as
+    far ahead as behind. Causal: each bucket is cut into chunks from its first key on, so that no
     later token moves a boundary, and a query sees its own bucket alone. One more round, the first, then has a single
     bucket: the query's own chunk of all keys and the one before, itself included.
 
@@ -69,13 +97,16 @@ def visible(
         real: bool `[B or 1, Tk]`, False for padding; None without any.
         chunk_size: keys per chunk.
         num_buckets: buckets are below this.
+        is_causal: a query sees keys up to its own.
+        centered: of bidirectional ones only.
     """
     (B, H, q_len, rounds), k_len = q_bucket.shape, k_bucket.shape[2]
     if is_exported() and not is_causal:
-        return _visible_by_counts(q_bucket, k_bucket, real, chunk_size, num_buckets)
+        return _visible_by_counts(q_bucket, k_bucket, real, chunk_size, num_buckets, centered)
     chunk, offset = min(chunk_size, k_len), k_len - q_len
     by_position = real is None and is_causal and q_len == k_len
-    same = real is None and q_bucket is k_bucket
+    centered = centered and not is_causal
+    same = real is None and q_bucket is k_bucket and not centered
     if real is None:
         real = torch.ones(1, k_len, dtype=torch.bool, device=k_bucket.device)
     real = real.expand(B, k_len).repeat_interleave(H, 0)  # [N, Tk]
@@ -118,6 +149,9 @@ def visible(
         q_base = base.gather(1, q_own)
         if is_causal:
             q_chunks.append(q_base + q_rank // chunk)
+        elif centered:
+            end = q_base + total.gather(1, q_own)
+            q_chunks.append(_centered(q_base + q_rank, q_base, end, count[:, -1:], chunk))
         else:
             q_chunks.append((q_base + q_rank).minimum(count[:, -1:] - 1).clamp(min=0) // chunk + 1)
     # Causal: every bucket may leave a chunk unfilled, and has an empty one before and after it.
@@ -126,8 +160,31 @@ def visible(
     return Rounds(q_chunk, k_chunk, k_place, real, num_chunks, chunk, is_causal, by_position, same)
 
 
+def _centered(
+    place: torch.Tensor, first: torch.Tensor, end: torch.Tensor, count: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """Chunk, from 1 on, such that it and the one before show most of the bucket of places `first` .. `end` - 1.
+
+    Args:
+        place: long `[N, Tq]`, in the order of the keys, around which to look in buckets of more than two chunks.
+        first: long `[N, Tq]`.
+        end: long `[N, Tq]`.
+        count: long `[N, 1]`, keys in that order.
+        chunk: keys per chunk.
+    """
+    reach = ((end - first) // 2).clamp(max=chunk)
+    middle = place.maximum(first + reach).minimum(end - reach)
+    last = (count - 1).clamp(min=0) // chunk + 1
+    return ((middle + chunk // 2) // chunk + 1).clamp(min=2).minimum(last)
+
+
 def _visible_by_counts(
-    q_bucket: torch.Tensor, k_bucket: torch.Tensor, real: torch.Tensor | None, chunk_size: int, num_buckets: int
+    q_bucket: torch.Tensor,
+    k_bucket: torch.Tensor,
+    real: torch.Tensor | None,
+    chunk_size: int,
+    num_buckets: int,
+    centered: bool,
 ) -> Rounds:
     """`visible` of as many queries as keys, bidirectional, without sorting: a key's rank is counted, bucket by bucket.
 
@@ -147,9 +204,14 @@ def _visible_by_counts(
     k_place = before.gather(-1, k_bucket[..., None])[..., 0]
     q_place = before.gather(-1, q_bucket[..., None])[..., 0]
     last = (real.sum(-1) - 1).clamp(min=0)[:, None, None, None]
-    k_place, q_place = (x.minimum(last).permute(3, 0, 1, 2).flatten(1, 2) for x in (k_place, q_place))
+    if centered:
+        q_first, q_total = (x.expand_as(held).gather(-1, q_bucket[..., None])[..., 0] for x in (first, total))
+        q_chunk = _centered(q_place, q_first, q_first + q_total, last + 1, chunk_size)
+    else:
+        q_chunk = q_place.minimum(last) // chunk_size + 1
+    k_place, q_chunk = (x.permute(3, 0, 1, 2).flatten(1, 2) for x in (k_place.minimum(last), q_chunk))
     seen = real[:, None].expand(B, H, k_len).flatten(0, 1)
-    k_chunk, q_chunk = k_place // chunk_size + 1, q_place // chunk_size + 1
+    k_chunk = k_place // chunk_size + 1
     return Rounds(q_chunk, k_chunk, k_place % chunk_size, seen, blocks_of(k_len, chunk_size) + 1, chunk_size, False)
 
 
@@ -203,3 +265,74 @@ def round_attention(
     shape, (q, k, v) = q.shape[:2], (x.to(dtype).flatten(0, 1) for x in (q, k, v))
     out = attend_chunks(q, k, v, rounds, scaling=scaling, self_bias=SELF_LOGIT if self_penalty else 0.0)
     return out.unflatten(0, shape)
+
+
+def level_attention(
+    call: CompactedCall,
+    q_bucket: torch.Tensor,
+    k_bucket: torch.Tensor,
+    levels: Sequence[Level],
+    chunk_size: int,
+    *,
+    is_causal: bool,
+    centered: bool,
+    all_real: bool,
+    scaling: float,
+    self_penalty: bool,
+) -> torch.Tensor:
+    """`round_attention` of a compacted call, each query at its level: that of its rank, or if not causal of the row.
+
+    Args:
+        call: queries `[B, H, Tq, D]`, keys and values `[B, H, Tk, D]`.
+        q_bucket: long `[B, H, Tq, levels * rounds]`, as by `hash_buckets`; may be `k_bucket` itself.
+        k_bucket: long `[B, H, Tk, levels * rounds]`.
+        levels: that tokens of the call may be at.
+        chunk_size: keys per chunk.
+        is_causal: a query sees keys up to its own.
+        centered: as in `visible`.
+        all_real: True where nothing is padding.
+        scaling: factor of the logits.
+        self_penalty: as in `round_attention`.
+
+    Returns:
+        `[B, H, Tq, D]`.
+    """
+    seen, same = None if all_real else call.rank >= 0, q_bucket is k_bucket
+
+    def attend(first: int, last: int, q_bucket: torch.Tensor, k_bucket: torch.Tensor, buckets: int) -> torch.Tensor:
+        real = None if seen is None else seen[:, :last]
+        rounds = visible(q_bucket, k_bucket, real, chunk_size, buckets, is_causal=is_causal, centered=centered)
+        q, k, v = call.q[:, :, first - offset : last - offset], call.k[:, :, :last], call.v[:, :, :last]
+        return round_attention(q, k, v, rounds, scaling=scaling, self_penalty=self_penalty)
+
+    k_len = call.k.shape[2]
+    offset = k_len - call.q.shape[2]
+    if not is_causal or len(levels) == 1:
+        k_bucket = at_level(k_bucket, call.rank[:, -1] + 1, levels)
+        q_bucket = k_bucket if same else at_level(q_bucket, call.rank[:, -1] + 1, levels)
+        return attend(offset, k_len, q_bucket, k_bucket, levels[-1].buckets)
+    fewest, most = (0, 0) if all_real else _padding(call.rank)
+    output, reached = call.q[:, :, :0], offset
+    ends = [level.start for level in levels[1:]] + [k_len]
+    of_levels = zip(levels, ends, q_bucket.chunk(len(levels), -1), k_bucket.chunk(len(levels), -1), strict=True)
+    for level, end, q_own, k_own in of_levels:
+        # The columns that hold a token of this level in some row; the first of them may hold lower ones in others.
+        first, last = max(level.start + fewest if level.start else 0, offset), min(end + most, k_len)
+        if first >= last:
+            continue
+        k_own = k_own[:, :, :last]
+        q_own = k_own if same and first == 0 else q_own[:, :, first - offset : last - offset]
+        found, again = attend(first, last, q_own, k_own, level.buckets), reached - first
+        chosen = call.rank[:, None, first:reached, None] >= level.start
+        known, before = output.split([output.shape[2] - again, again], 2)
+        output = torch.cat([known, torch.where(chosen, found[:, :, :again], before), found[:, :, again:]], 2)
+        reached = last
+    return output
+
+
+def _padding(rank: torch.Tensor) -> tuple[int, int]:
+    """Bounds on the padding in front of a row, by the ranks of its keys."""
+    if not sizes_may_depend_on_numbers(rank.device):
+        return 0, rank.shape[1]
+    padding = rank.shape[1] - 1 - rank[:, -1]
+    return int(padding.min()), int(padding.max())

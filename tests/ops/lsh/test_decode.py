@@ -7,6 +7,7 @@ from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.lsh import decode as lsh_decode
 from hf_linear_attn.ops.lsh.attention import SELF_LOGIT, naive_round_attention, visible
 from hf_linear_attn.ops.lsh.decode import decode_token, init_lsh_state, lsh_past, lsh_state_after
+from hf_linear_attn.ops.lsh.levels import Level
 
 HEADS, DIM, ROUNDS = 2, 5, 3
 
@@ -20,22 +21,27 @@ def draw(length, buckets):
 def read(tokens, real, state, sizes):
     """The state after more tokens at once."""
     q, k, v, q_bucket, k_bucket = tokens
+    chunk_size, buckets = sizes
     *past, bucket = lsh_past(state)
     call = compact(q, k, v, real, (*past, state["count"]))
     return lsh_state_after(
-        call, compact(q_bucket, k_bucket, k_bucket, real, (bucket, bucket, state["count"])).k, *sizes
+        call,
+        compact(q_bucket, k_bucket, k_bucket, real, (bucket, bucket, state["count"])).k,
+        chunk_size,
+        (Level(0, buckets),),
     )
 
 
 def decode(tokens, prompt, real, sizes, **options):
     """Outputs after the prompt, token by token, and the last state."""
-    state = init_lsh_state(2, HEADS, DIM, ROUNDS, *sizes, torch.float64, torch.device("cpu"))
+    levels = (Level(0, sizes[1]),)
+    state = init_lsh_state(2, HEADS, DIM, ROUNDS, sizes[0], levels, torch.float64, torch.device("cpu"))
     if prompt:
         state = read([x[:, :, :prompt] for x in tokens], real, state, sizes)
     outputs = []
     for token in range(prompt, tokens[0].shape[2]):
         given = {name: x.clone() for name, x in state.items()}
-        out, after = decode_token(*(x[:, :, token : token + 1] for x in tokens), state, **options)
+        out, after = decode_token(*(x[:, :, token : token + 1] for x in tokens), state, levels, **options)
         assert all(torch.equal(state[name], x) for name, x in given.items())
         outputs.append(out)
         state = after
@@ -58,7 +64,8 @@ def test_tokens_one_by_one_equal_the_dense_form(self_bias, padded, prompt, chunk
     torch.testing.assert_close(outputs, expected[:, :, prompt:])
 
 
-def test_a_state_is_the_same_however_its_tokens_came():
+def test_a_state_is_the_same_however_its_tokens_came(monkeypatch):
+    monkeypatch.setattr(lsh_decode, "MOST_RECENT", 1)
     tokens, sizes = draw(60, 4), (3, 4)
     one_by_one = decode(tokens, 20, None, sizes, scaling=1.0, self_bias=0.0)[1]
     at_once = decode(tokens, 59, None, sizes, scaling=1.0, self_bias=0.0)[1]
@@ -77,9 +84,11 @@ def test_a_step_leaves_the_tokens_of_the_prompt_where_they_are(monkeypatch):
         [x[:, :, :30] for x in tokens], None, decode(draw(1, 4), 0, None, sizes, scaling=1.0, self_bias=0.0)[1], sizes
     )
     for token in range(30, 34):
-        key = state["key"]
-        state = decode_token(*(x[:, :, token : token + 1] for x in tokens), state, scaling=1.0, self_bias=0.0)[1]
-        assert (state["key"] is key) == (token < 33)
+        key, member = state["key"], state["member"]
+        state = decode_token(
+            *(x[:, :, token : token + 1] for x in tokens), state, (Level(0, 4),), scaling=1.0, self_bias=0.0
+        )[1]
+        assert (state["key"] is key) == (state["member"] is member) == (token < 33)
     assert state["key"].shape[2] == 35
     assert state["recent_key"].shape[2] == 0
 
