@@ -43,7 +43,8 @@ def draw_retrieval(results: Mapping[str, Any], path: str | Path) -> None:
         f"share of passages whose document comes first, with 95% intervals over {corpus['groups']} groups.\n"
         f"Gray: {corpus['limit']:,} tokens at a time, as the checkpoint. Blue: reads all of them at a time; hollow as "
         "published, filled calibrated on other documents, or nothing to calibrate."
-        f"{' Squares: saved models, trained or not; all else is untrained.' if saved else ''}"
+        + "\nSquares: saved models, measured as they are; all else is untrained."
+        * saved
     )
     with matplotlib.rc_context(style()):
         figure = new_figure(max(11.5, 3.4 + 2.7 * (len(lengths) + timed)), 0.27 * len(names) + 2.3, title, subtitle)
