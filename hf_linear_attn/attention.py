@@ -189,7 +189,7 @@ def linear_attention_forward(
         is_causal=_is_causal(module, is_causal),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         hidden_states=None if of_layer is None else of_layer.hidden_states,
-        global_mask=None if of_layer is None else _global_mask(kwargs.get("global_attention_mask"), query),
+        global_mask=None if of_layer is None else _global_mask(module, kwargs, query),
     )
     if not own_tokens:  # every packed sequence may see all of the encoder's tokens
         return _softmax(inputs, dropout).transpose(1, 2), None
@@ -427,10 +427,15 @@ def _is_self_attention(module: nn.Module) -> bool:
     return hasattr(config, "base_model_type") and get_patcher(config.base_model_type).is_self_attention(module)
 
 
-def _global_mask(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """The call's global tokens as bool `[B, Tq]`; multiple-choice inputs come as `[B, choices, T]`."""
+def _global_mask(module: Any, kwargs: dict[str, Any], query: torch.Tensor) -> torch.Tensor | None:
+    """The global tokens as bool `[B, Tq]`: the call's, else those that the layer's variant chose (`seam.heads`).
+
+    The call's come as `[B, choices, T]` for multiple choice.
+    """
+    mask: torch.Tensor | None = kwargs.get("global_attention_mask")
     if mask is None:
-        return None
+        chosen: torch.Tensor | None = kwargs.get("linear_attn_global_tokens", {}).get(module.layer_idx)
+        return None if chosen is None else chosen.to(query.device)
     mask = mask.reshape(-1, mask.shape[-1]).bool()
     expected = (query.shape[0], query.shape[-2])
     if tuple(mask.shape) != expected:

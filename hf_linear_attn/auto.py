@@ -45,6 +45,7 @@ from hf_linear_attn.report import ConversionReport, describe
 from hf_linear_attn.saving import whole_folder
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
+from hf_linear_attn.seam.heads import choices_of, task_of, with_global_tokens
 from hf_linear_attn.seam.initialization import is_initialized, mark_initialized, refuse_lost
 from hf_linear_attn.seam.limits import check_length
 from hf_linear_attn.seam.places import (
@@ -77,6 +78,8 @@ class LinearAttnPreTrainedModel:
     """Mixin put before an upstream model class."""
 
     config: Any
+    linear_attn_task: str | None = None
+    """What the head is for, where variants choose global tokens by it (`seam.heads.task_of`)."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         if getattr(config, "linear_attn", None) is None:
@@ -106,6 +109,10 @@ class LinearAttnPreTrainedModel:
                     f"(its variants: {', '.join(LinearAttentionConfig.from_dict(self.config.linear_attn).variants())})."
                 )
             kwargs = with_sequence_plan(self, args, kwargs)
+            if self.base_model is self:  # type: ignore[attr-defined]
+                kwargs = with_global_tokens(self, args, kwargs)
+            elif self.linear_attn_task is not None and choices_of(self, self.linear_attn_task):
+                kwargs = {"linear_attn_task": self.linear_attn_task, **kwargs}
         if self.base_model is not self:  # type: ignore[attr-defined]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if not is_traced():
@@ -274,6 +281,7 @@ def model_class_for(upstream: Any) -> type[PreTrainedModel]:
             "config_class": config_class_for(_config_class(upstream).model_type),
             # The promise is about static caches, which a decode state does not fit.
             "_can_compile_fullgraph": upstream._can_compile_fullgraph and not upstream.can_generate(),
+            "linear_attn_task": task_of(upstream),
             "_supports_context_parallel": False,  # a shard of the tokens does not know the others' state
         },
     )
@@ -461,7 +469,8 @@ def settle(model: Any, always: bool = False) -> None:
         if stored is not None:
             kept = [place for place, number in came_from.items() if number in stored.kept_softmax]
             errors = {place: stored.errors_of(number) for place, number in came_from.items()}
-            module.__dict__[REPORT_ATTRIBUTE] = describe(module, errors, kept, stored.kept_softmax_by)  # type: ignore[arg-type]
+            new = describe(module, errors, kept, stored.kept_softmax_by)  # type: ignore[arg-type]
+            module.__dict__[REPORT_ATTRIBUTE] = replace(new, global_tokens=stored.global_tokens)  # as of its head
 
 
 def _take_first_layers(model: Any, config: Any) -> None:

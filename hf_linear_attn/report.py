@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam.heads import choices_of
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = ["ConversionReport", "LayerReport", "OutputErrors", "describe"]
@@ -70,6 +71,8 @@ class ConversionReport:
         kept_softmax: layers that `layers="auto"` left on softmax, where converting hurt most.
         kept_softmax_by: what was hurt: `"output"` (the distribution that the head gives) or `"states"` (the final
             hidden states); None where that is not known.
+        global_tokens: which tokens are global in calls that name none, of layers that choose them by the model's head
+            or by their ids; None where none does.
         tokenizer_max_length: what `tokenizer.model_max_length` should be set to.
     """
 
@@ -77,6 +80,7 @@ class ConversionReport:
     max_length: int = 0
     kept_softmax: list[int] = field(default_factory=list)
     kept_softmax_by: str | None = None
+    global_tokens: str | None = None
 
     def errors_of(self, layer: int | None) -> OutputErrors | None:
         """What was measured of a layer, by index, or None."""
@@ -103,6 +107,7 @@ class ConversionReport:
             "max_length": self.max_length,
             "kept_softmax": list(self.kept_softmax),
             "kept_softmax_by": self.kept_softmax_by,
+            "global_tokens": self.global_tokens,
             "tokenizer_max_length": self.tokenizer_max_length,
             "new_parameters": self.new_parameters,
         }
@@ -127,6 +132,8 @@ class ConversionReport:
             kept = ", ".join(map(str, self.kept_softmax))
             hurt = {"output": " the output", "states": " the final hidden states", None: ""}[self.kept_softmax_by]
             lines.append(f"layers that keep softmax, where converting hurt{hurt} most on the batches: {kept}")
+        if self.global_tokens is not None:
+            lines.append(f"global tokens, where a call has no global_attention_mask: {self.global_tokens}")
         lines.append(
             f"{self.new_parameters:,} new parameters; reads up to {self.max_length:,} tokens "
             f"(set tokenizer.model_max_length = {self.tokenizer_max_length})"
@@ -172,4 +179,5 @@ def describe(
                 published_error=None if found is None else found.published_error,
             )
         )
-    return ConversionReport(rows, patcher.max_length(model.config), list(kept_softmax), kept_softmax_by)
+    chosen = ", ".join(dict.fromkeys(x.words for x in choices_of(model, model.linear_attn_task).values())) or None
+    return ConversionReport(rows, patcher.max_length(model.config), list(kept_softmax), kept_softmax_by, chosen)

@@ -25,6 +25,7 @@ from hf_linear_attn.data.models import named_errors
 from hf_linear_attn.data.tokenization import encode_leading, special_frame
 from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam.heads import task_of
 from hf_linear_attn.training.contrast import check_batches, check_room, shortest_document
 from hf_linear_attn.training.distill import choose_objective, settle_windows
 from hf_linear_attn.training.parts import last_layers
@@ -143,6 +144,8 @@ def load_head(auto: str, name: str, recipe: Recipe, task: DocumentTask | None, t
         ) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    if task_of(type(model)) is not None and getattr(model.config, "sep_token_id", None) is None:
+        model.config.sep_token_id = tokenizer.sep_token_id  # by which variants tell a question from its context
     unmark_unpacked(model)
     return model
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.base.text_pairs import GlobalChoice
 from hf_linear_attn.ops.features import named
 from hf_linear_attn.ops.features.maps import FeatureMap
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
@@ -314,6 +315,16 @@ class AttentionVariant(nn.Module):
     def shared_parameters(self) -> tuple[str, ...]:
         """Names of the parameters that all layers of this variant share (tied to the first such layer's)."""
         return ()
+
+    def global_choice(self, task: str | None) -> GlobalChoice | None:
+        """How global tokens are chosen in calls that name none; None leaves it to `forward`, as a call of one layer.
+
+        A model asks once per call, and once for all layers of the same options: the options alone decide.
+
+        Args:
+            task: what the model's head is for, in the Hub's words (`seam.heads`); None without a head it tells of.
+        """
+        return None
 
     def drop_linear_branch(self) -> bool:
         """Leave out, until the module is built anew, what stands beside a window for the keys outside of it.

@@ -52,9 +52,8 @@ class GatedConfig(VariantConfig):
     """Options of `gated`.
 
     Attributes:
-        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"` or a map of your own
-            (`register_feature_map`), all with a normalizer, or `"identity"`, GLA's kernel without one: its
-            outputs are on a scale of their own.
+        feature_map: `"elu"` (elu + 1), `"relu"`, `"exp"`, `"softmax"`, `"squared_relu"` or a map of your own, all with
+            a normalizer; or `"identity"`, GLA's kernel without one, whose outputs are on a scale of their own.
         gate_rank: width of the gate's low-rank map.
         init: start of the gates, `"undecayed"` (W_2 = 0 and a bias that keeps all but 1/160 over the position
             table's length) or `"published"` (W_2 random as linear layers are, b = 0: memories of about 23 tokens).

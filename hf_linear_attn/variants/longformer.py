@@ -12,16 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.base.compaction import (
-    CompactedCall,
-    GlobalTokens,
-    compact,
-    first_tokens,
-    marked_tokens,
-    take_tokens,
-)
+from hf_linear_attn.ops.base.compaction import compact, global_tokens, take_tokens
+from hf_linear_attn.ops.base.text_pairs import GlobalChoice, tokens_of_task, tokens_with_ids
 from hf_linear_attn.ops.window.attention import sliding_window_attention
-from hf_linear_attn.ops.window.global_rows import check_hidden, keep_old, rows_over_all, rows_over_first
+from hf_linear_attn.ops.window.global_rows import check_hidden, check_marks, keep_old, rows_over_all, rows_over_first
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -37,17 +31,23 @@ class LongformerConfig(VariantConfig):
         dilation: distance between neighboring keys of the window in tokens, or one per head.
         num_global_tokens: so many first real tokens are global unless the call names others; None means 1 on
             encoders and on decoders with rotary embeddings, 0 on other decoders. With 0, or rotary embeddings, the
-            layer has no global projections and takes no global mask.
+            layer has no global projections and takes no global mask. With None, encoders under a head for question
+            answering take the question's tokens instead, and under one for multiple choice the choice's.
+        global_token_ids: encoders only: the tokens with these ids are global instead, unless the call names others.
     """
 
     window_size: int | tuple[int, ...] = 512
     dilation: int | tuple[int, ...] = 1
     num_global_tokens: int | None = None
+    global_token_ids: int | tuple[int, ...] | None = None
 
     def validate(self) -> None:
         self.require_integer("window_size", each="layer")
         self.require_integer("dilation", each="head")
         self.require_integer("num_global_tokens", at_least=0, optional=True)
+        self.require_integer("global_token_ids", at_least=0, optional=True, each="token that is global")
+        if self.global_token_ids is not None and self.num_global_tokens is not None:
+            raise ValueError(f"num_global_tokens={self.num_global_tokens}; allowed: None beside global_token_ids.")
 
 
 @register_variant(
@@ -96,6 +96,8 @@ class LongformerAttention(AttentionVariant):
             raise ValueError(f"num_global_tokens={g}: global rows would lack the rotary embeddings. Allowed here: 0.")
         # A projection of hidden_states lacks the rotation; the first tokens of a decoder see none but each other.
         self.projects = self.num_global_tokens > 0 and not context.rotary
+        if config.global_token_ids is not None and (context.is_causal or not self.projects):
+            raise ValueError("global_token_ids serves encoders without rotary embeddings. Allowed here: None.")
         if self.projects:
             width = context.num_heads * context.head_dim
             self.query_global = nn.Linear(context.hidden_size, width)
@@ -125,6 +127,12 @@ class LongformerAttention(AttentionVariant):
             layer.weight.copy_(weight)
             layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
 
+    def global_choice(self, task: str | None) -> GlobalChoice | None:
+        if self.config.global_token_ids is not None:
+            return tokens_with_ids(self.config.global_token_ids)
+        chosen = self.config.num_global_tokens is not None or self.context.is_causal or not self.projects
+        return None if chosen else tokens_of_task(task)
+
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         def empty(length: int) -> torch.Tensor:
             shape = (batch_size, self.context.num_heads, length, self.context.head_dim)
@@ -144,7 +152,7 @@ class LongformerAttention(AttentionVariant):
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         q_len, k_len = call.q.shape[2], call.k.shape[2]
-        tokens = self._global_tokens(inputs, call)
+        tokens = global_tokens(inputs.global_mask, self.num_global_tokens, call)
         in_window = None if inputs.token_mask is None and state is None else call.rank >= 0
         extra, rows = None, None
         kept: State = {}
@@ -177,25 +185,15 @@ class LongformerAttention(AttentionVariant):
 
     def _check(self, inputs: AttentionInputs, state: State | None) -> None:
         (B, _, q_len, _), k_len = inputs.query.shape, inputs.key.shape[2]
-        mask, built = inputs.global_mask, self.context.is_causal
+        built, marked = self.context.is_causal, inputs.global_mask is not None
         if inputs.is_causal != built:
             raise ValueError(f"Layer built for is_causal={built}, called with {inputs.is_causal}.")
         if state is not None and not inputs.is_causal:
             raise ValueError("A decode state needs causal attention; this layer is bidirectional.")
         if state is not None and q_len != k_len:
             raise ValueError(f"With a decode state Tq must equal Tk (new tokens), got {q_len} and {k_len}.")
-        if mask is not None and not self.projects:
-            raise ValueError("A global_mask needs projections: num_global_tokens >= 1, and no rotary embeddings.")
-        if mask is not None and state is not None:
-            raise ValueError("A global_mask does not go with a decode state: call with use_cache=False.")
-        if mask is not None and tuple(mask.shape) != (B, q_len):
-            raise ValueError(f"global_mask must have shape {(B, q_len)}, got {tuple(mask.shape)}.")
+        check_marks(inputs.global_mask, B, q_len, self.projects, state is not None)
         if self.projects and inputs.hidden_states is None:
             raise ValueError("The global tokens of longformer need hidden_states, got None.")
         if self.projects:
-            check_hidden(q_len, inputs.token_mask, k_len, self.num_global_tokens, mask is not None)
-
-    def _global_tokens(self, inputs: AttentionInputs, call: CompactedCall) -> GlobalTokens | None:
-        if inputs.global_mask is not None:
-            return marked_tokens(inputs.global_mask.bool(), call)
-        return first_tokens(self.num_global_tokens, call) if self.num_global_tokens > 0 else None
+            check_hidden(q_len, inputs.token_mask, k_len, self.num_global_tokens, marked)

@@ -71,10 +71,6 @@ class ReformerConfig(VariantConfig):
             raise ValueError(f"num_buckets={self.num_buckets}; allowed: {allowed}.")
 
 
-def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
-    return {"chunk_size": length}
-
-
 @register_variant(
     "reformer",
     config=ReformerConfig,
@@ -83,7 +79,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     cost="n log n",
     guide=("content-based", "similar tokens that are far apart: a query sees the keys that hash alike"),
     state="kv",
-    exact_limit=_exact_limit,
+    exact_limit=lambda length, is_causal: {"chunk_size": length},
     test_options=({"chunk_size": 2, "num_hashes": 2}, {"chunk_size": 4, "num_hashes": 2, "num_buckets": 6}),
     masked_export=True,
 )
@@ -181,10 +177,10 @@ class ReformerAttention(AttentionVariant):
             past, past_bucket = (past_key, past_value, state["count"]), (held, held, state["count"])
         call = compact(query, key, inputs.value, real, past)
         bucket = compact(q_bucket, k_bucket, k_bucket, real, past_bucket)
-        given = call, bucket.q, bucket.k, levels, self.config.chunk_size
-        known = {"centered": self.config.num_buckets == "length", "all_real": real is None and state is None}
-        options = {"is_causal": inputs.is_causal, "scaling": inputs.scaling, "self_penalty": share, **known}
-        output = call.restore(level_attention(*given, **options)).to(inputs.query.dtype)
+        options: dict[str, Any] = {"is_causal": inputs.is_causal, "scaling": inputs.scaling, "self_penalty": share}
+        options |= {"centered": self.config.num_buckets == "length", "all_real": real is None and state is None}
+        output = level_attention(call, bucket.q, bucket.k, levels, self.config.chunk_size, **options)
+        output = call.restore(output).to(inputs.query.dtype)
         return output, None if state is None else lsh_state_after(call, bucket.k, self.config.chunk_size, levels)
 
     def _hash(self, x: torch.Tensor, mean: torch.Tensor, linear_map: torch.Tensor, sizes: list[int]) -> torch.Tensor:

@@ -3,8 +3,16 @@
 import pytest
 import torch
 from transformers import LongformerConfig as UpstreamConfig
+from transformers import (
+    LongformerForMultipleChoice,
+    LongformerForQuestionAnswering,
+    RobertaConfig,
+    RobertaForMultipleChoice,
+    RobertaForQuestionAnswering,
+)
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
+from hf_linear_attn import convert_model
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.longformer import LongformerAttention, LongformerConfig
 
@@ -74,3 +82,51 @@ def test_theirs_measures_distance_over_padding_and_ours_over_real_tokens():
     assert (theirs(hidden, padding[None], mask)[:, padding] - alone).abs().max() > 1e-2
     torch.testing.assert_close(ours(*bare), alone, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours(hidden, padding[None], mask)[:, padding], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (LongformerForQuestionAnswering, RobertaForQuestionAnswering),
+        (LongformerForMultipleChoice, RobertaForMultipleChoice),
+    ],
+)
+def test_heads_choose_the_global_tokens_that_theirs_choose(theirs, ours):
+    """Whole models on pairs in RoBERTa's form, no mask of global tokens given."""
+    options = {
+        "vocab_size": 40,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 32,
+        "max_position_embeddings": 60,
+        "type_vocab_size": 1,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "layer_norm_eps": 1e-12,
+    }
+    torch.manual_seed(0)
+    upstream = theirs(UpstreamConfig(**options, attention_window=[WINDOW] * 2, sep_token_id=2, initializer_range=0.3))
+    upstream.eval()
+    model = convert_model(ours(RobertaConfig(**options)), "longformer", window_size=WINDOW).eval()
+    renamed = {
+        name.replace("longformer.", "roberta.", 1).replace(
+            "self.", "self.linear_attn." if "_global" in name else "self."
+        ): weight
+        for name, weight in upstream.state_dict().items()
+    }
+    assert not model.load_state_dict(renamed, strict=False).missing_keys
+    questions, contexts = torch.randint(3, 40, (2, 2, 40)).unbind()
+    rows = []
+    for length, question, context in zip((3, 9), questions.tolist(), contexts.tolist(), strict=True):
+        rows.append([0, *question[:length], 2, 2, *context[: 40 - 4 - length], 2])
+    ids = torch.tensor(rows)
+    ids = ids[None] if "Choice" in theirs.__name__ else ids
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected, actual = upstream(**batch)[0], model(**batch)[0]
+        first = torch.zeros_like(ids)
+        first[..., 0] = 1
+        assert (model(**batch, global_attention_mask=first)[0] - expected).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.base.text_pairs import CallTokens
 from hf_linear_attn.registry import get_variant
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.longformer import LongformerAttention, LongformerConfig
@@ -205,6 +206,28 @@ def test_outputs_do_not_depend_on_batch_mates():
             torch.testing.assert_close(together[b : b + 1], alone)
 
 
+@pytest.mark.parametrize("kind", [None, "left", "right", "interior"])
+def test_tokens_of_a_task_equal_the_dense_formula(kind):
+    """What the head chooses, worked out here from the lengths of the texts."""
+    layer, hidden = Layer(window_size=4), draw_hidden(3, 40)
+    padding = torch.ones(3, 40, dtype=torch.bool) if kind is None else padding_of(kind, 3, 40)
+    ids, lengths = torch.full((3, 40), 7), (3, 1, 9)
+    for b, length in enumerate(lengths):
+        real = padding[b].nonzero()[:, 0]
+        ids[b, real[[length, length + 1, -1]]] = 2
+    call = CallTokens(padding, None, ids, None, 2)
+    for task, rule in (("question-answering", range), ("multiple-choice", None)):
+        mask = layer.module.global_choice(task).mark(call)
+        out = layer(hidden, None if kind is None else padding, mask)
+        for b, length in enumerate(lengths):
+            real = padding[b].nonzero()[:, 0]
+            tokens = set(rule(length)) if rule else set(range(length + 2, len(real)))
+            torch.testing.assert_close(out[b][:, real], layer.dense(hidden[b, real], tokens, 4))
+    assert layer.module.global_choice(None) is None
+    assert Layer(window_size=4, num_global_tokens=1).module.global_choice("question-answering") is None
+    assert Layer(True, window_size=4).module.global_choice("question-answering") is None
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
 def test_compiles_into_one_graph(is_causal):
     layer = Layer(is_causal, torch.float32, window_size=8, num_global_tokens=1)
@@ -243,6 +266,11 @@ def test_start_is_deterministic_and_survives_the_meta_device():
         ({"dilation": [1, 2]}, True, "names 2 heads, the layer has 3"),
         ({"dilation": "2"}, True, "dilation='2'; allowed: an integer of at least 1, or a list"),
         ({"num_global_tokens": -1}, True, "num_global_tokens=-1; allowed: an integer of at least 0, or None"),
+        ({"global_token_ids": -1}, False, "global_token_ids=-1; allowed: an integer of at least 0, or a list with one"),
+        ({"global_token_ids": [3, "4"]}, False, "global_token_ids=.*allowed: an integer"),
+        ({"global_token_ids": []}, False, "global_token_ids=.*allowed: an integer"),
+        ({"global_token_ids": 3, "num_global_tokens": 2}, False, "num_global_tokens=2; allowed: None beside"),
+        ({"global_token_ids": 3}, True, "global_token_ids serves encoders"),
         ({"window": 4}, True, "Unknown option.*'window'.*Allowed: window_size"),
     ],
 )

@@ -19,6 +19,7 @@ __all__ = [
     "GlobalTokens",
     "compact",
     "first_tokens",
+    "global_tokens",
     "heads_apart",
     "init_kv_state",
     "kv_state_after",
@@ -207,6 +208,13 @@ def first_tokens(count: int, call: CompactedCall) -> GlobalTokens:
     )
 
 
+def global_tokens(mask: torch.Tensor | None, count: int, call: CompactedCall) -> GlobalTokens | None:
+    """The tokens that `mask` marks (`marked_tokens`); without one the first `count`, or None for no such token."""
+    if mask is not None:
+        return marked_tokens(mask.bool(), call)
+    return first_tokens(count, call) if count > 0 else None
+
+
 def marked_tokens(mask: torch.Tensor, call: CompactedCall) -> GlobalTokens | None:
     """The real tokens that `mask` (bool `[B, T]`, in the call's order) marks, or None when it marks none.
 
@@ -217,8 +225,8 @@ def marked_tokens(mask: torch.Tensor, call: CompactedCall) -> GlobalTokens | Non
     """
     if is_exported():
         raise ValueError(
-            "global_attention_mask in an exported program: how many tokens it marks decides the size of tensors. "
-            "Allowed there: the first tokens as global ones (num_global_tokens), without a mask."
+            "Global tokens by global_attention_mask, by id or by the head's task in an exported program: how many they "
+            "are decides the size of tensors. Allowed there: the first tokens (num_global_tokens=1), without a mask."
         )
     if call.perm is not None and call.query_mask is not None:
         mask = (mask & call.query_mask).gather(1, call.perm)

@@ -26,6 +26,7 @@ __all__ = [
     "plan_call",
     "plan_padded",
     "plan_sequences",
+    "sequence_begins",
 ]
 
 PACKED_MESSAGE = (
@@ -187,6 +188,17 @@ def plan_sequences(
     begin = starts.nonzero()[:, 0]
     lengths = torch.cat([begin, torch.tensor([len(starts)])]).diff()
     return _plan(batch * length, begin, lengths, order, device, packed=True)
+
+
+def sequence_begins(plan: SequencePlan, batch: int, length: int) -> torch.Tensor | None:
+    """Where the sequences of a packed plan begin, bool `[batch, length]`; None for a plan of one sequence per row."""
+    if not plan.packed or plan.index is None:
+        return None
+    begins = torch.zeros(batch * length, dtype=torch.bool, device=plan.index.device)
+    places = plan.index.split([bucket.rows * bucket.width for bucket in plan.buckets])
+    for bucket, place in zip(plan.buckets, places, strict=True):
+        begins[place.view(bucket.rows, bucket.width)[:, 0]] = True
+    return begins.view(batch, length)
 
 
 def plan_padded(token_mask: torch.Tensor) -> SequencePlan:

@@ -12,7 +12,7 @@ from hf_linear_attn.ops.base.compaction import CompactedCall, GlobalTokens
 from hf_linear_attn.ops.base.masking import causal_mask, gather_tokens
 from hf_linear_attn.ops.window.attention import at_least_two, attend_projected
 
-__all__ = ["affine", "check_hidden", "keep_old", "rows_over_all", "rows_over_first"]
+__all__ = ["affine", "check_hidden", "check_marks", "keep_old", "rows_over_all", "rows_over_first"]
 
 
 def affine(layer: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +57,29 @@ def check_hidden(q_len: int, token_mask: torch.Tensor | None, k_len: int, count:
             f"Global tokens need the hidden states of all {k_len} keys, got those of {q_len} queries. Allowed: "
             f"Tq == Tk; or no global_mask and none or all of the first {count} tokens before the queries."
         )
+
+
+def check_marks(mask: torch.Tensor | None, batch: int, q_len: int, projects: bool, decodes: bool) -> None:
+    """Check the mask of a call's global tokens.
+
+    Args:
+        mask: bool `[B, Tq]` or None.
+        batch: B.
+        q_len: Tq.
+        projects: whether the layer has projections of its own for global tokens.
+        decodes: whether the call has a decode state.
+
+    Raises:
+        ValueError: for a mask that the layer cannot honor, or of another shape.
+    """
+    if mask is None:
+        return
+    if not projects:
+        raise ValueError("A global_mask needs projections: num_global_tokens >= 1, and no rotary embeddings.")
+    if decodes:
+        raise ValueError("A global_mask does not go with a decode state: call with use_cache=False.")
+    if tuple(mask.shape) != (batch, q_len):
+        raise ValueError(f"global_mask must have shape {(batch, q_len)}, got {tuple(mask.shape)}.")
 
 
 def keep_old(
