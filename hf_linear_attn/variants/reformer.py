@@ -40,8 +40,8 @@ class ReformerConfig(VariantConfig):
     """Options of `reformer`.
 
     Attributes:
-        num_hashes: rounds of hashing, 1 to 8 in the literature. More are closer to softmax and cost as much each: 2 on
-            encoders, or 1 on decoders, start about twice as far from it as 4.
+        num_hashes: rounds of hashing, 1 to 8 in the literature. More are closer to softmax and cost as much each: 2
+            start about 1.4 to 2.2 times as far from it as 4.
         num_buckets: buckets of a round, an even number, or 1 for sorting by position alone. "length": as fill about a
             chunk each, 8 to 512 by the tokens of a sequence, or on decoders by the place of a token, for inputs of up
             to the model's `max_length`. None, once the default: by `max_length` alone, 4 to 16.
@@ -177,10 +177,10 @@ class ReformerAttention(AttentionVariant):
             past, past_bucket = (past_key, past_value, state["count"]), (held, held, state["count"])
         call = compact(query, key, inputs.value, real, past)
         bucket = compact(q_bucket, k_bucket, k_bucket, real, past_bucket)
+        given = call, bucket.q, bucket.k, levels, self.config.chunk_size
         options: dict[str, Any] = {"is_causal": inputs.is_causal, "scaling": inputs.scaling, "self_penalty": share}
         options |= {"centered": self.config.num_buckets == "length", "all_real": real is None and state is None}
-        output = level_attention(call, bucket.q, bucket.k, levels, self.config.chunk_size, **options)
-        output = call.restore(output).to(inputs.query.dtype)
+        output = call.restore(level_attention(*given, **options)).to(inputs.query.dtype)
         return output, None if state is None else lsh_state_after(call, bucket.k, self.config.chunk_size, levels)
 
     def _hash(self, x: torch.Tensor, mean: torch.Tensor, linear_map: torch.Tensor, sizes: list[int]) -> torch.Tensor:
