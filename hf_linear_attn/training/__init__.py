@@ -6,15 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_linear_attn.training.anneal import Anneal
     from hf_linear_attn.training.distill import DistillTrainer
     from hf_linear_attn.training.finetune import FinetuneTrainer
     from hf_linear_attn.training.parts import Lora
     from hf_linear_attn.training.transfer import TransferTrainer
     from hf_linear_attn.training.uptrain import UptrainTrainer
 
-__all__ = ["DistillTrainer", "FinetuneTrainer", "Lora", "TransferTrainer", "UptrainTrainer"]
+__all__ = ["Anneal", "DistillTrainer", "FinetuneTrainer", "Lora", "TransferTrainer", "UptrainTrainer"]
 
 _MODULES = {
+    "Anneal": "anneal",
     "DistillTrainer": "distill",
     "FinetuneTrainer": "finetune",
     "Lora": "parts",
