@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_linear_attn.training.anneal import Anneal
     from hf_linear_attn.training.contrast import ContrastTrainer
     from hf_linear_attn.training.distill import DistillTrainer
     from hf_linear_attn.training.finetune import FinetuneTrainer
@@ -13,9 +14,18 @@ if TYPE_CHECKING:
     from hf_linear_attn.training.transfer import TransferTrainer
     from hf_linear_attn.training.uptrain import UptrainTrainer
 
-__all__ = ["ContrastTrainer", "DistillTrainer", "FinetuneTrainer", "Lora", "TransferTrainer", "UptrainTrainer"]
+__all__ = [
+    "Anneal",
+    "ContrastTrainer",
+    "DistillTrainer",
+    "FinetuneTrainer",
+    "Lora",
+    "TransferTrainer",
+    "UptrainTrainer",
+]
 
 _MODULES = {
+    "Anneal": "anneal",
     "ContrastTrainer": "contrast",
     "DistillTrainer": "distill",
     "FinetuneTrainer": "finetune",

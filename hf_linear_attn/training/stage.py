@@ -16,6 +16,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.seam.trainer import CheckedTrainer, last_checkpoint
+from hf_linear_attn.training.anneal import Anneal
 from hf_linear_attn.training.parts import Lora, choose_trainable, freeze_dropout, optimizer_groups
 
 __all__ = [
@@ -128,6 +129,8 @@ class StageTrainer(CheckedTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if not any(isinstance(callback, Anneal) for callback in self.callback_handler.callbacks):
+            self.add_callback(Anneal())
 
     # What a stage overrides ---------------------------------------------------------------------------------------
 

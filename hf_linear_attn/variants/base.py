@@ -326,6 +326,12 @@ class AttentionVariant(nn.Module):
         """
         return None
 
+    def anneal(self, share: float) -> None:
+        """Move the parameters that have a schedule to where they stand when `share` of it (0 to 1) is done.
+
+        Called after every step of training (`training.anneal`); frozen parameters stay as they are.
+        """
+
     def drop_linear_branch(self) -> bool:
         """Leave out, until the module is built anew, what stands beside a window for the keys outside of it.
 

@@ -2,7 +2,8 @@
 
     y_i = sum_j p_ij v_j,    p_i = (1 - lambda) softmax(z_i) + lambda entmax_alpha(z_i),    z_ij = scaling q_i . k_j
 
-with one lambda a head, 0 at the start: the checkpoint, exactly. alpha = 2 is sparsemax (arXiv:1602.02068).
+with one lambda a head, 0 at the start: the checkpoint, exactly. A weight is 0 only where lambda is 1: training raises
+the least lambda to that, linearly over the first half of its steps. alpha = 2 is sparsemax (arXiv:1602.02068).
 Cost n^2 d, several times that of softmax: what it brings is sparsity, not speed. Queries go through in chunks, so
 that inference holds the logits of one chunk only; training keeps them all, unless the layer is checkpointed.
 """
@@ -35,14 +36,18 @@ class EntmaxConfig(VariantConfig):
         alpha: `"sparsemax"` (alpha = 2), `"entmax15"` (1.5), or `"learned"`: alpha = 1 + sigmoid(a), one a per
             head, from 1.5.
         initial_lambda: share of entmax in every head at the start; 0 is softmax, 1 the published form.
+        trained_lambda: the least lambda of every head at the end of training, which keeps it at most 1; None leaves
+            lambda to the loss, which need not make any weight 0.
     """
 
     alpha: str = "entmax15"
     initial_lambda: float = 0.0
+    trained_lambda: float | None = 1.0
 
     def validate(self) -> None:
         self.require_choice("alpha", (*FIXED_ALPHAS, "learned"))
         self.require_number("initial_lambda", at_least=0, at_most=1)
+        self.require_number("trained_lambda", at_least=0, at_most=1, optional=True)
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
@@ -68,8 +73,8 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
 class EntmaxAttention(AttentionVariant):
     """A mixture of softmax and entmax.
 
-    Parameters: `mixing [H]`, lambda, free to leave 0..1 in training; with a learned alpha `alpha_logit [H]`, the a
-    of alpha = 1 + sigmoid(a). The decode state holds all keys and values.
+    Parameters: `mixing [H]`, lambda, in training no less than its schedule says (`anneal`); with a learned alpha
+    `alpha_logit [H]`, the a of alpha = 1 + sigmoid(a). The decode state holds all keys and values.
     """
 
     config: EntmaxConfig
@@ -87,6 +92,11 @@ class EntmaxAttention(AttentionVariant):
         self.mixing.fill_(self.config.initial_lambda)
         if self.config.alpha == "learned":
             self.alpha_logit.zero_()
+
+    @torch.no_grad()
+    def anneal(self, share: float) -> None:
+        if self.config.trained_lambda is not None and self.mixing.requires_grad:
+            self.mixing.clamp_(min=share * self.config.trained_lambda, max=1.0)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         return init_kv_state(batch_size, self.context.num_heads, self.context.head_dim, dtype, device)

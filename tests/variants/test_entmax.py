@@ -120,6 +120,7 @@ def test_it_says_that_it_is_quadratic():
         ({"alpha": 1.5}, "alpha=1.5; allowed: sparsemax, entmax15, learned"),
         ({"initial_lambda": 2}, "initial_lambda=2; allowed: a number from 0 to 1"),
         ({"initial_lambda": True}, "initial_lambda=True; allowed"),
+        ({"trained_lambda": 1.5}, "trained_lambda=1.5; allowed: a number from 0 to 1, or None"),
     ],
 )
 def test_wrong_options_are_named(options, message):
