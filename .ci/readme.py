@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_linear_attn.bench.retrieval.tables import about, measured_lengths, verdict
+from hf_linear_attn.bench.retrieval.tables import render_overview as render_overview_of_retrieval
 from hf_linear_attn.bench.speed.recipe import BenchRecipe
 from hf_linear_attn.bench.speed.tables import render_performance
 from hf_linear_attn.bench.starts.tables import leading_numbers, render_overview
@@ -30,6 +32,7 @@ HEADLINE = RESULTS / "minilm_sotu_long.json"
 LONGER = RESULTS / "minilm_sotu_truncated.json"
 BENCH = ROOT / "recipes" / "bench"
 METHODS = ROOT / "recipes" / "methods" / "results"
+EMBEDDERS = ROOT / "recipes" / "minilm" / "results"
 LANGUAGE = ROOT / "recipes" / "smollm2" / "results" / "language.json"
 TIMES = ROOT / ".ci" / "times.json"
 PICTURES = {"": "cost of a token", "_peers": "other implementations", "_generation": "generation"}  # of a bench
@@ -195,6 +198,20 @@ def language() -> str:
     return "\n\n".join([about, language_table(data), f"![Perplexity against the time of a forward]({picture})"])
 
 
+def embedders() -> str:
+    """Every committed run of `hf-linear-attn retrieval`: what it found at each length, and its picture."""
+    parts = []
+    for path in sorted(EMBEDDERS.glob("*/retrieval.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(about(data))
+        for length in measured_lengths(data):
+            parts += [f"**{length:,} tokens.** {verdict(data, length)}", render_overview_of_retrieval(data, length)]
+        picture, tables = (path.with_suffix(kind).relative_to(ROOT).as_posix() for kind in (".png", ".md"))
+        parts.append(f"![How often a passage finds the rest of its document]({picture})")
+        parts.append(f"All tables: [{tables}]({tables}).")
+    return "\n\n".join(parts)
+
+
 def performance() -> str:
     """What `hf-linear-attn bench` measured, one part for each device, and what waits for one."""
     measured = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(BENCH.glob("results/*.json"))}
@@ -301,6 +318,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "families": families,
     "results": results,
     "language": language,
+    "embedders": embedders,
     "methods": methods,
     "guide": guide,
     "performance": performance,
