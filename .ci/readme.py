@@ -227,9 +227,9 @@ def device_results(path: Path, data: dict[str, Any]) -> str:
     """The tables of one device, its pictures, and where the rest is."""
     title = f"**{data['meta']['title']}**"
     parts = [f"{title}. {render_performance(data)}"]
-    for name, about in PICTURES.items():
+    for name, what in PICTURES.items():
         if (picture := path.with_name(f"{path.stem}{name}.png")).is_file():
-            parts.append(f"![{data['meta']['title']}: {about}]({picture.relative_to(ROOT).as_posix()})")
+            parts.append(f"![{data['meta']['title']}: {what}]({picture.relative_to(ROOT).as_posix()})")
     tables = path.with_suffix(".md").relative_to(ROOT).as_posix()
     return "\n\n".join([*parts, f"Times, memory and exponents of every contender: [{tables}]({tables})."])
 
