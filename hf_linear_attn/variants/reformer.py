@@ -80,7 +80,7 @@ class ReformerConfig(VariantConfig):
     guide=("content-based", "similar tokens that are far apart: a query sees the keys that hash alike"),
     state="kv",
     exact_limit=lambda length, is_causal: {"chunk_size": length},
-    test_options=({"chunk_size": 2, "num_hashes": 2}, {"chunk_size": 4, "num_hashes": 2, "num_buckets": 6}),
+    test_options=({"chunk_size": 4, "num_hashes": 2, "num_buckets": 6}, {"chunk_size": 2, "num_hashes": 2}),
     masked_export=True,
 )
 class ReformerAttention(AttentionVariant):
