@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import numpy as np
 from hf_linear_attn.config import LinearAttentionConfig
 from hf_linear_attn.data.tokenization import encode_leading
 from hf_linear_attn.measure.rows import RowFile
+from hf_linear_attn.saving import saved_at
 from hf_linear_attn.training.recipe import Recipe
 from hf_linear_attn.training.saved import Evaluation, SavedModel, evaluate_saved, fit_labels, read_saved
 
@@ -55,7 +54,7 @@ class SavedSystem:
 
     def facts(self) -> dict[str, Any]:
         """What its rows say of it: its name, and when its weights were written."""
-        return {"model": self.saved.name, "saved_at": _saved_at(self.saved.name)}
+        return {"model": self.saved.name, "saved_at": saved_at(self.saved.name)}
 
     @property
     def note(self) -> str:
@@ -77,15 +76,6 @@ class SavedSystem:
             return "softmax", {}
         alike = len(read.variants()) == 1 and all(own == options[0] for own in options)
         return ", ".join(read.variants()), dict(options[0]) if alike else {}
-
-
-def _saved_at(name: str) -> str | None:
-    """When the newest file of weights in a folder was written, UTC; None of what lies elsewhere."""
-    files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".gguf")]
-    if not files:
-        return None
-    newest = max(path.stat().st_mtime for path in files)
-    return datetime.fromtimestamp(newest, timezone.utc).isoformat()
 
 
 def saved_classifiers(recipe: Recipe, task: DocumentTask) -> list[SavedSystem]:
