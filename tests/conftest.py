@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hf_linear_attn.ops.features.named import registered_names, unregister_feature_map
+
 _TESTS = itertools.count()
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
@@ -52,6 +54,15 @@ def _no_deprecated_calls() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_feature_map_stays() -> Iterator[None]:
+    """A name registered in one test, by the documents' examples among others, is unknown in the next."""
+    before = registered_names()
+    yield
+    for name in set(registered_names()) - set(before):
+        unregister_feature_map(name)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from hf_linear_attn.ops.features.maps import (
     gaussian_orthogonal,
     taylor_features,
 )
+from hf_linear_attn.ops.features.named import registered_names
 
 FORMULAS = {
     "elu": lambda x: torch.where(x > 0, x + 1, x.exp()),
@@ -22,7 +23,7 @@ FORMULAS = {
 
 
 def test_every_feature_map_has_a_formula_here():
-    assert set(FEATURE_MAPS) == set(FORMULAS)
+    assert set(registered_names()) == set(FORMULAS)
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
