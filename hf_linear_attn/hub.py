@@ -26,14 +26,18 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging
 
+from hf_linear_attn import auto
+from hf_linear_attn.data.companions import checkpoint_folder, find_companions
+from hf_linear_attn.data.models import load_config, load_tokenizer, named_errors
 from hf_linear_attn.model_card import GENERATED_MARKER, find_base_model, known_license, model_card
 
-__all__ = ["auto_map_for", "prepare_for_hub", "push_to_hub", "save_and_push"]
+__all__ = ["auto_map_for", "load_converted", "prepare_for_hub", "push_to_hub", "save_and_push"]
 
 logger = logging.get_logger(__name__)
 
 # What Transformers puts into a card of its own making: nobody's work is lost by replacing it.
 TRANSFORMERS_MARKER = "This model card has been automatically generated."
+_TRAINING = "train_result.json"  # what `hf-linear-attn train` leaves in the folder of its model
 
 LOADER = '''"""Lets Transformers load this model with `trust_remote_code=True`; the code is in a package.
 
@@ -66,10 +70,14 @@ def push_to_hub(
     create_pr: bool = False,
     max_shard_size: int | str | None = "50GB",
     tags: Sequence[str] | str | None = None,
+    folder: str | Path | None = None,
+    card_only: bool = False,
 ) -> CommitInfo:
-    """Upload a converted model with its card and loader; creates the repository if there is none.
+    """Upload a converted model with its card and loader, in one commit; creates the repository if there is none.
 
-    The arguments from `commit_message` on are those of Transformers' `push_to_hub`.
+    A push that is interrupted leaves the revision that was there.
+
+    The arguments from `commit_message` to `tags` are those of Transformers' `push_to_hub`.
 
     Args:
         model: a model that `convert_model` has converted.
@@ -84,19 +92,29 @@ def push_to_hub(
         create_pr: upload as a pull request.
         max_shard_size: size above which the weights are split into several files.
         tags: more tags for the card.
+        folder: where the model was saved: its tokenizer and what else of a checkpoint lies there (a sentence encoder's
+            modules, a chat template) go along, and its training into the card. By default the model goes alone.
+        card_only: upload the card and nothing else, to a repository that holds the model.
 
     Returns:
         The commit, as Transformers' `push_to_hub` does.
 
     Raises:
-        ValueError: if the model is not converted, or `results` does not tell which row is this model's.
+        ValueError: if the model is not converted, `results` does not tell which row is this model's, `folder` holds no
+            tokenizer, or `card_only` finds no model to describe.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses (no such token, no right to write).
     """
     api = HfApi(token=token)
     all_tags = [tags] if isinstance(tags, str) else list(tags or [])
     all_tags += [tag for tag in model.model_tags or [] if tag not in all_tags]
-    # Before anything is created: a model or results that make no card fail here.
-    model_card(model, results, base_model, row=row, license=license)
+    facts: dict[str, Any] = {"results": results, "row": row, "training": _training_of(folder)}
+    # Before anything is created: a model, results or a folder that make no card fail here.
+    model_card(model, base_model=base_model, license=license, **facts)
+    tokenizer = None if folder is None else load_tokenizer(str(Path(folder).resolve()))
+    if card_only:
+        repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        if not api.file_exists(repo_id, "config.json", revision=revision):
+            raise ValueError(f"{repo_id!r} holds no model that a card could describe: push it whole first.")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -104,28 +122,36 @@ def push_to_hub(
     base_model = base_model or _base_model_on_hub(model, repo_id, existing, api)
     if license is None:
         license = known_license(base_model, token, online=True) or known_license(model.name_or_path)
+    facts |= {"base_model": base_model, "license": license, "repo_id": repo_id, "tags": all_tags}
+    commit: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "create_pr": create_pr}
+    commit["commit_message"] = commit_message or f"Upload {'the card of ' if card_only else ''}{type(model).__name__}"
+    commit["commit_description"] = commit_description
+    if card_only:
+        card = str(_card(model, existing, **facts)).encode()
+        return api.upload_file(path_or_fileobj=card, path_in_repo="README.md", **commit)
+    with tempfile.TemporaryDirectory() as place:
+        companions = None if folder is None else find_companions(str(folder))
+        with checkpoint_folder(Path(place), companions, None) as stage:
+            model.save_pretrained(stage, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(stage)
+        prepare_for_hub(model, place, existing_card=existing, **facts)
+        return api.upload_folder(folder_path=place, **commit)
 
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[arg-type]
-        prepare_for_hub(
-            model,
-            folder,
-            results=results,
-            base_model=base_model,
-            row=row,
-            license=license,
-            repo_id=repo_id,
-            tags=all_tags,
-            existing_card=existing,
-        )
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or f"Upload {type(model).__name__}",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+
+def load_converted(folder: str | Path) -> PreTrainedModel:
+    """A converted model from where it was saved, under the class that its config names.
+
+    Raises:
+        ValueError: for a folder that holds no converted model, or one that cannot be read whole.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder; allowed: one that a converted model was saved to.")
+    config = load_config(str(Path(folder).resolve()))  # a bundled model may be called like a relative path
+    if getattr(config, "linear_attn", None) is None or not config.architectures:
+        raise ValueError(f"{str(folder)!r} holds no converted model: convert one first, `hf-linear-attn convert`.")
+    with named_errors(str(folder)):
+        return getattr(auto, config.architectures[0]).from_pretrained(folder)
 
 
 def save_and_push(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -159,6 +185,7 @@ def prepare_for_hub(
     license: str | None = None,
     repo_id: str | None = None,
     tags: Sequence[str] = (),
+    training: Mapping[str, Any] | None = None,
     existing_card: ModelCard | None = None,
 ) -> None:
     """Add card, `auto_map` and loader to a folder that `model.save_pretrained` has written.
@@ -167,21 +194,14 @@ def prepare_for_hub(
         model: the converted model.
         folder: where it was saved; uploading it by any means gives a complete repository.
         existing_card: the repository's present card. One written by hand is kept and only gains tags.
-        results, base_model, row, license, repo_id, tags: as in `model_card`.
+        results, base_model, row, license, repo_id, tags, training: as in `model_card`.
 
     Raises:
         FileNotFoundError: if the folder holds no `config.json`.
         ValueError: as in `model_card`.
     """
-    folder = Path(folder)
-    card = model_card(model, results, base_model, row=row, license=license, repo_id=repo_id, tags=tags)
-    if existing_card is not None and not _may_be_replaced(existing_card):
-        logger.info(f"{repo_id or folder} has a card of its own: only its tags are updated.")
-        data: Any = existing_card.data
-        own: Any = card.data
-        present = data.tags or []
-        data.tags = [*present, *(tag for tag in own.tags if tag not in present)]
-        card = existing_card
+    folder, facts = Path(folder), {"results": results, "base_model": base_model, "row": row, "license": license}
+    card = _card(model, existing_card, **facts, repo_id=repo_id, tags=tags, training=training)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = auto_map_for(model)
@@ -203,6 +223,25 @@ def auto_map_for(model: PreTrainedModel) -> dict[str, str]:
             known = known[0] if isinstance(known, (tuple, list)) else known
             mapped[name] = f"loader.{known.__name__}"
     return mapped
+
+
+def _card(model: PreTrainedModel, existing: ModelCard | None, **facts: Any) -> ModelCard:
+    """The card to upload: `model_card`'s, or the present one with its tags where that was written by hand."""
+    card = model_card(model, **facts)
+    if existing is None or _may_be_replaced(existing):
+        return card
+    logger.info(f"{facts['repo_id'] or type(model).__name__} has a card of its own: only its tags are updated.")
+    data: Any = existing.data
+    own: Any = card.data
+    present = data.tags or []
+    data.tags = [*present, *(tag for tag in own.tags if tag not in present)]
+    return existing
+
+
+def _training_of(folder: str | Path | None) -> Mapping[str, Any] | None:
+    """What `hf-linear-attn train` wrote of the model in a folder; None where it was not made by it."""
+    path = None if folder is None else Path(folder) / _TRAINING
+    return None if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
 
 
 def _existing_card(repo_id: str, token: bool | str | None) -> ModelCard | None:

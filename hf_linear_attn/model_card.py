@@ -60,6 +60,7 @@ def model_card(
     license: str | None = None,
     repo_id: str | None = None,
     tags: Sequence[str] = (),
+    training: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """The card of a converted model.
 
@@ -72,6 +73,7 @@ def model_card(
         license: license id of the Hub, e.g. "apache-2.0"; by default that of a base model in a local folder.
         repo_id: repository the card is for, used in the loading example.
         tags: more tags for the metadata.
+        training: contents of the `train_result.json` that `hf-linear-attn train` left with the model.
 
     Raises:
         ValueError: if the model is not converted, or `results` has no row or several rows for it.
@@ -92,7 +94,8 @@ def model_card(
         parameters_added=report.new_parameters,
         max_length=report.max_length,
         extension=_extension(conversion),
-        start=_measured_start(report),
+        start=_measured_start(_errors(report, training)),
+        stages=[] if training is None else _stage_rows(training["stages"]),
         base_model=base_model or find_base_model(model),
         license=license or known_license(model.name_or_path),
         repo_id=repo_id,
@@ -153,6 +156,7 @@ def write_model_card(
         tags=(),
         extension=None,
         start=None,
+        stages=[],
         is_causal=None,
         command=command,
         results=results,
@@ -347,15 +351,33 @@ def _extension(conversion: LinearAttentionConfig) -> str | None:
     return f"the base model read {length:,}; extended {how[mode]}"
 
 
-def _measured_start(report: ConversionReport) -> str | None:
+def _errors(report: ConversionReport, training: Mapping[str, Any] | None) -> list[float]:
+    """Each layer's error that calibration measured: on this model, or before the training it comes from."""
+    rows = [row.output_error for row in report.rows]
+    if training is not None and training["conversion"] is not None:
+        rows = [row["output_error"] for row in training["conversion"]["rows"]]
+    return [error for error in rows if error is not None]
+
+
+def _measured_start(errors: Sequence[float]) -> str | None:
     """The error against softmax that calibration measured, None where it was not run."""
-    errors = [row.output_error for row in report.rows if row.output_error is not None]
     if not errors:
         return None
     return (
         f"Right after conversion, the output of a converted layer differed from softmax attention by "
         f"{min(errors):.2f} to {max(errors):.2f} of its norm, measured per layer on the calibration batches."
     )
+
+
+def _stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown rows of what each training stage did, and the loss it ended with."""
+    rows = []
+    for stage in stages:
+        loss = f"{stage['losses'][-1][1]:.4g}" if stage["losses"] else "not recorded"
+        numbers = [f"{stage[name]:,}" for name in ("parameters_trained", "steps", "tokens_seen", "max_length")]
+        cells = [stage["stage"], stage["trained"], *numbers, f"{stage['seconds']:,.0f}", loss]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def _load_results(results: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:

@@ -88,6 +88,7 @@ class HubServer:
         tokens: access token -> user name. A user may write below the namespace of that name.
         repos: repository id -> `Repo`.
         requests: "METHOD path" of every request served, in order.
+        failing: part of the paths that are answered with an error of the server; none while it is empty.
     """
 
     def __init__(self, url: str, tokens: dict[str, str]) -> None:
@@ -96,6 +97,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.failing = ""
         self.lock = threading.Lock()
 
     def environment(self, home: str | Path, token: str | None = None) -> dict[str, str]:
@@ -176,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {self.path}")
             try:
+                if self.hub.failing and self.hub.failing in self.path:
+                    raise _HubError(500, "", "Internal Server Error")
                 status, content, headers = self._route(parts, body)
             except _HubError as error:
                 status, headers = error.status, {"X-Error-Message": error.message, **error.headers}

@@ -228,6 +228,58 @@ def compare_command(
             _run_language_comparison(loaded, asked)
 
 
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="Where a converted model was saved, its tokenizer beside it.")],
+    repo: Annotated[str, typer.Argument(help="Its repository on the Hub, as you/your-model; made if it is not there.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Who sees a new repository.")] = None,
+    card_from: Annotated[
+        Path | None, typer.Option("--card-from", help="results.json of `compare`, for the card's measurements.")
+    ] = None,
+    row: Annotated[
+        str | None, typer.Option("--row", help="This model's row there, where its options do not say.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Hub id of the checkpoint that was converted, for the card.")
+    ] = None,
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="License id for the card (default: the base model's).")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to upload to, made if needed.")] = None,
+    message: Annotated[str | None, typer.Option("--message", help="What the commit says.")] = None,
+    card_only: Annotated[bool, typer.Option("--card-only", help="Renew the card of a pushed model, no more.")] = False,
+) -> None:
+    """Upload a converted model to the Hub: weights, config, tokenizer, loader and a card, in one commit.
+
+    A card that was written by hand is kept. The token is that of `hf auth login`, or HF_TOKEN.
+
+    Examples:
+
+        hf-linear-attn push outputs/minilm-linear you/minilm-linear --base-model sentence-transformers/all-MiniLM-L6-v2
+
+        hf-linear-attn push outputs/demo/longformer you/reader --card-from outputs/demo/results.json --card-only
+    """
+    with plain_errors():
+        if card_from is not None and not card_from.is_file():
+            raise ValueError(f"--card-from {str(card_from)!r} is no file")
+        from hf_linear_attn.hub import load_converted, push_to_hub
+
+        commit = push_to_hub(
+            load_converted(folder),
+            repo,
+            folder=folder,
+            results=card_from,
+            row=row,
+            base_model=base_model,
+            license=license_id,
+            private=private,
+            revision=revision,
+            commit_message=message,
+            card_only=card_only,
+        )
+    typer.echo(f"Pushed to {commit.commit_url}")
+
+
 @app.command("demo")
 def demo_command(
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Another comparison than the demo's own.")] = None,
