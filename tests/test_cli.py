@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from hf_linear_attn import convert_model, get_variant, list_variants
 from hf_linear_attn.cli import app, arguments
+from hf_linear_attn.cli.listing import option_notes, spell_defaults
 from hf_linear_attn.registry import KINDS
 from tests.small_runs import save_checkpoint, save_documents
 
@@ -186,9 +188,16 @@ def test_list_tells_everything_about_one_variant() -> None:
         "encoders only",
         "n k d",
         "k=128, projection='mean_pool' (encoder)",
-        "sharing='headwise'",
+        "sharing='headwise': ",
     ):
         assert fact in result.output
+    for key in list_variants():
+        spec = get_variant(key)
+        shown = " ".join(runner.invoke(app, ["list", key], env={"COLUMNS": "80"}).output.split())
+        for field, default in zip(dataclasses.fields(spec.config_class), spell_defaults(spec), strict=True):
+            note = option_notes(spec)[field.name]
+            assert len(note) > 2
+            assert f"{default}: {note}" in shown, f"{key} says not what {field.name} is"
     assert "Did you mean 'linear'" in runner.invoke(app, ["list", "lineer"]).output
 
 

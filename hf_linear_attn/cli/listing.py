@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ __all__ = [
     "describe_calibration",
     "exact_limit",
     "exported_form",
+    "option_notes",
     "short_facts",
     "spell_defaults",
 ]
@@ -41,6 +44,13 @@ def spell_defaults(spec: VariantSpec) -> list[str]:
     """`name=default` of every option."""
     config = spec.config_class()
     return [f"{field.name}={getattr(config, field.name)!r}" for field in fields(config)]
+
+
+def option_notes(spec: VariantSpec) -> dict[str, str]:
+    """What each option means, in one line, as far as the `Attributes` of its class's docstring say it."""
+    section = (inspect.getdoc(spec.config_class) or "").partition("\nAttributes:\n")[2]
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 
 def exact_limit(spec: VariantSpec, length: int) -> dict[str, list[str]]:
@@ -78,6 +88,7 @@ def exported_form(spec: VariantSpec) -> str:
 
 def all_facts(spec: VariantSpec) -> dict[str, str]:
     """Everything that the registry says of a variant."""
+    notes = option_notes(spec)
     limits = [f"{options} ({', '.join(sides)})" for options, sides in exact_limit(spec, 128).items()]
     return {
         "variant": spec.key,
@@ -94,7 +105,10 @@ def all_facts(spec: VariantSpec) -> dict[str, str]:
         "Triton kernel": f"{spec.kernel} ({' and '.join(f'{side}s' for side in spec.kernel_sides)})"
         if spec.kernel
         else "none: plain PyTorch",
-        "options": "\n".join(spell_defaults(spec)),
+        "options": "\n".join(
+            f"{default}: {notes[name]}" if (name := default.partition("=")[0]) in notes else default
+            for default in spell_defaults(spec)
+        ),
     }
 
 
