@@ -25,7 +25,7 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install doctor constraints demo test test-oldest test-newest test-conformance test-gpu bench bench-gpu quality style notebook readme clean
+.PHONY: help install doctor constraints demo test test-oldest test-newest test-conformance test-gpu bench bench-gpu quality style notebook docs readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -83,11 +83,15 @@ style: $(STAMP)-dev ## fix what ruff can fix, and format
 notebook: $(STAMP)-dev $(STAMP)-weights ## run the notebooks only
 	OMP_NUM_THREADS=$(WORKERS) $(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks $(ARGS)
 
+docs: $(STAMP)-dev ## the documentation as a folder of pages, site/: warnings are errors, nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "site/index.html"
+
 readme: $(STAMP)-dev ## write the generated sections of README.md and docs/
 	$(PY) .ci/readme.py
 
 clean: ## remove .venv, caches and build output; outputs/ stays
-	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP)-venv:

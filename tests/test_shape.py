@@ -25,6 +25,7 @@ TOP_LEVEL = {
     "constraints.txt",
     "docs",
     "hf_linear_attn",
+    "mkdocs.yml",
     "model_cards",
     "notebooks",
     "pyproject.toml",
