@@ -46,7 +46,7 @@ from hf_linear_attn.patchers.base import ModelPatcher, SelfAttention
 from hf_linear_attn.positions import extend_table, position_table, position_weight, set_table
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.report import describe
-from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers
+from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers, layers_as_they_stand
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = ["convert_model", "extend_positions", "revert_model", "set_backend", "unmark_unpacked"]
@@ -141,6 +141,8 @@ def convert_model(
             errors = None
             if batches is not None:
                 errors = calibrate(model, batches, calibration_steps, calibration_lr, told)
+            # Options that were left to the method or to calibration are settled now.
+            config.linear_attn = replace(spec, layers=layers_as_they_stand(patcher, model)).to_dict()
             if keep_softmax is not None:
                 kept, keep_softmax_by = _back_to_softmax(
                     model, upstream, built, batches, keep_softmax, keep_softmax_by, told

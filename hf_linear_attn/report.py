@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class LayerReport:
         head_cosines: the mean cosine of each head, or None when not calibrated.
         published_error: the relative error of the start as published, before anything was chosen from the calibration
             batches, or None when not calibrated.
+        chosen: options that were left to the method or to calibration, and what they came to: `{"k": [40, 17]}`.
     """
 
     layer: int
@@ -59,6 +60,7 @@ class LayerReport:
     head_errors: list[float] | None = None
     head_cosines: list[float] | None = None
     published_error: float | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ class ConversionReport:
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]
         ]
+        told = dict.fromkeys(spelled for row in self.rows if (spelled := _spell_chosen(row.chosen)))
+        for spelled in told:
+            layers = ", ".join(str(row.layer) for row in self.rows if _spell_chosen(row.chosen) == spelled)
+            lines.append(f"chosen in layer {layers}: {spelled}")
         if self.kept_softmax:
             kept = ", ".join(map(str, self.kept_softmax))
             hurt = {"output": " the output", "states": " the final hidden states", None: ""}[self.kept_softmax_by]
@@ -139,6 +145,16 @@ class ConversionReport:
             f"(set tokenizer.model_max_length = {self.tokenizer_max_length})"
         )
         return "\n".join(lines)
+
+
+def _spell_chosen(chosen: Mapping[str, Any]) -> str:
+    """`k=17 to 40 (mean 29)`; of a list of equal numbers the number."""
+    spelled = []
+    for name, value in chosen.items():
+        numbers = value if isinstance(value, list) else [value]
+        mean = "" if len(set(numbers)) == 1 else f" to {max(numbers)} (mean {sum(numbers) / len(numbers):.0f})"
+        spelled.append(f"{name}={min(numbers)}{mean}")
+    return ", ".join(spelled)
 
 
 def describe(
@@ -177,6 +193,7 @@ def describe(
                 head_errors=None if found is None else found.head_errors,
                 head_cosines=None if found is None else found.head_cosines,
                 published_error=None if found is None else found.published_error,
+                chosen=variant.chosen(),
             )
         )
     chosen = ", ".join(dict.fromkeys(x.words for x in choices_of(model, model.linear_attn_task).values())) or None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from hf_linear_attn import convert_model, revert_model
@@ -89,6 +90,63 @@ def test_the_report_says_what_the_start_was_before(variant: str, steps: int) -> 
         assert [row.output_error for row in rows] == published
     assert "as published" in str(model.conversion_report)
     assert model.conversion_report.errors_of(0).published_error == rows[0].published_error
+
+
+# ---- options that calibration settles ----------------------------------------------------------------------------
+
+
+AUTO: dict[str, dict[str, Any]] = {
+    "headwise": {},
+    "key_value": {"sharing": "key_value", "init": "random"},
+    "none": {"sharing": "none"},
+    "conv": {"sharing": "none", "projection": "conv"},
+    "pool": {"projection": "mean_pool"},
+}
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_slots_that_calibration_chose_are_reported_saved_and_loaded(case: str, tmp_path: Path) -> None:
+    batches = padded_batches()
+    options = {"k": "auto", "energy": 0.5, **AUTO[case]}
+    model = convert_model(base_model("bert"), "linformer", calibration=batches, **options)
+    chosen = [row.chosen for row in model.conversion_report.rows]
+    assert all(k == int(k) and 1 <= k < 16 for row in chosen for k in torch.tensor(row["k"]).flatten().tolist())
+    assert [layer["options"]["head_k"] for layer in model.config.linear_attn["layers"]] == [row["k"] for row in chosen]
+    assert [row["chosen"] for row in model.conversion_report.to_dict()["rows"]] == chosen
+    assert "chosen in layer" in str(model.conversion_report)
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.config.linear_attn == model.config.linear_attn
+    assert [row.chosen for row in again.conversion_report.rows] == chosen
+    for batch in batches:
+        assert_bit_equal(outputs_of(again, batch), outputs_of(model, batch))
+    plain = outputs_of(base_model("bert"), batches[0])
+    assert_bit_equal(outputs_of(revert_model(model), batches[0]), plain)
+
+
+def test_slots_without_calibration_are_the_bound_and_the_report_says_so() -> None:
+    model = convert_model(base_model("bert"), {1: ("linformer", {"k": "auto", "sharing": "none"})})
+    assert [row.chosen for row in model.conversion_report.rows] == [{}, {"k": [16] * 4}]  # floor(8 ln 8)
+    assert "chosen in layer 1: k=16\n" in str(model.conversion_report)
+
+
+def test_chosen_slots_stay_where_layers_keep_softmax_by_measurement() -> None:
+    options: dict[str, Any] = {"k": "auto", "energy": 0.5, "layers": "auto", "keep_softmax": 1}
+    model = convert_model(base_model("bert"), "linformer", calibration=padded_batches(), **options)
+    [kept] = model.conversion_report.kept_softmax
+    layers = model.config.linear_attn["layers"]
+    assert layers[kept] is None
+    assert layers[1 - kept]["options"]["head_k"] == model.conversion_report.rows[1 - kept].chosen["k"] < 16
+
+
+def test_regression_trains_the_chosen_slots() -> None:
+    batches, options = padded_batches(), {"k": "auto", "energy": 0.4, "sharing": "none"}
+    start = errors_of(convert_model(base_model("bert"), "linformer", calibration=batches, **options))
+    model = convert_model(base_model("bert"), "linformer", calibration=batches, calibration_steps=10, **options)
+    assert all(after < error for after, error in zip(errors_of(model), start, strict=True))
+    for variant in variants_of(model).values():
+        for head, k in enumerate(variant.config.head_k):
+            assert not variant.key_projection[head, k:].any()
 
 
 # ---- regression --------------------------------------------------------------------------------------------------

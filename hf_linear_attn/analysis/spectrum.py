@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_linear_attn.analysis.recordings import build_layers, choose_start
 from hf_linear_attn.calibration import Recording, output_errors
 from hf_linear_attn.ops.base.masking import causal_mask
+from hf_linear_attn.ops.starts.spectrum import cumulative_spectrum, linformer_bound
 from hf_linear_attn.registry import get_variant
 from hf_linear_attn.variants.base import AttentionInputs, State
 
@@ -102,14 +103,8 @@ def attention_spectrum(recording: Recording) -> torch.Tensor:
         raise ValueError(f"The spectrum is a mean over documents of one length; got lengths {lengths}.")
     curves = []
     for inputs in recording.inputs:
-        values = torch.linalg.svdvals(softmax_weights(inputs))  # [B, H, T]
-        curves.append((values.cumsum(-1) / values.sum(-1, keepdim=True)).mean(0))
+        curves.append(cumulative_spectrum(softmax_weights(inputs)).mean(0))  # of [B, H, T]
     return torch.stack(curves).mean(0)
-
-
-def linformer_bound(head_dim: int) -> float:
-    """d ln d, the k of Linformer's theorem up to its constants; it does not depend on the length."""
-    return head_dim * math.log(head_dim)
 
 
 def size_option(key: str) -> str | None:

@@ -324,12 +324,15 @@ def determinism(subject: Subject) -> None:
 
 @law()
 def state_dict_round_trip(subject: Subject) -> None:
-    """Weights saved and loaded into a fresh module give the same bits, and the shared ones exist."""
+    """Weights saved and loaded into a fresh module give the same bits, and the shared ones exist.
+
+    The module has the options as they were then: calibration may have settled one.
+    """
     module = subject.build(dtype=torch.float32, trained=True)
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
-    fresh = subject.build(dtype=torch.float32)
+    fresh = subject.build(dtype=torch.float32, options=module.config.to_dict())
     fresh.load_state_dict(torch.load(file, weights_only=True))
     inputs = draw(module.context, 36, padding=padding_masks(2, 36)["left"], dtype=torch.float32)
     assert torch.equal(module(inputs)[0], fresh(inputs)[0]), "outputs differ after a reload"

@@ -60,19 +60,26 @@ class VariantConfig:
         """Raise `ValueError` naming the option, what was given and what is allowed."""
 
     def require_integer(
-        self, *names: str, at_least: int = 1, at_most: int = MAX_INTEGER, optional: bool = False, each: str = ""
+        self,
+        *names: str,
+        at_least: int = 1,
+        at_most: int = MAX_INTEGER,
+        optional: bool = False,
+        each: str = "",
+        word: str | None = None,
     ) -> None:
         """Raise `ValueError` unless each of these options is an integer in that range, or None if `optional`.
 
-        With `each` (`"head"`, `"layer"`) a list of such integers is allowed as well.
+        With `each` (`"head"`, `"layer"`) a list of such integers is allowed as well, and so is a `word` (`"auto"`).
         """
         for name in names:
             value = getattr(self, name)
             numbers = value if each and isinstance(value, tuple) else (value,)
-            if optional and value is None:
+            if (optional and value is None) or (word is not None and value == word):
                 continue
             if not numbers or not all(_is_integer(x) and at_least <= x <= at_most for x in numbers):
                 also = (f", or a list with one per {each}" if each else "") + (", or None" if optional else "")
+                also += "" if word is None else f", or {word!r}"
                 large = any(_is_integer(x) and x > at_most for x in numbers)
                 range_ = f"from {at_least} to {at_most}" if large else f"of at least {at_least}"
                 raise ValueError(f"{name}={value!r}; allowed: an integer {range_}{also}.")
@@ -279,6 +286,10 @@ class AttentionVariant(nn.Module):
 
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose the data-dependent start from real inputs of this layer (detached, no state)."""
+
+    def chosen(self) -> dict[str, Any]:
+        """Options that were left to the method or to calibration, with what they are in this layer; for the report."""
+        return {}
 
     def error_meter(self, rows: Sequence[Row], scaling: float) -> Callable[[], torch.Tensor]:
         """A function that measures this layer as it stands: each head's squared error against softmax on `rows`.

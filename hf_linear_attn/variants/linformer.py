@@ -4,20 +4,25 @@
 
 Cost n k d, encoders only. A row of fewer tokens than n_max spreads over all columns of E, wherever its padding is: its
 tokens share all k slots, see `ops.pooled.projection`.
+
+`k="auto"` asks calibration how many singular values of the layer's softmax attention hold a share `energy` of their
+sum, head by head; d ln d is the most that it takes. It becomes an option of the layer, `head_k`, so that a checkpoint
+says of which shape its E is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
-from hf_linear_attn.ops.base.numerics import accumulation_dtype, full_precision
-from hf_linear_attn.ops.pooled.pooling import attend_segments
+from hf_linear_attn.ops.pooled.head_slots import HeadSlots
 from hf_linear_attn.ops.pooled.projection import PROJECTION_CHOICES, SequenceProjection, check_projection_options
+from hf_linear_attn.ops.starts.calibration import collect_rows
+from hf_linear_attn.ops.starts.spectrum import SPECTRUM_TOKENS, linformer_bound, rank_for_energy
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
 
@@ -34,7 +39,12 @@ class LinformerConfig(VariantConfig):
     """Options of Linformer.
 
     Attributes:
-        k: slots; one int, or one per layer of the model. More than the model's `max_length` acts as that.
+        k: slots; one int, or one per layer of the model. More than the model's `max_length` acts as that. `"auto"`
+            lets calibration choose them in each layer, and in each head where heads have an E of their own (`sharing`
+            `"none"`, and pooling); heads that share E have what the most demanding of them needs. At most d ln d, and
+            that without calibration.
+        energy: of `k="auto"`, the share of the sum of singular values that k of them hold.
+        head_k: what `k="auto"` came to in a layer: one int, or one per head. Conversion and calibration write it.
         sharing: `"none"` E and F per head and layer (2 h L matrices), `"headwise"` per layer (2 L),
             `"key_value"` E = F (L), `"layerwise"` one matrix for the whole model (1).
         projection: `"linear"` learned k x n_max; `"conv"` learned, kernel = stride = n_max / k (rounded up);
@@ -45,18 +55,31 @@ class LinformerConfig(VariantConfig):
         seed: of `init="random"`.
     """
 
-    k: int | tuple[int, ...] = 128
+    k: int | str | tuple[int, ...] = 128
     sharing: str = "headwise"
     projection: str = "linear"
     init: str = "mean_pool"
     seed: int = 0
+    energy: float = 0.9
+    head_k: int | tuple[int, ...] | None = None
 
     def validate(self) -> None:
         for name, allowed in PROJECTION_CHOICES.items():
             self.require_choice(name, allowed)
         self.require_integer("seed", at_least=0)
-        self.require_integer("k", each="layer")
+        self.require_integer("k", each="layer", word="auto")
+        self.require_integer("head_k", each="head", optional=True)
+        self.require_number("energy", at_least=0, at_most=1)
         check_projection_options(self)
+        if self.head_k is not None and self.k != "auto":
+            raise ValueError(f"head_k={self.head_k!r} needs k='auto', got k={self.k!r}.")
+        if isinstance(self.head_k, tuple) and self.shares_heads:
+            raise ValueError(f"sharing={self.sharing!r} has one E for all heads: head_k is one integer, or None.")
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether all heads of a layer are projected by one matrix."""
+        return self.sharing != "none" and not self.projection.endswith("pool")
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
@@ -82,13 +105,19 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
         *({"k": 16, "projection": pool} for pool in ("mean_pool", "max_pool")),
         {"k": 16, "projection": "conv", "sharing": "none"},
         {"k": 14, "projection": "conv", "sharing": "layerwise", "init": "random"},
+        {"k": "auto", "energy": 0.7},
+        {"k": "auto", "sharing": "none", "head_k": [5, 9, 9, 16]},
+        {"k": "auto", "projection": "mean_pool", "energy": 0.6},
     ),
 )
 class LinformerAttention(AttentionVariant):
     """Softmax attention over k projected keys and values; see `LinformerConfig`.
 
+    Parameters: `key_projection` and `value_projection`, as the sharing says; where heads have slots of their own, as
+    large as the largest, of which the others use the first rows.
+
     Raises:
-        ValueError: for a causal layer, or a list of k that has not one entry per layer of the model.
+        ValueError: for a causal layer, or a list of k that has not one entry per layer of the model, or per head.
     """
 
     key_projection: nn.Parameter | None
@@ -98,23 +127,54 @@ class LinformerAttention(AttentionVariant):
         super().__init__(config, context)
         if context.is_causal:
             raise ValueError(REFUSAL)
-        self.projection = SequenceProjection(
-            config, context.layer_idx, context.num_layers, context.num_heads, context.head_dim, context.max_length
-        )
-        shape, one = self.projection.weight_shape, self.projection.one_matrix
+        if config.k == "auto" and config.head_k is None:
+            most = self._most()
+            config = replace(config, head_k=most if config.shares_heads else (most,) * context.num_heads)
+        self._plan(config)
+        shape, one = self.slots.weight_shape, self.projection.one_matrix
         self.key_projection = None if shape is None else nn.Parameter(torch.empty(shape))
         self.value_projection = None if shape is None or one else nn.Parameter(torch.empty(shape))
         self.reset_parameters()
+
+    def _most(self) -> int:
+        """The most slots that `k="auto"` takes."""
+        return min(max(1, int(linformer_bound(self.context.head_dim))), self.context.max_length)
+
+    def _plan(self, config: LinformerConfig) -> None:
+        """Let `config` be this layer's, parameters apart."""
+        context, self.config = self.context, config
+        self.projection = SequenceProjection(
+            config, context.layer_idx, context.num_layers, context.num_heads, context.head_dim, context.max_length
+        )
+        self.slots = HeadSlots.of(self.projection, config.head_k)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         generator = self.projection.generator()
         for parameter in self.parameters():
-            parameter.copy_(self.projection.start(generator))
+            self.slots.start(parameter, generator)
 
     def shared_parameters(self) -> tuple[str, ...]:
         names = tuple(name for name, _ in self.named_parameters())
         return names if self.config.sharing == "layerwise" else ()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
+        """Choose the slots of `k="auto"` by the spectrum of softmax attention on these inputs, and E anew for them.
+
+        Of each sequence the first 1,024 tokens count, or `max_length`.
+        """
+        if self.config.k != "auto":
+            return
+        rows = collect_rows(batches, min(SPECTRUM_TOKENS, self.context.max_length))
+        sizes = rank_for_energy(rows, self.config.energy, scaling=batches[0].scaling).clamp(max=self._most()).tolist()
+        self._plan(replace(self.config, head_k=max(sizes) if self.config.shares_heads else tuple(sizes)))
+        for parameter in self.parameters():  # the same one with another shape: others may hold it, and its marks stay
+            parameter.data = parameter.new_empty(self.slots.weight_shape or ())
+        self.reset_parameters()
+
+    def chosen(self) -> dict[str, Any]:
+        return {} if self.config.head_k is None else {"k": self.config.to_dict()["head_k"]}
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         """See `AttentionVariant.forward`.
@@ -125,9 +185,5 @@ class LinformerAttention(AttentionVariant):
         if inputs.is_causal or state is not None:
             raise ValueError(REFUSAL)
         weights = self.key_projection, self.value_projection
-        full = accumulation_dtype(inputs.key.dtype)
-        with full_precision(inputs.key):
-            key, value = inputs.key.to(full), inputs.value.to(full)
-            key, value, in_use = self.projection(key, value, inputs.token_mask, *weights)
-        query = safe_masked_fill(inputs.query, query_mask_of(inputs.token_mask, inputs.query.shape[2], False))
-        return attend_segments(query, key, value, in_use, inputs.scaling), None
+        given = inputs.query, inputs.key, inputs.value, inputs.token_mask
+        return self.slots.attend(*given, weights, inputs.scaling), None

@@ -1,6 +1,7 @@
 """Linformer against dense float64 formulas written here, and its promises on length, padding, sharing."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -223,3 +224,120 @@ def test_decoders_are_refused_with_the_nearest_method():
     q, k, v = draw(1, 8)
     with pytest.raises(ValueError, match="'performer'"):
         build()(AttentionInputs(q, k, v, is_causal=True))
+
+
+# ---- slots by the spectrum ---------------------------------------------------------------------------------------
+
+
+def ranks_for(energy, *calls):
+    """The rule written anew: singular values by the eigenvalues of A A^T in float64, shares averaged over texts."""
+    found = []
+    longest = max(call.query.shape[2] for call in calls)
+    for head in range(HEADS):
+        curves = []
+        for call in calls:
+            a = torch.softmax(call.query[0, head] @ call.key[0, head].T * call.scaling, -1).double()
+            values = torch.linalg.eigvalsh(a @ a.T).clamp(min=0).sqrt().flip(0)
+            curves.append([float(values[: i + 1].sum() / values.sum()) for i in range(longest)])
+        means = [sum(column) / len(calls) for column in zip(*curves, strict=True)]
+        found.append(next(i + 1 for i, share in enumerate(means) if share >= energy))
+    return found
+
+
+def call_of(length, seed=0, sharpness=(1.0, 3.0, 9.0), padding=None):
+    q, k, v = draw(1, length, seed=seed)
+    q = q * torch.tensor(sharpness, dtype=q.dtype)[:, None, None]
+    return AttentionInputs(q, k, v, token_mask=padding, scaling=DIM**-0.5)
+
+
+@pytest.mark.parametrize("options", [{"sharing": "none"}, {"projection": "mean_pool"}], ids=["linear", "pool"])
+def test_auto_keeps_the_energy_in_every_head(options):
+    module, calls = build(64, k="auto", energy=0.6, **options), [call_of(24), call_of(17, seed=1)]
+    assert module.chosen() == {"k": [16] * HEADS}  # floor(8 ln 8), until there is something to measure
+    module.calibrate(calls)
+    expected = [min(16, rank) for rank in ranks_for(0.6, *calls)]
+    assert len(set(expected)) > 1
+    assert module.config.head_k == tuple(expected)
+    assert module.chosen() == {"k": expected}
+
+
+def test_heads_that_share_a_matrix_have_what_the_most_demanding_one_needs():
+    module, call = build(64, k="auto", energy=0.5), call_of(24)
+    module.calibrate([call])
+    assert module.config.head_k == max(ranks_for(0.5, call))
+    assert module.key_projection.shape == (1, module.config.head_k, 64)
+    assert module.key_projection.dtype == torch.float64
+
+
+def test_auto_stays_within_d_log_d_and_the_models_length():
+    module = build(64, k="auto", energy=1.0)
+    module.calibrate([call_of(40)])
+    assert module.config.head_k == int(DIM * math.log(DIM)) == 16
+    assert build(9, k="auto").config.head_k == 9
+
+
+def test_auto_does_not_look_at_padding():
+    padding = torch.arange(24)[None] >= 7
+    module, alone = (build(64, k="auto", energy=0.6, sharing="none") for _ in range(2))
+    call = call_of(24, padding=padding)
+    call.key[:, :, :7] = float("nan")
+    module.calibrate([call])
+    q, k, v = (x[:, :, 7:] for x in (call.query, call.key, call.value))
+    alone.calibrate([AttentionInputs(q, k, v, scaling=DIM**-0.5)])
+    assert module.config.head_k == alone.config.head_k
+
+
+SLOTS = (5, 3, 9)
+
+
+@pytest.mark.parametrize("side", ["left", "none"])
+@pytest.mark.parametrize("projection", ["linear", "conv", "mean_pool", "max_pool"])
+def test_heads_with_slots_of_their_own_are_layers_of_one_head_each(projection, side):
+    """Also trained, on inputs shorter than E, and whatever stands in rows that a head does not use."""
+    module = randomize(build(24, k="auto", head_k=SLOTS, sharing="none", projection=projection))
+    q, k, v = draw(2, 20)
+    padding = None if side == "none" else torch.arange(20).expand(2, -1) >= torch.tensor([[4], [12]])
+    output = attend(module, q, k, v, padding)
+    for head, size in enumerate(SLOTS):
+        context = LayerContext(0, 2, DIM, 1, DIM, 24, is_causal=False)
+        options = LinformerConfig(k=size, sharing="none", projection=projection)
+        alone = LinformerAttention(options, context).double()
+        for own, whole in zip(alone.parameters(), module.parameters(), strict=True):
+            own.data.copy_(whole[head : head + 1, : own.shape[1]])
+        expected = attend(alone, *(x[:, head : head + 1] for x in (q, k, v)), padding)[:, 0]
+        real = torch.ones(2, 20, dtype=torch.bool) if padding is None else padding
+        torch.testing.assert_close(output[:, head][real], expected[real])
+
+
+def test_a_calibrated_start_is_that_of_the_chosen_slots():
+    module = build(64, k="auto", energy=0.6, sharing="none")
+    module.calibrate([call_of(24)])
+    pooled = build(64, k="auto", head_k=module.config.head_k, projection="mean_pool")
+    q, k, v = draw(2, 50)
+    torch.testing.assert_close(attend(module, q, k, v), attend(pooled, q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_calibration_of_given_slots_changes_nothing():
+    module = build(24, k=6)
+    before = module.key_projection.detach().clone()
+    module.calibrate([call_of(24)])
+    assert module.chosen() == {}
+    assert torch.equal(module.key_projection, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": "most"}, "k='most'; allowed: an integer of at least 1, or a list with one per layer, or 'auto'"),
+        ({"k": ("auto", 4)}, "or 'auto'"),
+        ({"k": "auto", "energy": 1.5}, "energy=1.5; allowed: a number from 0 to 1"),
+        ({"k": "auto", "sharing": "layerwise"}, "one k for all layers, got k='auto'"),
+        ({"k": 4, "head_k": 4}, "head_k=4 needs k='auto', got k=4"),
+        ({"k": "auto", "head_k": (4, 5, 6)}, "one E for all heads: head_k is one integer"),
+        ({"k": "auto", "head_k": (4, 0, 6), "sharing": "none"}, "head_k="),
+        ({"k": "auto", "head_k": (4, 5), "sharing": "none"}, "2 entries for 3 heads"),
+    ],
+)
+def test_bad_options_of_auto_are_named(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(**options)

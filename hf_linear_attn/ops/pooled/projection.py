@@ -40,7 +40,8 @@ class ProjectionOptions(Protocol):
     """The options of a method that projects along the sequence.
 
     Attributes:
-        k: slots; one int, or one per layer of the model. More than the model's `max_length` acts as that.
+        k: slots; one int, or one per layer of the model. More than the model's `max_length` acts as that. Another
+            value (`"auto"`) leaves them to the `size` of `SequenceProjection`.
         sharing: `"none"` E and F per head and layer (2 h L matrices), `"headwise"` per layer (2 L),
             `"key_value"` E = F (L), `"layerwise"` one matrix for the whole model (1).
         projection: `"linear"` learned k x n_max; `"conv"` learned, kernel = stride = n_max / k (rounded up);
@@ -52,7 +53,7 @@ class ProjectionOptions(Protocol):
     """
 
     @property
-    def k(self) -> int | tuple[int, ...]: ...
+    def k(self) -> int | str | tuple[int, ...]: ...
     @property
     def sharing(self) -> str: ...
     @property
@@ -64,10 +65,11 @@ class ProjectionOptions(Protocol):
 
 
 def check_projection_options(options: ProjectionOptions) -> None:
-    """Raise `ValueError` for options that do not go together, each of `PROJECTION_CHOICES` and of integers k."""
+    """Raise `ValueError` for options that do not go together, each allowed by itself."""
     sizes = options.k if isinstance(options.k, tuple) else (options.k,)
-    if options.sharing == "layerwise" and len(set(sizes)) > 1:
-        raise ValueError(f"sharing='layerwise' needs one k for all layers, got k={list(sizes)}.")
+    if options.sharing == "layerwise" and (len(set(sizes)) > 1 or isinstance(options.k, str)):
+        got = options.k if isinstance(options.k, str) else list(sizes)
+        raise ValueError(f"sharing='layerwise' needs one k for all layers, got k={got!r}.")
     if options.init == "random" and options.projection.endswith("pool"):
         raise ValueError(f"init='random' needs projection='linear' or 'conv', got {options.projection!r}.")
 
@@ -83,6 +85,8 @@ class SequenceProjection:
         num_heads: heads of the layer.
         head_dim: width of a head.
         max_length: columns of E.
+        size: slots, in place of the options' k.
+        value_pool: what `projection="max_pool"` makes of the values of a segment: `"max"` or `"mean"`.
 
     Raises:
         ValueError: for a list of k that has not one entry per layer of the model.
@@ -94,6 +98,8 @@ class SequenceProjection:
     num_heads: int
     head_dim: int
     max_length: int
+    size: int | None = None
+    value_pool: str = "max"
 
     def __post_init__(self) -> None:
         sizes = self.options.k
@@ -103,7 +109,9 @@ class SequenceProjection:
     @property
     def k(self) -> int:
         """Slots of this layer."""
-        sizes = self.options.k
+        sizes = self.options.k if self.size is None else self.size
+        if isinstance(sizes, str):
+            raise ValueError(f"k={sizes!r} needs a size.")
         return min(sizes[self.layer_idx] if isinstance(sizes, tuple) else sizes, self.max_length)
 
     @functools.cached_property
@@ -204,7 +212,7 @@ class SequenceProjection:
         in_use = None if padding is None and not exported else starts.diff() > 0
         if key_weight is None:
             pool = segment_mean if self.options.projection == "mean_pool" else segment_max
-            return pool(key, starts), pool(value, starts), in_use
+            return pool(key, starts), (segment_mean if self.value_pool == "mean" else pool)(value, starts), in_use
         if self.is_convolution:
             key, value = (self._convolve(x, weight, starts) for x, weight in each)
         elif not exported and padding is None and length == self.max_length:
