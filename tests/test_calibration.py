@@ -100,7 +100,7 @@ AUTO: dict[str, dict[str, Any]] = {
     "key_value": {"sharing": "key_value", "init": "random"},
     "none": {"sharing": "none"},
     "conv": {"sharing": "none", "projection": "conv"},
-    "pool": {"projection": "mean_pool"},
+    "pool": {"projection": "max_pool"},
 }
 
 

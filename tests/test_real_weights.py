@@ -110,6 +110,7 @@ STARTS = {
     "longformer window 64": ("longformer", {"window_size": 64}, 0.49),
     "longformer window 128": ("longformer", {"window_size": 128}, 0.38),
     "linformer k 128": ("linformer", {"k": 128}, 0.54),
+    "linformer k 128, max pool": ("linformer", {"k": 128, "projection": "max_pool"}, 0.56),
     "linear, variance reducer": ("linear", {}, 0.68),
     "performer 256, reducer and balancing": ("performer", {"num_features": 256}, 0.68),
 }

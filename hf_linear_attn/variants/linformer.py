@@ -32,6 +32,7 @@ REFUSAL = (
     "Linformer's projection E mixes every position into every slot, the future included, and a triangular "
     "n x k mask still leaks. For a decoder use 'longformer' (local) or 'performer' (global)."
 )
+VALUE_POOLS = ("max", "mean")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class LinformerConfig(VariantConfig):
             `"key_value"` E = F (L), `"layerwise"` one matrix for the whole model (1).
         projection: `"linear"` learned k x n_max; `"conv"` learned, kernel = stride = n_max / k (rounded up);
             `"mean_pool"`, `"max_pool"` no parameters, slots spread over the real tokens of each row.
+        value_pool: what `projection="max_pool"` makes of the values of a segment: `"max"` as published, or `"mean"`.
+            Softmax attention averages values, and maxima lie above averages, the more the longer a segment is: it
+            starts farther from softmax than uniform attention does (docs/methods.md). Calibration takes what is closer.
         init: `"mean_pool"` starts learned projections as `projection="mean_pool"`, at every length. `"random"` is the
             paper's N(0, 1/k), far from the checkpoint; a linear E that starts so keeps the paper's columns as well,
             shorter inputs use the first ones.
@@ -62,10 +66,12 @@ class LinformerConfig(VariantConfig):
     seed: int = 0
     energy: float = 0.9
     head_k: int | tuple[int, ...] | None = None
+    value_pool: str = "max"
 
     def validate(self) -> None:
         for name, allowed in PROJECTION_CHOICES.items():
             self.require_choice(name, allowed)
+        self.require_choice("value_pool", VALUE_POOLS)
         self.require_integer("seed", at_least=0)
         self.require_integer("k", each="layer", word="auto")
         self.require_integer("head_k", each="head", optional=True)
@@ -73,6 +79,8 @@ class LinformerConfig(VariantConfig):
         check_projection_options(self)
         if self.head_k is not None and self.k != "auto":
             raise ValueError(f"head_k={self.head_k!r} needs k='auto', got k={self.k!r}.")
+        if self.value_pool != "max" and self.projection != "max_pool":
+            raise ValueError(f"value_pool='mean' needs projection='max_pool', got {self.projection!r}.")
         if isinstance(self.head_k, tuple) and self.shares_heads:
             raise ValueError(f"sharing={self.sharing!r} has one E for all heads: head_k is one integer, or None.")
 
@@ -107,7 +115,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
         {"k": 14, "projection": "conv", "sharing": "layerwise", "init": "random"},
         {"k": "auto", "energy": 0.7},
         {"k": "auto", "sharing": "none", "head_k": [5, 9, 9, 16]},
-        {"k": "auto", "projection": "mean_pool", "energy": 0.6},
+        {"k": "auto", "projection": "max_pool", "energy": 0.6},
     ),
 )
 class LinformerAttention(AttentionVariant):
@@ -142,10 +150,9 @@ class LinformerAttention(AttentionVariant):
 
     def _plan(self, config: LinformerConfig) -> None:
         """Let `config` be this layer's, parameters apart."""
-        context, self.config = self.context, config
-        self.projection = SequenceProjection(
-            config, context.layer_idx, context.num_layers, context.num_heads, context.head_dim, context.max_length
-        )
+        at, self.config = self.context, config
+        place = at.layer_idx, at.num_layers, at.num_heads, at.head_dim, at.max_length
+        self.projection = SequenceProjection(config, *place, value_pool=config.value_pool)
         self.slots = HeadSlots.of(self.projection, config.head_k)
 
     @torch.no_grad()
@@ -160,21 +167,25 @@ class LinformerAttention(AttentionVariant):
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
-        """Choose the slots of `k="auto"` by the spectrum of softmax attention on these inputs, and E anew for them.
-
-        Of each sequence the first 1,024 tokens count, or `max_length`.
-        """
-        if self.config.k != "auto":
-            return
-        rows = collect_rows(batches, min(SPECTRUM_TOKENS, self.context.max_length))
-        sizes = rank_for_energy(rows, self.config.energy, scaling=batches[0].scaling).clamp(max=self._most()).tolist()
-        self._plan(replace(self.config, head_k=max(sizes) if self.config.shares_heads else tuple(sizes)))
-        for parameter in self.parameters():  # the same one with another shape: others may hold it, and its marks stay
-            parameter.data = parameter.new_empty(self.slots.weight_shape or ())
-        self.reset_parameters()
+        """Choose `head_k` for `k="auto"`, with E anew, and `value_pool` for `projection="max_pool"`."""
+        length, scaling = self.context.max_length, batches[0].scaling
+        if self.config.k == "auto":
+            rows = collect_rows(batches, min(SPECTRUM_TOKENS, length))
+            sizes = rank_for_energy(rows, self.config.energy, scaling=scaling).clamp(max=self._most()).tolist()
+            self._plan(replace(self.config, head_k=max(sizes) if self.config.shares_heads else tuple(sizes)))
+            for parameter in self.parameters():  # the same one in another shape: its marks stay
+                parameter.data = parameter.new_empty(self.slots.weight_shape or ())
+            self.reset_parameters()
+        if self.config.projection == "max_pool":
+            measure, errors = self.error_meter(collect_rows(batches, length), scaling), {}
+            for pool in VALUE_POOLS:
+                self._plan(replace(self.config, value_pool=pool))
+                errors[pool] = measure().mean().item()
+            self._plan(replace(self.config, value_pool=min(VALUE_POOLS, key=errors.__getitem__)))
 
     def chosen(self) -> dict[str, Any]:
-        return {} if self.config.head_k is None else {"k": self.config.to_dict()["head_k"]}
+        slots = {"k": self.config.to_dict()["head_k"]} if self.config.k == "auto" else {}
+        return slots | ({"value_pool": self.config.value_pool} if self.config.projection == "max_pool" else {})
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         """See `AttentionVariant.forward`.

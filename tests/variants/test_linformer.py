@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,16 +60,26 @@ def test_random_init_on_short_inputs_uses_the_first_columns():
     torch.testing.assert_close(attend(module, q, k, v), expected)
 
 
-@pytest.mark.parametrize(("projection", "pool"), [("mean_pool", torch.mean), ("max_pool", torch.amax)])
+POOLS = {
+    "mean": ({"projection": "mean_pool"}, torch.mean, torch.mean),
+    "max": ({"projection": "max_pool"}, torch.amax, torch.amax),
+    "max of keys": ({"projection": "max_pool", "value_pool": "mean"}, torch.amax, torch.mean),
+}
+
+
+@pytest.mark.parametrize("case", POOLS)
 @pytest.mark.parametrize("n_real", [3, 7, 20])
-def test_pooling_spreads_the_slots_over_the_real_tokens(projection, pool, n_real):
-    module = build(64, k=6, projection=projection)
+def test_pooling_spreads_the_slots_over_the_real_tokens(case, n_real):
+    options, *pools = POOLS[case]
+    module = build(64, k=6, **options)
     q, k, v = draw(1, 20)
     padding = torch.arange(20)[None] >= 20 - n_real  # left padding
     slots = min(6, n_real)
     segment = [rank * slots // n_real for rank in range(n_real)]
     groups = [[20 - n_real + r for r in range(n_real) if segment[r] == slot] for slot in range(slots)]
-    pooled_k, pooled_v = (torch.stack([pool(x[:, :, g], dim=2) for g in groups], 2) for x in (k, v))
+    pooled_k, pooled_v = (
+        torch.stack([pool(x[:, :, g], dim=2) for g in groups], 2) for pool, x in zip(pools, (k, v), strict=True)
+    )
     expected = torch.softmax(q @ pooled_k.transpose(-1, -2) / math.sqrt(DIM), -1) @ pooled_v
     real = padding[0]
     torch.testing.assert_close(attend(module, q, k, v, padding)[:, :, real], expected[:, :, real])
@@ -336,8 +347,35 @@ def test_calibration_of_given_slots_changes_nothing():
         ({"k": "auto", "head_k": (4, 5, 6)}, "one E for all heads: head_k is one integer"),
         ({"k": "auto", "head_k": (4, 0, 6), "sharing": "none"}, "head_k="),
         ({"k": "auto", "head_k": (4, 5), "sharing": "none"}, "2 entries for 3 heads"),
+        ({"value_pool": "min"}, "value_pool='min'; allowed: max, mean"),
+        ({"value_pool": "mean"}, "value_pool='mean' needs projection='max_pool', got 'linear'"),
     ],
 )
-def test_bad_options_of_auto_are_named(options, message):
+def test_bad_options_of_calibration_are_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(**options)
+
+
+def errors_of(module, call):
+    exact = F.scaled_dot_product_attention(call.query, call.key, call.value, scale=call.scaling)
+    return ((module(call)[0] - exact).norm() / exact.norm()).item()
+
+
+def test_maxima_of_values_are_what_is_wrong_with_max_pooling():
+    """Softmax averages values, and their maximum is above all of them: calibration finds that means are closer."""
+    module, call = build(64, k=8, projection="max_pool"), call_of(48, sharpness=(1.0, 1.0, 1.0))
+    uniform = call.value.mean(2, keepdim=True).expand_as(call.value)
+    exact = F.scaled_dot_product_attention(call.query, call.key, call.value, scale=call.scaling)
+    published = errors_of(module, call)
+    assert published > 3 * (uniform - exact).norm() / exact.norm()
+    module.calibrate([call])
+    assert module.config.value_pool == "mean"
+    assert module.chosen() == {"value_pool": "mean"}
+    assert errors_of(module, call) < 0.5 * published
+
+
+def test_calibration_leaves_maxima_where_means_are_no_closer():
+    module, call = build(64, k=8, projection="max_pool"), call_of(48)
+    flat = torch.full_like(call.value, 2.0)  # what is the same everywhere is its own maximum
+    module.calibrate([replace(call, value=flat)])
+    assert module.config.value_pool == "max"
