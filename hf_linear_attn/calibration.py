@@ -34,6 +34,7 @@ __all__ = [
     "progress_bars",
     "record",
     "regress",
+    "regress_layers",
     "reported",
     "run_recorded",
     "variants_by_layer",
@@ -222,6 +223,12 @@ def regress(variant: AttentionVariant, recording: Recording, steps: int, lr: flo
         ValueError: where a window covers every text that is read: no parameter has a part in any output.
     """
     _regress([variant], [recording], steps, lr)
+
+
+def regress_layers(variants: Mapping[int, AttentionVariant], recordings: Mapping[int, Recording], steps: int) -> None:
+    """`regress` for layers by their index; layers that hold the same parameter are trained together."""
+    for group in _sharing(variants):
+        _regress([variants[i] for i in group], [recordings[i] for i in group], steps, DEFAULT_LEARNING_RATE)
 
 
 @torch.no_grad()

@@ -47,7 +47,8 @@ class KernelLinformerConfig(VariantConfig):
             your own (`register_feature_map`).
         variance_reducer: use the calibrated means and sharpness; without calibration they change nothing.
         sharing: `"none"`, `"headwise"`, `"key_value"` or `"layerwise"`.
-        projection: `"linear"`, `"conv"`, `"mean_pool"` or `"max_pool"`.
+        projection: `"linear"`, `"conv"`, `"mean_pool"` or `"max_pool"`, whose maxima of values lie above what attention
+            averages (`linformer` has a `value_pool`).
         init: of learned projections, `"mean_pool"` or `"random"` (N(0, 1/k)).
         seed: of `init="random"`.
     """

@@ -5,9 +5,9 @@
 Cost n k d, encoders only. A row of fewer tokens than n_max spreads over all columns of E, wherever its padding is: its
 tokens share all k slots, see `ops.pooled.projection`.
 
-`k="auto"` asks calibration how many singular values of the layer's softmax attention hold a share `energy` of their
-sum, head by head; d ln d is the most that it takes. It becomes an option of the layer, `head_k`, so that a checkpoint
-says of which shape its E is.
+`k="auto"` asks calibration how many singular values of the layer's softmax attention, over the first 1,024 tokens of
+each sequence, hold a share `energy` of their sum, head by head; d ln d is the most that it takes. It becomes an option
+of the layer, `head_k`, so that a checkpoint says of which shape its E is.
 """
 
 from __future__ import annotations

@@ -78,6 +78,24 @@ def test_a_run_measures_every_method_and_stage(recipe: MethodsRecipe, tmp_path: 
     assert {row["method"] for row in costs if "refused" in row} == {"gated"}
 
 
+def test_sharings_are_compared_by_parameters_and_fitted_together(recipe: MethodsRecipe, tmp_path: Path) -> None:
+    sharings = {"none": 2 * 4 * 2, "headwise": 2 * 2, "key_value": 2, "layerwise": 1}  # matrices of two layers
+    methods = [{"linformer": {"k": 6, "sharing": sharing}} for sharing in sharings]
+    methods.append({"linformer": {"k": "auto", "energy": 0.5, "sharing": "none"}})
+    regression = RegressionRecipe(steps=3, lengths=[24], seeds=[0], all_options=True)
+    recipe = replace(recipe, methods=methods, costs=None, seeds=[0], regression=regression)
+    results = measure_methods(recipe, tmp_path / "out", only=["linformer"], say=silent)
+    rows = {row["options"].get("sharing"): row for row in results["rows"][1:-1]}
+    one = rows["layerwise"]["parameters"]
+    assert {sharing: row["parameters"] // one for sharing, row in rows.items()} == sharings
+    assert len({row["published"]["error"] for row in rows.values()}) == 1  # all start as means
+    assert all(row["regressed"]["error"] <= row["published"]["error"] * 1.05 for row in rows.values())
+    auto = results["rows"][-1]
+    assert set(auto["chosen"]) == {"0", "1"}
+    assert all(len(chosen["k"]) == 4 for chosen in auto["chosen"].values())
+    assert f"| `linformer k=6,sharing=none` | {16 * one:,} |" in render_methods(results)
+
+
 def test_a_run_that_was_cut_off_goes_on(recipe: MethodsRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(recipe, costs=None)
     whole = measure_methods(recipe, tmp_path / "whole", only=ONLY, say=silent)
@@ -149,7 +167,9 @@ def test_methods_come_from_the_recipe_and_the_registry(recipe: MethodsRecipe) ->
         chosen_methods(replace(recipe, methods=[{"performer": {"features": 3}}]))
 
 
-def test_the_shipped_recipe_names_every_option_right() -> None:
+def test_the_shipped_recipes_name_every_option_right() -> None:
+    sharing = MethodsRecipe.from_yaml(ROOT / "recipes" / "methods" / "sharing.yaml")
+    assert len(chosen_methods(sharing, ["linformer"])) == 10
     recipe = MethodsRecipe.from_yaml(ROOT / "recipes" / "methods" / "all.yaml")
     assert len(chosen_methods(recipe)) > len(list_variants())
     assert len(recipe.seeds) == 3

@@ -58,17 +58,20 @@ class ModelRecipe:
 class RegressionRecipe:
     """The optional fit of a layer's new parameters to softmax's output on the calibration documents.
 
-    It is tried on the leading options of every variant that holds no matrix of length by length.
+    It is tried on every variant that holds no matrix of length by length; layers that share a parameter are fitted
+    together.
 
     Attributes:
         steps: optimizer steps.
         lengths: document lengths at which it is tried.
         seeds: seeds for which it is tried.
+        all_options: whether it is tried on every option set of a variant, not on the leading one alone.
     """
 
     steps: int = 30
     lengths: list[int] = field(default_factory=lambda: [512])
     seeds: list[int] = field(default_factory=lambda: [0])
+    all_options: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from hf_linear_attn.bench.starts.recipe import (
     chosen_methods,
     leading_methods,
 )
-from hf_linear_attn.calibration import Recording, output_errors, regress
+from hf_linear_attn.calibration import Recording, output_errors, regress_layers
 from hf_linear_attn.data import load_documents, load_tokenizer
 from hf_linear_attn.measure.methods import Method, RefusedError, converted_copy, failures, not_measured
 from hf_linear_attn.measure.profile import forward_time_against_length, peak_memory
@@ -73,7 +73,8 @@ def measure_methods(
     file = RowFile(output / "rows.jsonl", recipe.setting())
     for model in recipe.models:
         for length in model.lengths:
-            _measure_starts(recipe, model, length, methods, leading, file, say)
+            fitted = methods if recipe.regression is not None and recipe.regression.all_options else leading
+            _measure_starts(recipe, model, length, methods, fitted, file, say)
     for model in recipe.models if recipe.costs is not None else ():
         for length in recipe.costs.lengths:  # type: ignore[union-attr]
             _measure_costs(recipe.costs, model.name, length, leading, file, say)  # type: ignore[arg-type]
@@ -163,10 +164,12 @@ def _starts(
         row["calibrated"] = _errors(built, test)
     if steps and any(True for variant in built.values() for _ in variant.parameters()):
         begin = time.perf_counter()
-        for layer, variant in built.items():
-            regress(variant, calibration[layer], steps)
+        regress_layers(built, calibration, steps)
         row["regression_seconds"] = round((time.perf_counter() - begin) / len(built), 3)
         row["regressed"] = _errors(built, test)
+    own = {id(parameter): parameter.numel() for variant in built.values() for parameter in variant.parameters()}
+    row["parameters"] = sum(own.values())
+    row["chosen"] = {str(layer): variant.chosen() for layer, variant in built.items() if variant.chosen()}
     return row
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "leading_numbers",
     "render_methods",
     "render_overview",
+    "render_starts",
     "summarize_starts",
     "why_missing",
     "worse_starts",
@@ -86,19 +87,10 @@ def render_methods(results: Mapping[str, Any]) -> str:
         "means that the method has none, and starts as published."
         + (f" *fitted*: after {regression['steps']} steps of per-layer regression." if regression else ""),
     ]
-    summary = summarize_starts(rows)
-    for model, length in dict.fromkeys((place[0], place[1]) for place in summary):
+    for model, length in dict.fromkeys((place[0], place[1]) for place in summarize_starts(rows)):
         layers = next((m["layers"] for m in recipe["models"] if m["name"] == model), None)
         which = "all layers" if layers is None else "layers " + ", ".join(map(str, layers))
-        parts.append(f"## {model}, n = {length:,} ({which})")
-        names = [entry["name"] for entry in results["methods"]]
-        entries = {name: summary[model, length, name] for name in names if (model, length, name) in summary}
-        parts.append(
-            markdown_table(
-                ["method", "as published", "calibrated", "fitted"],
-                [[f"`{name}`", *(_value(stages.get(stage)) for stage in STAGES)] for name, stages in entries.items()],
-            )
-        )
+        parts += [f"## {model}, n = {length:,} ({which})", render_starts(results, model, length)]
     parts += ["## All methods: error and cost", render_overview(results)]
     if worse := worse_starts(rows):
         parts += ["## Starts that calibration made worse", "\n".join(f"- {line}" for line in worse)]
@@ -106,6 +98,24 @@ def render_methods(results: Mapping[str, Any]) -> str:
     if failures:
         parts += ["## Failed", "\n".join(failures)]
     return "\n\n".join(parts) + "\n"
+
+
+def render_starts(results: Mapping[str, Any], model: str, length: int) -> str:
+    """One table: every start of a run on a model at a length, with the parameters it adds where that was counted."""
+    summary = summarize_starts(results["rows"])
+    names = [e["name"] for e in results["methods"] if (model, length, e["name"]) in summary]
+    found = [row for row in results["rows"] if (row["kind"], row["model"], row["length"]) == ("start", model, length)]
+    counts = {
+        name: statistics.fmean(numbers)
+        for name in names
+        if (numbers := [row["parameters"] for row in found if row["method"] == name and "parameters" in row])
+    }
+    header = ["method", *(["new parameters"] if counts else []), "as published", "calibrated", "fitted"]
+    rows = []
+    for name in names:
+        count = [f"{counts[name]:,.0f}" if name in counts else "-"] if counts else []
+        rows.append([f"`{name}`", *count, *(_value(summary[model, length, name].get(stage)) for stage in STAGES)])
+    return markdown_table(header, rows)
 
 
 def failed(rows: Rows) -> list[Mapping[str, Any]]:
