@@ -128,6 +128,9 @@ def small_measurement(tmp_path: Path, command: str, arguments: list[str]) -> lis
         )
         return [arguments[0], str(recipe), *arguments[2:], *output]
     arguments[arguments.index("minilm")] = str(checkpoint)
+    if "--passages" in arguments:
+        arguments = [*arguments, "--passages", "3", "--overwrite"]
+        output = ["--output", str(tmp_path / "output" / "passages")]
     return [*arguments, "--documents", str(documents), "--length", "32", "--test", "1", "--calibration", "1", *output]
 
 
@@ -162,7 +165,15 @@ def test_every_example_in_the_help_runs(
     assert written >= {
         "demo": {"embedders/retrieval.png", "embedders/retrieval.md"},
         "report": {"report.json", "report.png"},
-        "analyze": {"analysis.json", "spectrum.png", "sizes.png", "patterns_layer_0.png", "patterns_layer_1.png"},
+        "analyze": {
+            "analysis.json",
+            "spectrum.png",
+            "sizes.png",
+            "patterns_layer_0.png",
+            "patterns_layer_1.png",
+            "passages/analysis.json",
+            "passages/spectrum.png",
+        },
         "methods": {"rows.jsonl", "methods.json", "methods.md", "methods.png"},
         "retrieval": {"rows.jsonl", "retrieval.json", "retrieval.md", "retrieval.png"},
         "bench": {"cpu.rows.jsonl", "cpu.json", "cpu.md", "cpu.png"},
@@ -238,6 +249,8 @@ def test_analyze_names_what_it_refuses(tmp_path: Path) -> None:
     result = runner.invoke(app, [*arguments, "--documents", str(save_documents(tmp_path / "d"))])
     assert result.exit_code == 1
     assert "'retention' does not serve encoders" in result.output
+    alone = [*arguments, "--passages", "3", "--documents", str(tmp_path / "d")]
+    assert "no --methods and no --layers" in runner.invoke(app, alone).output
 
 
 def test_convert_writes_a_model_that_reads_longer_documents(tmp_path: Path) -> None:

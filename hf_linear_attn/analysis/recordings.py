@@ -6,10 +6,11 @@ Methods are compared on what one run of the softmax model recorded, layer by lay
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoModel, PreTrainedModel
 
 from hf_linear_attn.auto import LinearAttnPreTrainedModel
@@ -27,6 +28,7 @@ __all__ = [
     "document_batches",
     "installed_layers",
     "load_model",
+    "passage_batches",
     "record_layers",
 ]
 
@@ -72,6 +74,28 @@ def document_batches(texts: Sequence[str], tokenizer: Any, length: int, count: i
         if len(batches) == count:
             return batches
     raise ValueError(f"Only {len(batches)} of {len(texts)} documents have {length} tokens; {count} are needed.")
+
+
+def passage_batches(
+    texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: int = 0, size: int = 32
+) -> Iterator[Batch]:
+    """`count` passages of exactly `length` tokens, special ones among them, in batches of at most `size`.
+
+    Each text is cut into passages from its beginning; those to take are drawn by `seed`, without repetition.
+
+    Raises:
+        ValueError: if the texts have fewer such passages.
+    """
+    pieces: list[list[int]] = []
+    for text in texts:
+        cut = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+        pieces += [piece for piece in cut if len(piece) == length]
+    if len(pieces) < count:
+        raise ValueError(f"The documents have {len(pieces)} passages of {length} tokens; {count} are needed.")
+    chosen = np.random.default_rng(seed).permutation(len(pieces))[:count]
+    for start in range(0, count, size):
+        ids = torch.tensor([pieces[index] for index in chosen[start : start + size]])
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def record_layers(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_linear_attn.analysis.recordings import build_layers, choose_start
+from hf_linear_attn.analysis.recordings import build_layers, choose_start, record_layers
 from hf_linear_attn.calibration import Recording, output_errors
 from hf_linear_attn.ops.base.masking import causal_mask
 from hf_linear_attn.ops.starts.spectrum import cumulative_spectrum, linformer_bound
@@ -31,6 +31,7 @@ __all__ = [
     "effective_attention",
     "error_against_size",
     "linformer_bound",
+    "passage_spectrum",
     "size_for_error",
     "size_option",
     "small_size",
@@ -105,6 +106,29 @@ def attention_spectrum(recording: Recording) -> torch.Tensor:
     for inputs in recording.inputs:
         curves.append(cumulative_spectrum(softmax_weights(inputs)).mean(0))  # of [B, H, T]
     return torch.stack(curves).mean(0)
+
+
+def passage_spectrum(
+    model: PreTrainedModel, batches: Iterable[dict[str, Any]], on_passages: Callable[[int], None] | None = None
+) -> dict[int, torch.Tensor]:
+    """`attention_spectrum` of every layer over more passages than fit into memory: one batch is recorded at a time.
+
+    Args:
+        model: a checkpoint; it is as it was afterwards.
+        batches: passages of one length, without padding.
+        on_passages: told how many are done after each batch.
+    """
+    total: dict[int, torch.Tensor] = {}
+    done = 0
+    for batch in batches:
+        passages = len(batch["input_ids"])
+        for layer, recording in record_layers(model, [batch]).items():
+            curve = passages * attention_spectrum(recording).double()
+            total[layer] = total[layer] + curve if layer in total else curve
+        done += passages
+        if on_passages is not None:
+            on_passages(done)
+    return {layer: curve / done for layer, curve in total.items()}
 
 
 def size_option(key: str) -> str | None:

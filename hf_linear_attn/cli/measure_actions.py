@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_linear_attn.training.recipe import DataRecipe
     from hf_linear_attn.training.saved import Evaluation
 
-__all__ = ["Documents", "analyze_model", "report_model", "run_evaluation", "run_methods"]
+__all__ = ["Documents", "analyze_model", "analyze_passages", "report_model", "run_evaluation", "run_methods"]
 
 
 @dataclass(frozen=True)
@@ -155,17 +155,12 @@ def analyze_model(
     """
     from hf_linear_attn.analysis import pictures
     from hf_linear_attn.analysis import spectrum as analysis
-    from hf_linear_attn.analysis.recordings import load_model, record_layers
-    from hf_linear_attn.auto import LinearAttnPreTrainedModel
-    from hf_linear_attn.convert import revert_model
+    from hf_linear_attn.analysis.recordings import record_layers
     from hf_linear_attn.data import load_tokenizer
     from hf_linear_attn.registry import get_patcher, get_variant, list_variants
 
     pattern_tokens = min(pattern_tokens, documents.length)
-    model: Any = load_model(name, max_length=documents.length)
-    converted = isinstance(model, LinearAttnPreTrainedModel)
-    if converted:
-        revert_model(model, keep_positions=True)
+    model = _softmax_model(name, documents.length)
     patcher: Any = get_patcher(model.config.model_type)
     causal = patcher.is_causal(model.config)
     able = list_variants(decoder=True) if causal else list_variants(encoder=True)
@@ -247,6 +242,62 @@ def analyze_model(
     }
     write_json(output / "analysis.json", result)
     return result
+
+
+def analyze_passages(
+    name: str, output: Path, *, documents: Documents, passages: int, command: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The spectrum alone, over so many passages of all documents; writes analysis.json and spectrum.png.
+
+    Raises:
+        ValueError: if the documents have fewer passages.
+    """
+    from hf_linear_attn.analysis.pictures import draw_spectrum
+    from hf_linear_attn.analysis.recordings import passage_batches
+    from hf_linear_attn.analysis.spectrum import linformer_bound, passage_spectrum
+    from hf_linear_attn.data import load_tokenizer
+    from hf_linear_attn.measure.rows import about_machine
+    from hf_linear_attn.registry import get_patcher
+
+    model, task, length = _softmax_model(name, documents.length), documents.task, documents.length
+    patcher: Any = get_patcher(model.config.model_type)
+    texts = [*task.train["text"], *task.test["text"]]
+    batches = passage_batches(texts, load_tokenizer(name), length, passages, documents.seed)
+
+    spectrum = {
+        layer: curves.tolist()
+        for layer, curves in passage_spectrum(model, batches, lambda n: say(f"{n:,} of {passages:,} passages")).items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    draw_spectrum(
+        spectrum,
+        output / "spectrum.png",
+        title=f"Spectrum of softmax attention in {Path(name).name}",
+        subtitle=f"cumulative singular values, mean over {passages:,} passages of {length:,} tokens ({task.name})",
+    )
+    result = {
+        "meta": about_machine(command),
+        "model": name,
+        "documents": {"source": documents.source, "name": task.name, "length": length, "seed": documents.seed},
+        "passages": passages,
+        "spectrum": {layer: [[round(v, 5) for v in head] for head in heads] for layer, heads in spectrum.items()},
+        "d_ln_d": linformer_bound(patcher.head_dim(model.config)),
+    }
+    write_json(output / "analysis.json", result)
+    return result
+
+
+def _softmax_model(name: str, length: int) -> Any:
+    """A checkpoint that reads so many tokens; of a converted model, the checkpoint that it was."""
+    from hf_linear_attn.analysis.recordings import load_model
+    from hf_linear_attn.auto import LinearAttnPreTrainedModel
+    from hf_linear_attn.convert import revert_model
+
+    model: Any = load_model(name, max_length=length)
+    converted = isinstance(model, LinearAttnPreTrainedModel)
+    if converted:
+        revert_model(model, keep_positions=True)
+    return model
 
 
 def _patterns(

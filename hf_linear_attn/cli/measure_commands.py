@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,32 +122,47 @@ def analyze_command(
     pattern_tokens: Annotated[
         int, typer.Option("--pattern-tokens", min=1, help="Tokens of the pictured patterns.")
     ] = 96,
+    passages: Annotated[
+        int | None,
+        typer.Option("--passages", min=1, help="The spectrum alone, over so many passages of --length tokens."),
+    ] = None,
     output: Output = Path("outputs/analysis"),
     overwrite: Overwrite = False,
 ) -> None:
     """What the papers argue from: spectrum of attention, error against size, attention patterns as pictures.
 
-    Example:
+    Examples:
 
         hf-linear-attn analyze minilm --methods linformer,longformer,performer
+
+        hf-linear-attn analyze minilm --passages 3000 --length 128
     """
     with plain_errors():
         need_train_extra("analyze")
         check_output(output, overwrite)
-        from hf_linear_attn.cli.measure_actions import Documents, analyze_model
+        from hf_linear_attn.cli.measure_actions import Documents, analyze_model, analyze_passages
 
-        analysis = analyze_model(
-            model,
-            output,
-            documents=Documents(documents, length, test, calibration),
-            methods=names(methods, "--methods"),
-            layers=numbers(layers, "--layers"),
-            pattern_tokens=pattern_tokens,
-        )
+        source = Documents(documents, length, test, calibration)
+        if passages is not None:
+            if methods is not None or layers is not None:
+                raise ValueError("--passages measures the spectrum of all layers alone: no --methods and no --layers")
+            command = " ".join(["hf-linear-attn", *sys.argv[1:]])
+            analysis = analyze_passages(
+                model, output, documents=source, passages=passages, command=command, say=partial(typer.echo, err=True)
+            )
+        else:
+            analysis = analyze_model(
+                model,
+                output,
+                documents=source,
+                methods=names(methods, "--methods"),
+                layers=numbers(layers, "--layers"),
+                pattern_tokens=pattern_tokens,
+            )
     for layer, heads in analysis["spectrum"].items():
         share = sum(head[len(head) // 4 - 1] for head in heads) / len(heads)
         typer.echo(f"layer {layer}: the largest n / 4 singular values hold {share:.0%} of the sum (mean over heads)")
-    for curve in analysis["sizes"]["methods"]:
+    for curve in analysis["sizes"]["methods"] if passages is None else ():
         typer.echo(f"{curve['method']}, error at {curve['option']}:")
         for n in sorted({row["length"] for row in curve["rows"]}):
             points = [f"{row['size']}: {row['error']:.2f}" for row in curve["rows"] if row["length"] == n]

@@ -15,7 +15,7 @@ import torch
 from hf_linear_attn import convert_model, get_variant, list_variants
 from hf_linear_attn.analysis import pictures
 from hf_linear_attn.analysis import spectrum as analysis
-from hf_linear_attn.analysis.recordings import build_layers, document_batches, record_layers
+from hf_linear_attn.analysis.recordings import build_layers, document_batches, passage_batches, record_layers
 from hf_linear_attn.calibration import Recording, output_errors
 from hf_linear_attn.report import OutputErrors
 from hf_linear_attn.variants.base import AttentionInputs
@@ -102,6 +102,37 @@ def test_spectrum_refuses_documents_of_several_lengths() -> None:
     short, long = inputs(8), inputs(12)
     with pytest.raises(ValueError, match=r"lengths \[8, 12\]"):
         analysis.attention_spectrum(Recording([short, long], [short.value, long.value]))
+
+
+class LetterTokenizer:
+    """A token a letter, one special token at each end, cut into pieces of at most `max_length`."""
+
+    def __call__(self, text: str, *, max_length: int, **kwargs: Any) -> dict[str, list[list[int]]]:
+        assert kwargs == {"truncation": True, "return_overflowing_tokens": True}
+        letters = [ord(letter) - ord("a") + 5 for letter in text]
+        room = max_length - 2
+        pieces = [letters[start : start + room] for start in range(0, len(letters), room)]
+        return {"input_ids": [[2, *piece, 3] for piece in pieces]}
+
+
+def test_passages_cover_the_texts_once() -> None:
+    batches = list(passage_batches(["abcdefgh", "ijk", "lmno"], LetterTokenizer(), 5, 4, size=3))
+    assert [batch["input_ids"].shape for batch in batches] == [(3, 5), (1, 5)]
+    pieces = {"".join(chr(i - 5 + ord("a")) for i in row[1:-1]) for batch in batches for row in batch["input_ids"]}
+    assert pieces == {"abc", "def", "ijk", "lmn"}  # "gh" and "o" are shorter
+    with pytest.raises(ValueError, match="have 4 passages of 5 tokens; 5 are needed"):
+        list(passage_batches(["abcdefgh", "ijk", "lmno"], LetterTokenizer(), 5, 5))
+
+
+def test_the_spectrum_over_passages_is_the_mean_of_theirs() -> None:
+    model, batch, told = base_model(ENCODER), token_batch(3, 16), []
+    parts = [{name: x[rows] for name, x in batch.items()} for rows in (slice(0, 2), slice(2, 3))]
+    found = analysis.passage_spectrum(model, parts, told.append)
+    assert told == [2, 3]
+    for layer, recording in record_layers(model, [batch]).items():
+        values = torch.linalg.svdvals(analysis.softmax_weights(recording.inputs[0]).double())
+        expected = (values.cumsum(-1) / values.sum(-1, keepdim=True)).mean(0)
+        torch.testing.assert_close(found[layer], expected, atol=1e-5, rtol=0)
 
 
 def test_recording_leaves_a_checkpoint_as_it_was() -> None:
