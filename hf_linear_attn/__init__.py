@@ -16,7 +16,13 @@ from hf_linear_attn.auto_config import register_auto_configs
 from hf_linear_attn.seam.versions import say_if_untested
 
 if TYPE_CHECKING:
-    from hf_linear_attn.convert import convert_model, extend_positions, revert_model, set_backend
+    from hf_linear_attn.convert import (
+        convert_model,
+        extend_positions,
+        redraw_features,
+        revert_model,
+        set_backend,
+    )
     from hf_linear_attn.ops.features.named import register_feature_map, unregister_feature_map
     from hf_linear_attn.registry import get_variant, list_patchers, list_variants, register_patcher, register_variant
     from hf_linear_attn.report import ConversionReport
@@ -30,6 +36,7 @@ __all__ = [
     "get_variant",
     "list_patchers",
     "list_variants",
+    "redraw_features",
     "register_feature_map",
     "register_patcher",
     "register_variant",
@@ -46,6 +53,7 @@ _HOMES = {
     "get_variant": "registry",
     "list_patchers": "registry",
     "list_variants": "registry",
+    "redraw_features": "convert",
     "register_feature_map": "ops.features.named",
     "register_patcher": "registry",
     "register_variant": "registry",

@@ -17,13 +17,14 @@ from hf_linear_attn.ops.base.backend import check_backend
 from hf_linear_attn.patchers.base import ModelPatcher
 from hf_linear_attn.positions import position_weight
 from hf_linear_attn.registry import PATCHERS, get_patcher, get_variant, list_patchers
-from hf_linear_attn.variants.base import MAX_INTEGER, device_memory
+from hf_linear_attn.variants.base import MAX_INTEGER, AttentionVariant, device_memory
 
 __all__ = [
     "VariantChoice",
     "check_auto",
     "check_batches",
     "check_extension",
+    "check_features",
     "check_finite",
     "check_kernels",
     "check_model",
@@ -117,6 +118,30 @@ def _check_projections(patcher: ModelPatcher, model: PreTrainedModel) -> None:
                     f"{type(weight).__name__}). Convert it first: load it without quantization, convert_model(...), "
                     "save_pretrained(folder), then from_pretrained(folder, quantization_config=...)."
                 )
+
+
+def check_features(model: Any) -> list[AttentionVariant]:
+    """The variants of a model that draw random features.
+
+    Raises:
+        ValueError: for a model without any, or whose layers' tensors are on the meta device, as offloaded ones are.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    variants = [module for module in modules if isinstance(module, AttentionVariant)]
+    if not variants:
+        raise ValueError(f"redraw_features takes a converted model; {type(model).__name__} was not converted.")
+    drawing = [variant for variant in variants if variant.config.draws_features]
+    if not drawing:
+        layers = " or ".join(sorted({f"{variant.spec.key} ({variant.extra_repr()})" for variant in variants}))
+        raise ValueError(f"No layer of the {type(model).__name__} has random features to draw: they run {layers}.")
+    for variant in drawing:
+        missing = [name for name, buffer in variant.named_buffers() if buffer.is_meta]
+        if missing:
+            raise ValueError(
+                f"Layer {variant.context.layer_idx}: {', '.join(missing)} of {variant.spec.key} hold no data here (the "
+                "meta device, or offloaded). Draw the features of a model whose weights are loaded."
+            )
+    return drawing
 
 
 def check_finite(model: PreTrainedModel) -> None:

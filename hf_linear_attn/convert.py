@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -33,6 +34,7 @@ from hf_linear_attn.checks import (
     check_auto,
     check_batches,
     check_extension,
+    check_features,
     check_finite,
     check_kernels,
     check_model,
@@ -47,9 +49,9 @@ from hf_linear_attn.positions import extend_table, position_table, position_weig
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.report import describe
 from hf_linear_attn.seam.places import check_layers, fit_config, layer_numbers, layers_as_they_stand
-from hf_linear_attn.variants.base import AttentionVariant
+from hf_linear_attn.variants.base import MAX_INTEGER, AttentionVariant
 
-__all__ = ["convert_model", "extend_positions", "revert_model", "set_backend", "unmark_unpacked"]
+__all__ = ["convert_model", "extend_positions", "redraw_features", "revert_model", "set_backend", "unmark_unpacked"]
 
 logger = logging.get_logger(__name__)
 
@@ -197,6 +199,36 @@ def set_backend(model: PreTrainedModel, backend: str) -> PreTrainedModel:
     for variant in variants:
         variant.backend = backend
     return model
+
+
+def redraw_features(model: nn.Module, seed: int | None = None) -> int:
+    """Draw the random features of a converted model anew, in place: between steps of training, as Performers do.
+
+    Only the random directions change. What calibration chose (means, centers, bandwidths) and what was trained stays:
+    it belongs to the kernel that any directions estimate, though calibration chose it on those of the conversion, and
+    so the report's errors are of them. Layers without random features stay as they are. The options keep their
+    `seed`; a checkpoint holds the directions themselves. A decode state is of the directions that it was made with:
+    begin a new one.
+
+    Args:
+        model: a converted model, or what holds one (PEFT, a composite, `torch.compile`; not a graph whose weights were
+            frozen into it).
+        seed: the directions become those of a conversion with `seed=seed`; None takes one from torch's generator.
+
+    Returns:
+        the seed.
+
+    Raises:
+        ValueError: for a bad seed, a model that is not converted or has no random features, or one without its weights
+            (meta device, offloaded). Nothing is changed then.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_INTEGER):
+        raise ValueError(f"seed={seed!r}; allowed: an integer from 0 to {MAX_INTEGER}, or None.")
+    variants = check_features(model)
+    seed = int(torch.randint(MAX_INTEGER, ())) if seed is None else seed
+    for variant in variants:
+        variant.redraw(seed)
+    return seed
 
 
 def extend_positions(model: PreTrainedModel, max_length: int, mode: ExtendMode = "tile") -> PreTrainedModel:

@@ -25,7 +25,7 @@ from hf_linear_attn.measure.rows import RowFile, about_machine
 from hf_linear_attn.registry import get_patcher, list_variants
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.training.parts import variants_of
-from hf_linear_attn.training.recipe import Recipe
+from hf_linear_attn.training.recipe import Recipe, without_redraws
 from hf_linear_attn.training.run import train
 from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_head, load_task, process_state
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
@@ -186,7 +186,7 @@ class _Language:
             for stage in base["stages"]:
                 if stage["stage"] == "distill":
                     stage["teacher"] = stage["teacher"] or str(self._budgeted().output_dir)
-        return Recipe.from_dict(base)
+        return Recipe.from_dict(without_redraws(base))
 
     def _layer(self, method: Method) -> AttentionVariant:
         """A method's layer, on a model like the recipe's."""

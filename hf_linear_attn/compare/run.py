@@ -30,7 +30,7 @@ from hf_linear_attn.training.arguments import training_arguments
 from hf_linear_attn.training.finetune import kept_dtype
 from hf_linear_attn.training.parts import last_layers
 from hf_linear_attn.training.prefix import FrozenPrefix
-from hf_linear_attn.training.recipe import Recipe
+from hf_linear_attn.training.recipe import Recipe, without_redraws
 from hf_linear_attn.training.run import TrainResult, train
 from hf_linear_attn.training.saved import Evaluation
 from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_task, process_state
@@ -174,7 +174,7 @@ class _Comparison:
                 data["stages"] = [stage for stage in data["stages"] if stage["stage"] not in ("transfer", "distill")]
             data["stages"][-1]["max_length"] = length
             data["training"]["output_dir"] = str(self.output_dir / name.replace(" ", "_"))
-            systems.append(System(name, Recipe.from_dict(data), variant, options))
+            systems.append(System(name, Recipe.from_dict(without_redraws(data)), variant, options))
         return systems
 
     def _document_tokens(self) -> list[int]:

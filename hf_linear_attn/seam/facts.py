@@ -28,6 +28,7 @@ from transformers import cache_utils as caches
 from transformers import masking_utils as masks
 from transformers.generation import configuration_utils as generation
 from transformers.models.auto import auto_factory, modeling_auto, tokenization_auto
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.utils import logging, output_capturing
 
 from hf_linear_attn.registry import get_patcher, list_patchers
@@ -423,7 +424,8 @@ def _model_attributes() -> None:
 @_fact("trainer hooks")
 def _trainer_hooks() -> None:
     """`Trainer` calls the methods of its own by which a run is resumed, checked, saved and given its batches, and hands
-    `_init_training_state` the step that ends it and the checkpoint that it begins from."""
+    `_init_training_state` the step that ends it and the checkpoint that it begins from; its state holds that of
+    callbacks that export one."""
     functions = [inspect.unwrap(x) for x in vars(Trainer).values() if inspect.isfunction(x)]
     called = {name for function in functions for name in function.__code__.co_names}
     hooks = (
@@ -435,3 +437,10 @@ def _trainer_hooks() -> None:
     given = list(inspect.signature(Trainer._init_training_state).parameters)
     expected = ["max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"]
     require(given == ["self", *expected], f"_init_training_state takes {given}")
+
+    class Told(ExportableState):
+        def state(self) -> dict[str, Any]:
+            return {"args": {"every": 2}}
+
+    held = TrainerState(stateful_callbacks=[Told()]).stateful_callbacks  # type: ignore[list-item]
+    require(held == {"Told": {"args": {"every": 2}}}, f"a callback's state is held as {held}")

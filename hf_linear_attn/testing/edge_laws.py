@@ -12,7 +12,7 @@ from hf_linear_attn.testing.contract import Subject, law
 from hf_linear_attn.testing.tools import assert_close, draw, each, floats, merged, padding_masks
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, State
 
-__all__ = ["calls_of_nothing", "padding_of_any_content", "second_derivatives"]
+__all__ = ["calls_of_nothing", "padding_of_any_content", "redraws", "second_derivatives"]
 
 # The tensors of a call that have gradients.
 LEAVES = ("query", "key", "value", "hidden_states")
@@ -80,6 +80,25 @@ def calls_of_nothing(subject: Subject) -> None:
                 assert grads["value"] is not None, f"{what}: no gradient of the values"
                 wrong = [name for name, x in grads.items() if x is not None and (x != 0).any()]  # nan != 0
                 assert not wrong, f"{what}: gradients of {', '.join(wrong)} are not 0"
+
+
+@law()
+def redraws(subject: Subject) -> None:
+    """Features drawn anew change the output where the options say that they are random, and nothing elsewhere; a seed
+    always draws the same, and parameters stay."""
+    module = subject.build(trained=True)
+    inputs = draw(module.context, 36)
+    start, parameters = module(inputs)[0], {name: x.clone() for name, x in module.named_parameters()}
+    outputs = []
+    for seed in (7, 8, 7):
+        module.redraw(seed)
+        outputs.append(module(inputs)[0])
+    assert torch.equal(outputs[0], outputs[2]), "one seed gave two draws"
+    for name, x in module.named_parameters():
+        assert torch.equal(x, parameters[name]), f"{name} changed"
+    changed = not (torch.equal(outputs[0], start) or torch.equal(outputs[0], outputs[1]))
+    said = module.config.draws_features
+    assert changed == said, f"draws_features is {said}, and the output {'changed' if changed else 'stayed'}"
 
 
 @law()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hf_linear_attn.training.distill import DistillTrainer
     from hf_linear_attn.training.finetune import FinetuneTrainer
     from hf_linear_attn.training.parts import Lora
+    from hf_linear_attn.training.redraw import Redraw
     from hf_linear_attn.training.transfer import TransferTrainer
     from hf_linear_attn.training.uptrain import UptrainTrainer
 
@@ -20,6 +21,7 @@ __all__ = [
     "DistillTrainer",
     "FinetuneTrainer",
     "Lora",
+    "Redraw",
     "TransferTrainer",
     "UptrainTrainer",
 ]
@@ -30,6 +32,7 @@ _MODULES = {
     "DistillTrainer": "distill",
     "FinetuneTrainer": "finetune",
     "Lora": "parts",
+    "Redraw": "redraw",
     "TransferTrainer": "transfer",
     "UptrainTrainer": "uptrain",
 }

@@ -15,6 +15,7 @@ from hf_linear_attn.measure.metrics import check_metrics, load_metrics
 from hf_linear_attn.training.batching import LengthGroupedSampler
 from hf_linear_attn.training.parts import last_layers
 from hf_linear_attn.training.prefix import FrozenPrefix
+from hf_linear_attn.training.redraw import Redraw
 from hf_linear_attn.training.stage import StageTrainer
 from hf_linear_attn.training.tasks import get_task
 
@@ -75,6 +76,8 @@ class FinetuneTrainer(StageTrainer):
         self.predictions: list[Any] = []
         self.references: list[Any] = []
         if cache_frozen_layers:
+            if any(isinstance(callback, Redraw) for callback in self.callback_handler.callbacks):
+                raise ValueError("cache_frozen_layers keeps outputs of layers whose features redraw_every draws anew")
             self.prefix = prefix if prefix is not None else FrozenPrefix(kept_dtype(args))
             self.prefix.check(self.accelerator.unwrap_model(self.model), self.last or 0)
             self.train_dataset, self.eval_dataset = _numbered(self.train_dataset, self.eval_dataset)

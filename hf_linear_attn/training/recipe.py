@@ -29,6 +29,7 @@ __all__ = [
     "Stage",
     "TransferStage",
     "UptrainStage",
+    "without_redraws",
 ]
 
 
@@ -128,8 +129,7 @@ class ConversionRecipe:
         for name in ("calibration_steps", "keep_softmax"):
             needs = bool(getattr(self, name)) and not self.calibration_documents
             check(not needs, f"conversion.{name} needs calibration_documents of at least 1")
-        config: Any = get_variant(self.variant).config_class
-        config.from_dict(self.options)
+        _draws_features(self.variant, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,7 @@ class Stage:
         lora: options of `lora`.
         new_learning_rate: of what the conversion added; `learning_rate` when null.
         head_learning_rate: of the head (classifier and pooler); `learning_rate` when null.
+        redraw_every: steps after which random features are drawn anew (`training.Redraw`); never when null.
     """
 
     kind: ClassVar[str]
@@ -156,10 +157,11 @@ class Stage:
     lora: Lora = field(default_factory=Lora)
     new_learning_rate: float | None = None
     head_learning_rate: float | None = None
+    redraw_every: int | None = None
 
     def __post_init__(self) -> None:
         check_arguments(self.training, f"stages: {self.kind}.training")
-        for name in ("new_learning_rate", "head_learning_rate", "max_length"):
+        for name in ("new_learning_rate", "head_learning_rate", "max_length", "redraw_every"):
             value = getattr(self, name)
             fits = value is None or 0 < value < math.inf
             check(fits, f"{self.kind}.{name} must be a finite number above 0, got {value}")
@@ -263,6 +265,10 @@ class FinetuneStage(Stage):
             not self.cache_frozen_layers or last_layers(self.trainable or "all") is not None,
             f"finetune.cache_frozen_layers needs trainable head or last_layers:<k>, got {self.trainable!r}",
         )
+        check(
+            not (self.cache_frozen_layers and self.redraw_every),
+            "finetune.cache_frozen_layers keeps outputs of layers whose features redraw_every draws anew",
+        )
 
 
 STAGES: dict[str, type[Stage]] = {
@@ -302,6 +308,9 @@ class Recipe:
         self.evaluation.check_fits(built[-1].kind)
         transfers = any(stage.kind == "transfer" for stage in built)
         check(self.conversion is not None or not transfers, "recipe.stages: transfer needs a section conversion")
+        draws = self.conversion is not None and _draws_features(self.conversion.variant, self.conversion.options)
+        redraws = any(stage.redraw_every for stage in built)
+        check(draws or not redraws, "recipe.stages: redraw_every needs a conversion to a method with random features")
 
     @property
     def output_dir(self) -> Path:
@@ -385,6 +394,21 @@ class Recipe:
         own = [stage for stage in data["stages"] if stage["stage"] == kind]
         check(bool(own), f"The recipe has no stage {kind}; it has {', '.join(stage.kind for stage in self.stages)}")
         return own
+
+
+def without_redraws(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's mappings, given another conversion: a method without random features draws none anew."""
+    conversion = data["conversion"]
+    if conversion is None or not _draws_features(conversion["variant"], conversion["options"]):
+        for stage in data["stages"]:
+            stage["redraw_every"] = None
+    return data
+
+
+def _draws_features(variant: str, options: Mapping[str, Any]) -> bool:
+    """Whether a variant has random features; raises `ValueError` for options that it does not take."""
+    config: Any = get_variant(variant).config_class
+    return config.from_dict(options).draws_features
 
 
 def _put(mapping: dict[str, Any], keys: list[str], value: Any, path: str) -> None:

@@ -13,11 +13,13 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import DataCollatorWithPadding, TrainingArguments
 
+from hf_linear_attn.checks import check_features
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.seam.trainer import CheckedTrainer, last_checkpoint
 from hf_linear_attn.training.anneal import Anneal
 from hf_linear_attn.training.parts import Lora, choose_trainable, freeze_dropout, optimizer_groups
+from hf_linear_attn.training.redraw import Redraw
 
 __all__ = [
     "LossStage",
@@ -73,11 +75,12 @@ class StageTrainer(CheckedTrainer):
         new_learning_rate: of what the conversion added; `args.learning_rate` when None.
         head_learning_rate: of the head (classifier and pooler); `args.learning_rate` when None.
         max_length: tokens of a piece of text; the model's own limit when None.
+        redraw_every: steps after which random features are drawn anew, by `args.seed` (`Redraw`); never when None.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
         ValueError: for another `trainable`, a rate or length that is not positive, a tokenizer without a padding
-            token, or texts without a tokenizer.
+            token, texts without a tokenizer, or `redraw_every` with a model that has no random features.
     """
 
     default_trainable: ClassVar[str] = "all"
@@ -100,8 +103,12 @@ class StageTrainer(CheckedTrainer):
         new_learning_rate: float | None = None,
         head_learning_rate: float | None = None,
         max_length: int | None = None,
+        redraw_every: int | None = None,
         **kwargs: Any,
     ) -> None:
+        redraw = [] if redraw_every is None else [Redraw(redraw_every, args.seed)]
+        if redraw:
+            check_features(model)
         rates = {"new_learning_rate": new_learning_rate, "head_learning_rate": head_learning_rate}
         for name, rate in {"learning_rate": args.learning_rate, **rates}.items():
             if rate is not None and not 0 < rate < float("inf"):
@@ -113,6 +120,7 @@ class StageTrainer(CheckedTrainer):
         trainable = trainable or self.default_trainable
         model, self.trained = choose_trainable(model, trainable, lora, with_head=self.new_head)
         self.settings = {"stage": type(self).__name__, "trainable": trainable, "max_length": self.max_length, **rates}
+        self.settings |= {"redraw_every": redraw_every}
         if processing_class is not None and processing_class.pad_token is None:
             raise ValueError(
                 f"{type(processing_class).__name__} has no padding token; set one, e.g. "
@@ -131,6 +139,8 @@ class StageTrainer(CheckedTrainer):
         )
         if not any(isinstance(callback, Anneal) for callback in self.callback_handler.callbacks):
             self.add_callback(Anneal())
+        for callback in redraw:
+            self.add_callback(callback)
 
     # What a stage overrides ---------------------------------------------------------------------------------------
 

@@ -59,6 +59,11 @@ class VariantConfig:
     def validate(self) -> None:
         """Raise `ValueError` naming the option, what was given and what is allowed."""
 
+    @property
+    def draws_features(self) -> bool:
+        """Whether these options give random features, which `AttentionVariant.redraw` draws anew."""
+        return False
+
     def require_integer(
         self,
         *names: str,
@@ -341,6 +346,13 @@ class AttentionVariant(nn.Module):
         """Move the parameters that have a schedule to where they stand when `share` of it (0 to 1) is done.
 
         Called after every step of training (`training.anneal`); frozen parameters stay as they are.
+        """
+
+    def redraw(self, seed: int) -> None:
+        """Draw the random directions of the features anew, in place: those of a layer with this `seed` in its options.
+
+        Called between steps of training (`convert.redraw_features`) where the options say `draws_features`. All that
+        was calibrated or trained stays, so it must not be an answer to one draw.
         """
 
     def drop_linear_branch(self) -> bool:

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import shift_invariant
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ScaledMap, weighted_by_mean_logit
 from hf_linear_attn.ops.features.named import feature_width
@@ -30,8 +28,6 @@ from hf_linear_attn.variants.base import AttentionInputs, FeatureMapVariant, Lay
 
 __all__ = ["LinearAttention", "LinearConfig"]
 
-# Bandwidths that calibration tries, as multiples of the mean distance between queries and keys.
-BANDWIDTHS = (0.25, 0.5, 1.0)
 MEANS = ("query_mean", "query_center", "key_center")
 
 
@@ -67,14 +63,13 @@ class LinearConfig(VariantConfig):
         self.require_number("bandwidth", at_least=1e-3)
         for name, default in (("random_features", "positive"), ("normalize", False), ("bandwidth", 1.0)):
             value = getattr(self, name)
-            if not self.is_kernel and value != default:
+            if not self.draws_features and value != default:
                 raise ValueError(f"{name}={value!r}; allowed with feature_map={self.feature_map!r}: {default!r}.")
         self.require_width("num_features")
         self.require_integer("seed", at_least=0)
 
     @property
-    def is_kernel(self) -> bool:
-        """Whether the feature map is a kernel of a difference, with random features."""
+    def draws_features(self) -> bool:
         return self.feature_map in shift_invariant.SHIFT_INVARIANT
 
 
@@ -104,22 +99,21 @@ class LinearAttention(FeatureMapVariant):
     query_mean: torch.Tensor
     query_center: torch.Tensor
     key_center: torch.Tensor
-    omega: torch.Tensor
-    width: torch.Tensor | None
+    kernel: shift_invariant.RandomKernel
     bandwidth: torch.Tensor
 
     def __init__(self, config: LinearConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        heads, dim, directions = context.num_heads, context.head_dim, config.num_features
-        for name in MEANS[: 3 if config.is_kernel else 1] if config.variance_reducer else ():
+        heads, dim = context.num_heads, context.head_dim
+        for name in MEANS[: 3 if config.draws_features else 1] if config.variance_reducer else ():
             self.register_buffer(name, torch.empty(heads, dim))
-        if not config.is_kernel:
+        if not config.draws_features:
             self.num_features = feature_width(config.feature_map, dim)
         else:
-            self.num_features = directions * (1 if config.random_features == "positive" else 2)
-            self.register_buffer("omega", torch.empty(directions, dim))
-            mixes = (config.feature_map, config.random_features) == ("laplace", "positive")
-            self.register_buffer("width", torch.empty(directions, dim) if mixes else None)
+            self.kernel = shift_invariant.RandomKernel(config, dim)
+            self.num_features = self.kernel.num_features
+            for name in self.kernel.directions:
+                self.register_buffer(name, torch.empty(self.kernel.shape))
             self.register_buffer("bandwidth", torch.empty(heads))
         self.reset_parameters()
 
@@ -128,13 +122,16 @@ class LinearAttention(FeatureMapVariant):
         """The published form: means 0, the bandwidth of the options; directions drawn from (seed, layer_idx)."""
         for buffer in self.buffers():
             buffer.zero_()
-        if self.config.is_kernel:
+        if self.config.draws_features:
             self.bandwidth.fill_(self.config.bandwidth)
-            given = self.config.num_features, self.context.head_dim, self.context.generator(self.config.seed)
-            omega, width = shift_invariant.draw_frequencies(self.config.feature_map, *given)
-            self.omega.copy_(omega)
-            if self.width is not None and width is not None:
-                self.width.copy_(width)
+            self.redraw(self.config.seed)
+
+    @torch.no_grad()
+    def redraw(self, seed: int) -> None:
+        """New `omega` and `width` of a kernel; bandwidth, means and centers stay."""
+        drawn = self.kernel.draw(self.context.generator(seed)) if self.config.draws_features else {}
+        for name, x in drawn.items():
+            self.get_buffer(name).copy_(x)
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
@@ -145,12 +142,14 @@ class LinearAttention(FeatureMapVariant):
             return
         rows, scaling = measure.collect_rows(batches), batches[0].scaling
         q, k = measure.head_tokens(rows)
-        means = measure.reducer_starts(q, k, centered=self.config.is_kernel)
+        means = measure.reducer_starts(q, k, centered=self.config.draws_features)
         starts = [dict(zip(MEANS, start, strict=True)) for start in means]
-        if self.config.is_kernel:
+        if self.config.draws_features:
             tried = starts if self.config.variance_reducer else starts[:1]
             starts = [{**starts[0], "bandwidth": torch.full_like(self.bandwidth, self.config.bandwidth)}]
-            starts += [start for moved in tried for start in self._bandwidth_starts(q, k, moved, scaling)]
+            for start in tried:
+                sigmas = self.kernel.bandwidths(q, k, start["query_center"], start["key_center"], scaling)
+                starts += [{**start, "bandwidth": sigma} for sigma in sigmas]
         starts = [{name: x for name, x in start.items() if name in present} for start in starts]
         measure.choose_start(present, starts, self.error_meter(rows, scaling))
         if self.config.random_features == "fourier":
@@ -163,17 +162,9 @@ class LinearAttention(FeatureMapVariant):
                 advice="Use random_features='positive', or another variant for the layer.",
             )
 
-    def _bandwidth_starts(
-        self, q: torch.Tensor, k: torch.Tensor, moved: dict[str, torch.Tensor], scaling: float
-    ) -> list[dict[str, torch.Tensor]]:
-        """These means with bandwidths that are multiples of the distance between queries and keys."""
-        x, y = self._compared(q, moved["query_center"], scaling), self._compared(k, moved["key_center"], scaling)
-        distance = shift_invariant.mean_distance(x, y, self.config.feature_map).clamp(min=1e-3)
-        return [{**moved, "bandwidth": share * distance} for share in BANDWIDTHS]
-
     def feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
         query_mean = self.query_mean if self.config.variance_reducer else None
-        if self.config.is_kernel:
+        if self.config.draws_features:
             features = partial(self._features, scaling=scaling)
             return partial(features, side="query"), partial(features, side="key")
         scale, name = scaling**0.5, self.config.feature_map
@@ -182,17 +173,9 @@ class LinearAttention(FeatureMapVariant):
     def _features(self, x: torch.Tensor, side: str, scaling: float) -> Features:
         """Random features of a kernel, `[B, H, T, m or 2m]`."""
         reduced = self.config.variance_reducer
-        compared = self._compared(x, self.get_buffer(f"{side}_center") if reduced else None, scaling)
-        compared = compared / self.bandwidth.to(compared.dtype)[:, None, None]
-        given = self.omega, self.width, self.config.random_features
-        features = shift_invariant.shift_invariant_features(compared, *given)
+        center = self.get_buffer(f"{side}_center") if reduced else None
+        directions = [self.get_buffer(name) for name in self.kernel.directions]
+        features = self.kernel.features(x, center, self.bandwidth, scaling, *directions)
         if side == "query" or not reduced:
             return features
         return weighted_by_mean_logit(features, x, self.query_mean, scaling)
-
-    def _compared(self, x: torch.Tensor, center: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        """What a kernel compares, over its bandwidth: tokens `[..., H, T, D]`, centered, normalized or scaled."""
-        x = x.to(accumulation_dtype(x.dtype))
-        if center is not None:
-            x = x - center.to(x.dtype)[:, None]
-        return F.normalize(x, dim=-1) if self.config.normalize else x * scaling**0.5

@@ -46,6 +46,7 @@ class PerformerConfig(VariantConfig):
     orthogonal: bool = True
     seed: int = 0
     variance_reducer: bool = True
+    draws_features = True
 
     def validate(self) -> None:
         self.require_choice("kernel", maps.RANDOM_FEATURE_KERNELS)
@@ -101,7 +102,7 @@ class PerformerAttention(FeatureMapVariant):
 
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
-        """Draw new directions in place, on request during training; they are saved with the model."""
+        """New `omega`; means and maps stay, with which any directions estimate the same kernel."""
         generator = self.context.generator(seed)
         given = *self.omega.shape, generator
         self.omega.copy_(maps.gaussian_orthogonal(*given, orthogonal=self.config.orthogonal))

@@ -53,6 +53,7 @@ class RFAConfig(VariantConfig):
     gate: bool = False
     variance_reducer: bool = True
     seed: int = 0
+    draws_features = True
 
     def validate(self) -> None:
         self.require_choice("kernel", _WIDTHS)
@@ -96,22 +97,24 @@ class RFAAttention(AttentionVariant):
             self.gate_bias = nn.Parameter(torch.empty(heads))
         self.register_buffer("omega", torch.empty(config.num_features, dim))
         self.register_buffer("tau", torch.empty(heads))
-        if config.variance_reducer:
-            for name in ("query_mean", "query_center", "key_center"):
-                self.register_buffer(name, torch.empty(heads, dim))
+        for name in ("query_mean", "query_center", "key_center") if config.variance_reducer else ():
+            self.register_buffer(name, torch.empty(heads, dim))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """sigma = tau = 1, directions drawn from (seed, layer_idx); gates that keep a token for 10 x max_length."""
-        for x in [*self.parameters(), *self.buffers()]:
-            x.zero_()
-        self.sigma.fill_(1)
-        self.tau.fill_(1)
-        generator = self.context.generator(self.config.seed)
-        self.omega.copy_(maps.gaussian_orthogonal(self.config.num_features, self.context.head_dim, generator))
+        for name, x in self.state_dict().items():
+            x.fill_(name in ("sigma", "tau"))
+        self.redraw(self.config.seed)
         if self.config.gate:
             self.gate_bias.fill_(math.log(10 * self.context.max_length))
+
+    @torch.no_grad()
+    def redraw(self, seed: int) -> None:
+        """New `omega`; sigma, tau, centers, key weights and gates stay."""
+        given = self.config.num_features, self.context.head_dim, self.context.generator(seed)
+        self.omega.copy_(maps.gaussian_orthogonal(*given))
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:

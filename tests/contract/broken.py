@@ -320,6 +320,16 @@ class FirstDerivativeAlone(DenseAttention):
         return weights * (1 + change - (weights * change).sum(-1, keepdim=True))
 
 
+class DrawsWithoutAWord(DenseAttention):
+    """Features are drawn anew that no option speaks of: no model would ask for it."""
+
+    def redraw(self, seed):
+        self.seed = seed
+
+    def finish(self, output):
+        return output * (1 + getattr(self, "seed", 0))
+
+
 class ReadsPaddedQueries(DenseAttention):
     """Padded queries are taken as they are: nobody is to read what becomes of them."""
 
@@ -395,6 +405,7 @@ BROKEN = [
     (spec_of(MissingGradient), ENCODER, {"gain": True}, "gradients", "Jacobian mismatch"),
     (spec_of(UnusedParameter), ENCODER, {"gain": True}, "gradients", "gain gets no gradient"),
     (spec_of(FirstDerivativeAlone), DECODER, {}, "second_derivatives", "should be"),
+    (spec_of(DrawsWithoutAWord), ENCODER, {}, "redraws", "draws_features is False, and the output changed"),
     (spec_of(ReadsPaddedQueries), ENCODER, {}, "padding_of_any_content", "not finite"),
     (spec_of(NanWithoutKeys), DECODER, {}, "fully_masked_rows", "not finite"),
     (spec_of(HeadMixing), ENCODER, {}, "head_permutation", "permuted heads"),

@@ -16,18 +16,84 @@ where omega / |n| is a Cauchy draw: the frequencies are those of the Fourier fea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_
 from hf_linear_attn.ops.features.maps import Features, fourier_features, gaussian_orthogonal
 
-__all__ = ["FEATURES", "SHIFT_INVARIANT", "draw_frequencies", "mean_distance", "shift_invariant_features"]
+__all__ = [
+    "FEATURES",
+    "SHIFT_INVARIANT",
+    "RandomKernel",
+    "draw_frequencies",
+    "mean_distance",
+    "shift_invariant_features",
+]
 
 SHIFT_INVARIANT = ("laplace", "rbf")
 FEATURES = ("positive", "fourier")
 
 _SMALLEST_WIDTH = 1e-4  # so that frequencies fit into float16
 _PAIRED_TOKENS = 256  # of each side, whose distances are averaged
+_BANDWIDTHS = (0.25, 0.5, 1.0)  # that calibration tries, as multiples of the mean distance of queries and keys
+
+
+class RandomKernel:
+    """A kernel of a difference in one layer, whose tensors the layer holds: kappa((q - a) / sigma, (k - c) / sigma).
+
+    Args:
+        options: with `feature_map`, one of `SHIFT_INVARIANT`, `random_features`, `num_features` and `normalize`.
+        dim: D.
+
+    Attributes:
+        num_features: F.
+        directions: names of the random tensors `[m, D]`, omega and, of a mixture of Gaussians, their widths.
+    """
+
+    def __init__(self, options: Any, dim: int) -> None:
+        self.kernel, self.form, self.normalize = options.feature_map, options.random_features, options.normalize
+        self.shape = (options.num_features, dim)
+        self.num_features = options.num_features * (1 if self.form == "positive" else 2)
+        self.directions = ("omega", "width") if (self.kernel, self.form) == ("laplace", "positive") else ("omega",)
+
+    def draw(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The random tensors by name, float32 on the CPU; the generator alone decides them."""
+        drawn = zip(("omega", "width"), draw_frequencies(self.kernel, *self.shape, generator), strict=True)
+        return {name: x for name, x in drawn if x is not None and name in self.directions}
+
+    def compared(self, x: torch.Tensor, center: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """What is divided by sigma: tokens `[..., H, T, D]` without their center `[H, D]`, normalized or scaled."""
+        x = x.to(accumulation_dtype(x.dtype))
+        if center is not None:
+            x = x - center.to(x.dtype)[:, None]
+        return F.normalize(x, dim=-1) if self.normalize else x * scaling**0.5
+
+    def features(
+        self,
+        x: torch.Tensor,
+        center: torch.Tensor | None,
+        bandwidth: torch.Tensor,
+        scaling: float,
+        omega: torch.Tensor,
+        width: torch.Tensor | None = None,
+    ) -> Features:
+        """phi(x) `[..., H, T, F]` for the bandwidth sigma `[H]`."""
+        compared = self.compared(x, center, scaling)
+        compared = compared / bandwidth.to(compared.dtype)[:, None, None]
+        return shift_invariant_features(compared, omega, width, self.form)
+
+    def bandwidths(self, q: torch.Tensor, k: torch.Tensor, a: Any, c: Any, scaling: float) -> list[torch.Tensor]:
+        """What calibration tries for sigma `[H]`: multiples of the distance between queries and keys `[H, tokens, D]`.
+
+        Args:
+            a, c: their centers `[H, D]`, or None.
+        """
+        x, y = self.compared(q, a, scaling), self.compared(k, c, scaling)
+        distance = mean_distance(x, y, self.kernel).clamp(min=1e-3)
+        return [share * distance for share in _BANDWIDTHS]
 
 
 def draw_frequencies(
