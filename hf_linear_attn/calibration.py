@@ -142,7 +142,18 @@ def output_errors(attend: Attend, recording: Recording) -> OutputErrors:
         cosine=cosine / max(tokens, 1),
         head_errors=(squared_error / squared_norm.clamp(min=1e-30)).sqrt().tolist(),
         head_cosines=(head_cosine / max(tokens, 1)).tolist(),
+        **_zero_shares(attend, recording),
     )
+
+
+def _zero_shares(attend: Attend, recording: Recording) -> dict[str, Any]:
+    """`zeros` and `head_zeros` of a variant that learns which weights are 0; nothing of any other."""
+    counts = [attend.zero_weights(x) for x in recording.inputs] if isinstance(attend, AttentionVariant) else []
+    found = [torch.stack(pair).cpu() for pair in counts if pair is not None]
+    if not found:
+        return {}
+    zeros, weights = torch.stack(found).sum(0).double()  # [H] each
+    return {"zeros": (zeros.sum() / weights.sum()).item(), "head_zeros": (zeros / weights).tolist()}
 
 
 def _output_error(attend: Attend, recording: Recording) -> float:

@@ -23,6 +23,9 @@ class OutputErrors:
         head_errors: the same error in each head.
         head_cosines: the same cosine in each head.
         published_error: what `error` was of the start as published, or None where that was not measured.
+        zeros: share of the weights between real tokens that are exactly 0; None for a method that does not learn which
+            are (`AttentionVariant.zero_weights`).
+        head_zeros: the same share in each head.
     """
 
     error: float
@@ -30,6 +33,8 @@ class OutputErrors:
     head_errors: list[float]
     head_cosines: list[float]
     published_error: float | None = None
+    zeros: float | None = None
+    head_zeros: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class LayerReport:
         published_error: the relative error of the start as published, before anything was chosen from the calibration
             batches, or None when not calibrated.
         chosen: options that were left to the method or to calibration, and what they came to: `{"k": [40, 17]}`.
+        zeros: share of the weights between real tokens that are exactly 0 on the calibration batches, of a method that
+            learns which are; None of any other, or when not calibrated.
+        head_zeros: the same share in each head.
     """
 
     layer: int
@@ -61,6 +69,8 @@ class LayerReport:
     head_cosines: list[float] | None = None
     published_error: float | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
+    zeros: float | None = None
+    head_zeros: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class ConversionReport:
         if row is None or row.output_error is None:
             return None
         heads = row.head_errors, row.head_cosines
-        return OutputErrors(row.output_error, row.output_cosine, *heads, row.published_error)
+        return OutputErrors(row.output_error, row.output_cosine, *heads, row.published_error, row.zeros, row.head_zeros)
 
     @property
     def tokenizer_max_length(self) -> int:
@@ -115,15 +125,18 @@ class ConversionReport:
         }
 
     def __str__(self) -> str:
-        header = ("layer", "variant", "new parameters", "state", "as published", "error", "cosine")
+        header = ["layer", "variant", "new parameters", "state", "as published", "error", "cosine"]
+        if sparse := any(row.zeros is not None for row in self.rows):
+            header.append("weights of 0")
         body = [
-            (
+            [
                 str(row.layer),
                 row.variant,
                 f"{row.new_parameters:,}",
                 row.state,
                 *("-" if x is None else f"{x:.3f}" for x in (row.published_error, row.output_error, row.output_cosine)),
-            )
+                *(["-" if row.zeros is None else f"{row.zeros:.1%}"] if sparse else []),
+            ]
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
@@ -194,6 +207,8 @@ def describe(
                 head_cosines=None if found is None else found.head_cosines,
                 published_error=None if found is None else found.published_error,
                 chosen=variant.chosen(),
+                zeros=None if found is None else found.zeros,
+                head_zeros=None if found is None else found.head_zeros,
             )
         )
     chosen = ", ".join(dict.fromkeys(x.words for x in choices_of(model, model.linear_attn_task).values())) or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,35 @@ def test_regression_trains_the_chosen_slots() -> None:
     for variant in variants_of(model).values():
         for head, k in enumerate(variant.config.head_k):
             assert not variant.key_projection[head, k:].any()
+
+
+def test_the_report_says_how_many_weights_a_layer_learns_to_make_zero() -> None:
+    model, batches = base_model("bert"), padded_batches()
+    convert_model(
+        model, {0: ("entmax", {"alpha": "sparsemax", "initial_lambda": 1.0}), 1: "linear"}, calibration=batches
+    )
+    row, other = model.conversion_report.rows
+    zeros, weights = torch.zeros(2, 4)
+    for inputs in record(model, batches)[0].inputs:
+        (B, H, T, _), real = inputs.key.shape, inputs.token_mask
+        real = torch.ones(B, T, dtype=torch.bool) if real is None else real
+        one_hot = torch.eye(T).expand(B, H, -1, -1)  # as values: outputs are the weights
+        with torch.no_grad():
+            found = next(iter(variants_of(model).values()))(dataclasses.replace(inputs, value=one_hot))[0]
+        pairs = (real[:, :, None] & real[:, None, :])[:, None].expand_as(found)
+        zeros += ((found == 0) & pairs).sum((0, 2, 3))
+        weights += pairs.sum((0, 2, 3))
+    torch.testing.assert_close(torch.tensor(row.head_zeros), zeros / weights)
+    assert row.zeros == pytest.approx((zeros.sum() / weights.sum()).item())
+    assert 0 < row.zeros < 1
+    assert other.zeros is other.head_zeros is None  # it has no weight of 0
+    report = model.conversion_report
+    assert report.errors_of(0).head_zeros == report.to_dict()["rows"][0]["head_zeros"] == row.head_zeros
+    header, first, second, _ = str(report).splitlines()
+    assert header.endswith("weights of 0")
+    assert first.endswith(f"{row.zeros:.1%}")
+    assert second.endswith("-")
+    assert "weights of 0" not in str(convert_model(base_model("bert"), "linear", calibration=batches).conversion_report)
 
 
 # ---- regression --------------------------------------------------------------------------------------------------

@@ -231,6 +231,7 @@ def test_report_measures_a_saved_conversion_and_one_in_memory_alike(tmp_path: Pa
     assert rows["as published"][0]["output_error"] is None
     assert rows["as published"][1]["head_errors"] == pytest.approx(rows["as it is"][1]["head_errors"], rel=1e-5)
     assert rows["as it is"][1]["output_error"] > 0.01
+    assert rows["as it is"][1]["zeros"] is None  # a window leaves keys out, and learns nothing of it
     mistakes = {
         ("checkpoint",): "name what to convert it to, --variant KEY",
         ("converted", "--variant", "linear"): "is a converted model: leave --variant",

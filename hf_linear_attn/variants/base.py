@@ -355,6 +355,18 @@ class AttentionVariant(nn.Module):
         was calibrated or trained stays, so it must not be an answer to one draw.
         """
 
+    def zero_weights(self, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """How sparse the weights are of a method that learns which are 0, for the conversion report.
+
+        Args:
+            inputs: real inputs of this layer (detached, no state).
+
+        Returns:
+            how many weights between real tokens are exactly 0, and how many there are, `[H]` each; None for a method
+            whose pattern decides instead, or whose weights are never 0.
+        """
+        return None
+
     def drop_linear_branch(self) -> bool:
         """Leave out, until the module is built anew, what stands beside a window for the keys outside of it.
 

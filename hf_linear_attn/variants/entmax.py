@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.base.compaction import compact, init_kv_state, kv_state_after
+from hf_linear_attn.ops.base.compaction import CompactedCall, compact, init_kv_state, kv_state_after
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
-from hf_linear_attn.ops.exact.dense import attend_in_chunks, masked_softmax, row_logits
+from hf_linear_attn.ops.exact.dense import Weights, attend_in_chunks, count_zeros, masked_softmax, row_logits
 from hf_linear_attn.ops.exact.entmax import entmax
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -104,7 +104,18 @@ class EntmaxAttention(AttentionVariant):
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
-        keys = call.k.to(accumulation_dtype(call.k.dtype)) * inputs.scaling
+        weights = self._weights_of(call, inputs.scaling)
+        output = call.restore(attend_in_chunks(call, weights, is_causal=inputs.is_causal))
+        return output.to(inputs.query.dtype), None if state is None else kv_state_after(call)
+
+    @torch.no_grad()
+    def zero_weights(self, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask)
+        return count_zeros(call, self._weights_of(call, inputs.scaling), is_causal=inputs.is_causal)
+
+    def _weights_of(self, call: CompactedCall, scaling: float) -> Weights:
+        """The weights of a slice of a call's query rows, `[B, H, rows, Tk]`."""
+        keys = call.k.to(accumulation_dtype(call.k.dtype)) * scaling
         alpha: float | torch.Tensor = (
             1 + self.alpha_logit.sigmoid()[:, None, None]
             if self.config.alpha == "learned"
@@ -112,9 +123,8 @@ class EntmaxAttention(AttentionVariant):
         )
 
         def weights(rows: slice, allowed: torch.Tensor) -> torch.Tensor:
-            logits = row_logits(call.q[:, :, rows], keys)  # [B, H, rows, Tk]
+            logits = row_logits(call.q[:, :, rows], keys)
             share = self.mixing[:, None, None]
             return (1 - share) * masked_softmax(logits, allowed) + share * entmax(logits, alpha, allowed)
 
-        output = call.restore(attend_in_chunks(call, weights, is_causal=inputs.is_causal))
-        return output.to(inputs.query.dtype), None if state is None else kv_state_after(call)
+        return weights

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_linear_attn import convert_model
-from hf_linear_attn.calibration import record, variants_by_layer
+from hf_linear_attn.calibration import output_errors, record, variants_by_layer
 from hf_linear_attn.training import Anneal, UptrainTrainer
 from tests.small_runs import small_tokenizer
 from tests.small_stages import arguments, masked_lm, peaked, texts, weights
@@ -51,6 +51,9 @@ def test_training_makes_weights_zero(alpha: str, tmp_path: Path) -> None:
     before = zero_shares(model)
     uptrainer(model, tmp_path).train()
     after = zero_shares(model)
+    recordings = record(model, [token_batch()])
+    told = [output_errors(variant, recordings[layer]).zeros for layer, variant in variants_by_layer(model).items()]
+    assert told == pytest.approx(after)
     assert all(share == 0 for share in before)
     assert all(share > 0.3 for share in after)
     assert all((x == 1).all() for x in lambdas(model))

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.exact import dense
 from hf_linear_attn.registry import get_variant
+from hf_linear_attn.testing.tools import padding_masks
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.entmax import EntmaxAttention, EntmaxConfig
 
@@ -126,3 +128,38 @@ def test_it_says_that_it_is_quadratic():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         EntmaxConfig.from_dict(options)
+
+
+def dense_zeros(module, inputs, padding):
+    """Zeros and weights of each head, row by row, by the published definitions of the weights."""
+    zeros, weights = torch.zeros(2, HEADS, dtype=torch.long)
+    real = torch.ones(2, inputs.key.shape[2], dtype=torch.bool) if padding is None else padding
+    for b in range(2):
+        for h in range(HEADS):
+            for i in real[b].nonzero()[:, 0].tolist():
+                keys = [j for j in real[b].nonzero()[:, 0].tolist() if j <= i or not inputs.is_causal]
+                z = inputs.key[b, h, keys] @ inputs.query[b, h, i] * DIM**-0.5
+                sparse = sparsemax_row(z) if module.config.alpha == "sparsemax" else entmax_row(z, 1.5)
+                p = (1 - module.mixing[h]) * z.softmax(0) + module.mixing[h] * sparse
+                zeros[h] += (p == 0).sum()
+                weights[h] += len(keys)
+    return zeros, weights
+
+
+@pytest.mark.parametrize("side", ["none", "left", "interior"])
+@pytest.mark.parametrize("alpha", ["sparsemax", "entmax15"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+def test_counts_the_weights_that_are_zero(is_causal, alpha, side, monkeypatch):
+    module = build(is_causal, alpha=alpha)
+    with torch.no_grad():
+        module.mixing.copy_(torch.tensor([0.0, 0.4, 1.0]))
+    padding = None if side == "none" else padding_masks(2, 20)[side]
+    inputs = draw(is_causal=is_causal, padding=padding)
+    expected = dense_zeros(module, inputs, padding)
+    for elements in (1 << 18, 40):  # in one chunk of queries, and row by row
+        monkeypatch.setattr(dense, "CPU_CHUNK_ELEMENTS", elements)
+        zeros, weights = module.zero_weights(inputs)
+        assert torch.equal(zeros, expected[0])
+        assert torch.equal(weights, expected[1])
+    assert zeros[:2].tolist() == [0, 0]
+    assert zeros[2] > 0.3 * weights[2]
