@@ -24,6 +24,7 @@ from hf_linear_attn.bench.speed.recipe import (
     BenchRecipe,
     DecodeBench,
     LayerBench,
+    LongBench,
     ModelBench,
     PeerBench,
     bench_methods,
@@ -145,7 +146,7 @@ def _in_turns(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def shaped_model(part: ModelBench | DecodeBench, max_length: int) -> PreTrainedModel:
+def shaped_model(part: ModelBench | DecodeBench | LongBench, max_length: int) -> PreTrainedModel:
     """A model without a head of the part's shape that reads `max_length` tokens: random weights, SDPA, eval mode.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ Panel = tuple[str, Callable[[Row], float]]
 
 
 def draw_bench(results: Mapping[str, Any], path: Path) -> list[Path]:
-    """Draw what was measured, a PNG each: `<path>`, and beside it `<stem>_peers.png` and `<stem>_generation.png`.
+    """Draw what was measured, a PNG each: `<path>`, and beside it `<stem>_peers.png` and so on.
 
     Args:
         results: what `measure_bench` returns.
@@ -51,7 +52,7 @@ def draw_bench(results: Mapping[str, Any], path: Path) -> list[Path]:
         raise ValueError("Nothing was measured: there is nothing to draw.")
     drawn = []
     with matplotlib.rc_context(style()):
-        for draw, name in ((_costs, ""), (_peers, "_peers"), (_generation, "_generation")):
+        for draw, name in ((_costs, ""), (_peers, "_peers"), (_generation, "_generation"), *_LONG):
             target = path.with_name(f"{path.stem}{name}.png")
             if draw(results, rows, target):
                 drawn.append(target)
@@ -86,6 +87,25 @@ def _generation(results: Mapping[str, Any], rows: Sequence[Row], path: Path) -> 
             _curves(results, found, path, "Generation: speed and cache against the tokens read before", "", panels)
             return True
     return False
+
+
+def _long(results: Mapping[str, Any], rows: Sequence[Row], path: Path, *, keeps: bool) -> bool:
+    """Time of a forward, and its memory or what the cache holds after it, of the first such part that has curves."""
+    for part in results["recipe"].get("long", ()):
+        found = [row for row in rows if (row["kind"], row["part"]) == ("long", part["name"])]
+        if _is_curve(found) and keeps == ("cache_bytes" in found[0]):
+            memory: Panel = ("Peak memory, MB", lambda row: row["peak_mb"])
+            if keeps:
+                memory = ("What generation keeps, MB", lambda row: row["cache_bytes"] / 1e6)
+            cores = "core_seconds" in found[0]
+            time: Panel = ("Seconds", lambda row: row.get("core_seconds", row["seconds"]))
+            remark = "Seconds of all cores together." if cores else ""
+            _curves(results, found, path, f"One forward of very long inputs: {part['name']}", remark, [time, memory])
+            return True
+    return False
+
+
+_LONG = ((partial(_long, keeps=False), "_long"), (partial(_long, keeps=True), "_long_state"))
 
 
 def _is_curve(rows: Sequence[Row]) -> bool:

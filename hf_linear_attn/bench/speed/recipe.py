@@ -17,6 +17,7 @@ __all__ = [
     "BenchRecipe",
     "DecodeBench",
     "LayerBench",
+    "LongBench",
     "ModelBench",
     "PeerBench",
     "bench_methods",
@@ -29,7 +30,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 
 
-_POSITIVE = ("lengths", "contexts", "hidden_size", "num_heads", "layers", "batch_size", "tokens")
+_POSITIVE = (
+    "lengths", "contexts", "hidden_size", "num_heads", "layers", "batch_size", "tokens", "softmax_seconds",
+)  # fmt: skip
 
 
 def _check(where: str, name: str, given: Any, allowed: Iterable[str] | None = None) -> None:
@@ -178,6 +181,34 @@ class DecodeBench:
 
 
 @dataclass(frozen=True)
+class LongBench:
+    """Whole models on inputs that take minutes: each reads them once, alone, its time and its memory together.
+
+    Attributes:
+        name: of this part of the results.
+        lengths: tokens of the sequence, ascending.
+        checkpoint: as in `ModelBench`; of a decoder it is also measured what its cache holds in the end.
+        config: as in `ModelBench`.
+        layers: layers kept.
+        softmax_seconds: leave SDPA out where, by its time at a shorter length and n^2, it would take longer.
+        variants: as in `BenchRecipe`; null for the recipe's.
+    """
+
+    name: str
+    lengths: list[int]
+    checkpoint: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: int = 2
+    softmax_seconds: int = 600
+    variants: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        _check_part("long", self)
+        if self.lengths != sorted(self.lengths):
+            raise ValueError(f"long {self.name!r}: lengths={self.lengths}; allowed: ascending.")
+
+
+@dataclass(frozen=True)
 class BenchRecipe:
     """A whole run.
 
@@ -197,6 +228,7 @@ class BenchRecipe:
         layers: see `LayerBench`.
         peers: see `PeerBench`.
         decode: see `DecodeBench`.
+        long: see `LongBench`.
     """
 
     title: str
@@ -213,6 +245,7 @@ class BenchRecipe:
     layers: list[LayerBench] = field(default_factory=list)
     peers: list[PeerBench] = field(default_factory=list)
     decode: list[DecodeBench] = field(default_factory=list)
+    long: list[LongBench] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _check("recipe", "device", self.device, DEVICES)
@@ -226,13 +259,13 @@ class BenchRecipe:
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"recipe: parts with the same name: {', '.join(repeated)}.")
         if not names:
-            raise ValueError("recipe: nothing to measure; name models, layers, peers or decode.")
+            raise ValueError("recipe: nothing to measure; name models, layers, peers, decode or long.")
         for part in self.parts():
             bench_methods(self, part)
 
     def parts(self) -> list[Any]:
         """Everything to measure, in order."""
-        return [*self.models, *self.layers, *self.peers, *self.decode]
+        return [*self.models, *self.layers, *self.peers, *self.decode, *self.long]
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> BenchRecipe:
@@ -247,7 +280,7 @@ class BenchRecipe:
 
     def setting(self) -> dict[str, Any]:
         """What must not change between the rows of one file; lengths and variants may grow."""
-        free = ("lengths", "contexts", "variants", "only", "modes", "softmax")
+        free = ("lengths", "contexts", "variants", "only", "modes", "softmax", "softmax_seconds")
         parts = {part.name: {k: v for k, v in asdict(part).items() if k not in free} for part in self.parts()}
         return {"dtype": self.dtype, "repeats": self.repeats, "parts": parts}
 

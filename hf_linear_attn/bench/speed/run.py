@@ -33,6 +33,7 @@ from hf_linear_attn.bench.speed.contenders import (
     peer_groups,
 )
 from hf_linear_attn.bench.speed.decode import measure_decode
+from hf_linear_attn.bench.speed.long import measure_long
 from hf_linear_attn.bench.speed.recipe import SDPA, BenchRecipe, LayerBench, ModelBench, PeerBench
 from hf_linear_attn.measure.crossover import summarize
 from hf_linear_attn.measure.methods import failures, not_measured
@@ -159,7 +160,7 @@ def _small_heap() -> Iterator[None]:
 
 
 def _groups(recipe: BenchRecipe, only: list[str] | None, file: RowFile, say: Say) -> Iterator[None]:
-    """Measure group after group, yielding before each, so that the caller may stop; whole models, the longest, last."""
+    """Measure group after group, yielding before each, so that the caller may stop; what takes longest comes last."""
     for layer in recipe.layers:
         yield from _measure_part(recipe, "layer", layer, layer_groups, only, file, say)
     for peers in recipe.peers:
@@ -168,6 +169,8 @@ def _groups(recipe: BenchRecipe, only: list[str] | None, file: RowFile, say: Say
         yield from measure_decode(recipe, decode, only, file, say)
     for model in recipe.models:
         yield from _measure_part(recipe, "model", model, model_groups, only, file, say)
+    for long in recipe.long:
+        yield from measure_long(recipe, long, only, file, say)
 
 
 def _measure_part(

@@ -24,11 +24,15 @@ def about_run(results: Mapping[str, Any]) -> str:
     meta, recipe = results["meta"], results["recipe"]
     where = meta["machine"] if meta["device"] == "cpu" else f"{meta['device_name']} ({meta['machine']})"
     cut = f" Its {recipe['minutes']:g} minutes were over before all was measured." if meta.get("unfinished") else ""
+    in_turns = any(recipe[kind] for kind in ("models", "layers", "peers", "decode"))
+    how = (
+        f" Contenders take turns; medians of up to {recipe['repeats']} rounds (3 at least). x: SDPA's time in the same "
+        "turns over the contender's, above 1 the contender is faster (median over rounds)."
+    )
     return (
         f"{where}, {meta['threads']} thread(s), {meta['dtype']}, torch {meta['torch']}, transformers "
-        f"{meta['transformers']}. Made by `{meta['command']}`. Contenders take turns; medians of up to "
-        f"{recipe['repeats']} rounds (3 at least). x: SDPA's time in the same turns over the contender's, above 1 the "
-        f"contender is faster (median over rounds). Random weights, no dropout, no padding.{cut}"
+        f"{meta['transformers']}. Made by `{meta['command']}`.{how if in_turns else ''} Random weights, no dropout, no "
+        f"padding.{cut}"
     )
 
 
@@ -47,6 +51,8 @@ def render_bench(results: Mapping[str, Any]) -> str:
             parts.append(_peer_table(view) if view.kind == "peer" else _curve_table(view))
     for part in results["recipe"]["decode"]:
         parts += [f"## Generation: {part['name']}", describe_shape(part), _decode_table(results, part)]
+    for view in _long(results):
+        parts += [f"## Very long inputs: {view.part['name']}", describe_shape(view.part), _long_table(view)]
     if lines := reasons(results["rows"]):
         parts += ["## Not measured", "\n".join(f"- {line}" for line in lines)]
     return "\n\n".join(parts) + "\n"
@@ -65,6 +71,9 @@ def render_performance(results: Mapping[str, Any]) -> str:
     lines += [_decode_in_short(results, part) for part in results["recipe"]["decode"]]
     if lines:
         blocks.append("\n".join(f"- {line}" for line in lines))
+    for view in _long(results):
+        blocks.append(f"**{view.part['name']}.** {describe_shape(view.part)}\n\n{_long_table(view)}")
+        blocks += [f"Not measured: {'; '.join(missing)}."] if (missing := reasons(view.rows)) else []
     return "\n\n".join(blocks)
 
 
@@ -82,7 +91,7 @@ def reasons(rows: Sequence[Row]) -> list[str]:
 
 def describe_shape(part: Row) -> str:
     """A part of the recipe in a sentence."""
-    batch = "" if part["batch_size"] == 1 else f", batch of {part['batch_size']}"
+    batch = "" if part.get("batch_size", 1) == 1 else f", batch of {part['batch_size']}"
     if "hidden_size" in part:
         what = "Projections and attention" if part["projections"] else "Attention alone, without projections"
         side = {True: ", causal", False: ", bidirectional"}.get(part.get("is_causal"), "")  # type: ignore[arg-type]
@@ -149,6 +158,12 @@ def _parts(results: Mapping[str, Any]) -> list[list[_View]]:
     return found
 
 
+def _long(results: Mapping[str, Any]) -> list[_View]:
+    """The parts of very long inputs that have rows; results from before there were any have none."""
+    views = [_View(results, "long", part, "forward") for part in results["recipe"].get("long", ())]
+    return [view for view in views if view.rows]
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.3g} ms"
 
@@ -179,6 +194,10 @@ def _speedup(row: Row) -> str:
 
 def _peak(row: Row) -> str:
     return f"{row['peak_mb']:,.0f}"
+
+
+def _cache_megabytes(row: Row) -> str:
+    return f"{row['cache_bytes'] / 1e6:,.2f}"
 
 
 def _all_names(views: Iterable[_View]) -> list[str]:
@@ -230,10 +249,28 @@ def _decode_table(results: Mapping[str, Any], part: Row) -> str:
     lines = []
     for name in view.names():
         speeds = [view.cell(name, n, lambda row: f"{row['tokens_per_second']:,.0f}") for n in view.lengths]
-        sizes = [view.cell(name, n, lambda row: f"{row['cache_bytes'] / 1e6:,.2f}") for n in view.lengths]
+        sizes = [view.cell(name, n, _cache_megabytes) for n in view.lengths]
         slowdown = _number(flat.get(name, {}).get("slowdown"))
         lines.append([f"`{name}`", first[name].get("state", "kv"), *speeds, *sizes, slowdown])
     return markdown_table(header, lines)
+
+
+def _long_table(view: _View) -> str:
+    """Time and memory of one forward, and what a decoder keeps of it."""
+
+    def taken(row: Row) -> str:
+        cores = f" ({row['core_seconds']:,.1f})" if "core_seconds" in row else ""
+        return f"{row['seconds']:,.1f} s{cores}"
+
+    columns = [("", taken), ("peak MB at ", _peak)]
+    if any("cache_bytes" in row for row in view.rows):
+        columns.append(("keeps MB after ", _cache_megabytes))
+    header = ["contender", *(f"{what}{n:,}" for what, _ in columns for n in view.lengths)]
+    lines = [
+        [f"`{name}`", *(view.cell(name, n, show) for _, show in columns for n in view.lengths)] for name in view.names()
+    ]
+    note = "One forward each, alone; in parentheses the seconds of all cores together."
+    return f"{markdown_table(header, lines)}\n\n{note}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
