@@ -206,6 +206,8 @@ def linear_attention_forward(
         attend = partial(_softmax, dropout=dropout, sliding_window=sliding_window)
     else:
         _warn_of_dropout(dropout)
+        if cache_layer is not None and not is_traced():
+            _check_longest(module.linear_attn, cache_layer, mask)
         attend = partial(_run_variant, module.linear_attn, cache_layer=cache_layer)
     keys_at_hand = cache_layer is None or cache_layer.state is None
     output = _by_bucket(plan, attend, inputs) if plan.buckets and regroups else attend(inputs)
@@ -255,6 +257,20 @@ def _token_mask(
 def _softmax(inputs: AttentionInputs, dropout: float, sliding_window: int | None = None) -> torch.Tensor:
     q, k, v, real = inputs.query, inputs.key, inputs.value, inputs.token_mask
     return softmax_attention(q, k, v, real, inputs.is_causal, inputs.scaling, dropout, sliding_window)
+
+
+def _check_longest(variant: Any, cache_layer: LinearAttnCacheLayer, mask: torch.Tensor | None) -> None:
+    """Raise if the call's tokens and those before it are more than the method was built for."""
+    tokens = cache_layer.seen_tokens
+    if variant.longest is None or tokens <= variant.longest:
+        return
+    if mask is not None:  # only now is it read
+        tokens -= int((~mask.bool()).sum(-1).min())
+    if tokens > variant.longest:
+        raise ValueError(
+            f"The input reaches token {tokens}, and {variant.spec.key} was built for at most {variant.longest}. "
+            f"Generate fewer new tokens, or convert with convert_model(..., max_length={tokens}) or more."
+        )
 
 
 def _run_variant(variant: Any, inputs: AttentionInputs, cache_layer: LinearAttnCacheLayer | None) -> torch.Tensor:

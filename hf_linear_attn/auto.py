@@ -38,7 +38,6 @@ from hf_linear_attn.auto_config import (
     made_once,
 )
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig
-from hf_linear_attn.ops.base.packing import is_traced
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, describe
@@ -115,8 +114,7 @@ class LinearAttnPreTrainedModel:
                 kwargs = {"linear_attn_task": self.linear_attn_task, **kwargs}
         if self.base_model is not self:  # type: ignore[attr-defined]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if not is_traced():
-            check_length(self, args, kwargs)
+        check_length(self, args, kwargs)
         given = find_cache([*(("", value) for value in args), *kwargs.items()])
         if self.config._attn_implementation != IMPLEMENTATION:
             refuse_held(given)

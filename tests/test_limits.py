@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,19 @@ from transformers import AutoModel, BertModel, RobertaModel
 from hf_linear_attn import convert_model
 from hf_linear_attn.registry import get_patcher
 from tests.test_convert import assert_unchanged, snapshot
-from tests.tiny import FAMILIES, PAD, assert_bit_equal, base_model, causal_lm, outputs_of, tiny_config, token_batch
+from tests.tiny import (
+    FAMILIES,
+    PAD,
+    assert_bit_equal,
+    base_model,
+    causal_lm,
+    is_causal,
+    outputs_of,
+    small_options,
+    tiny_config,
+    token_batch,
+    variants_for,
+)
 
 WITH_TABLE = [family for family in FAMILIES if not get_patcher(family).rotary]
 
@@ -36,6 +49,58 @@ def test_too_many_tokens_while_generating() -> None:
     for cached in (True, False):
         with pytest.raises(ValueError, match="reaches token 161, and this model reads at most 160"):
             model.generate(**token_batch(length=150), max_new_tokens=20, min_new_tokens=20, use_cache=cached)
+
+
+@pytest.mark.parametrize("family", WITH_TABLE)
+def test_no_method_reads_past_the_table(family: str) -> None:
+    """Whatever the method: the sentence is the model's, and comes before a layer runs."""
+    for key in variants_for(family):
+        options = small_options(key, family)
+        model = convert_model(causal_lm(family) if is_causal(family) else base_model(family), key, **options)
+        limit = get_patcher(family).max_length(model.config)
+        with pytest.raises(ValueError, match=f"reaches token {limit + 1}, and this model reads at most {limit}: its"):
+            model(torch.full((1, limit + 1), 7))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("key", ["cosformer", "synthesizer"])
+def test_methods_with_positions_of_their_own_say_where_they_end(key: str, cached: bool) -> None:
+    """Rotary models have no table, but such a method is built for so many tokens; padding is none of them."""
+    model = convert_model(causal_lm("llama"), key)
+    batch = {name: x[:1] for name, x in token_batch(length=158).items()}
+    generate = partial(model.generate, use_cache=cached, do_sample=False)
+    assert generate(**batch, max_new_tokens=2, min_new_tokens=2).shape[1] == 160
+    with pytest.raises(ValueError, match=r"160.* 161.*max_length=161|161.* 160.*max_length=161"):
+        generate(**batch, max_new_tokens=4, min_new_tokens=4)
+
+
+def test_padding_is_no_token_of_a_method_either() -> None:
+    model = convert_model(causal_lm("llama"), "cosformer")
+    ids, mask = torch.full((2, 158), 7), torch.ones(2, 158, dtype=torch.long)
+    mask[:, :10] = 0  # so many more fit
+    padded = model.generate(ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12)
+    assert padded.shape[1] == 170
+    with pytest.raises(ValueError, match="reaches token 161, and cosformer was built for at most 160"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=14, min_new_tokens=14)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "roberta"])
+def test_a_compiled_model_says_so_too(family: str) -> None:
+    model = convert_model(base_model(family, num_hidden_layers=1).eval(), "linear")
+    limit = get_patcher(family).max_length(model.config)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(*(m(torch.full((1, 40), 7)).last_hidden_state for m in (compiled, model)))
+        with pytest.raises(ValueError, match=f"reaches token {limit + 1}, and this model reads at most {limit}"):
+            compiled(torch.full((1, limit + 1), 7))
+
+
+@pytest.mark.parametrize("family", WITH_TABLE)
+def test_positions_below_0_are_named(family: str) -> None:
+    model = convert_model(base_model(family), "linear")
+    with pytest.raises(ValueError, match="position_ids has -3; allowed: 0 and above"):
+        model(torch.full((1, 8), 7), position_ids=torch.arange(-3, 5)[None])
 
 
 def test_positions_count_and_not_the_length() -> None:

@@ -261,10 +261,12 @@ class AttentionVariant(nn.Module):
     Attributes:
         spec: what the registry knows of it.
         backend: `"auto"`, `"triton"` or `"torch"`, which its ops are called with (`ops.base.backend`); never saved.
+        longest: most tokens that a decode state may follow, if their number has a limit which the state does not tell.
     """
 
     spec: ClassVar[VariantSpec]
     backend: str = "auto"
+    longest: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

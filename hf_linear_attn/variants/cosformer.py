@@ -65,6 +65,7 @@ class CosformerAttention(AttentionVariant):
 
     def __init__(self, config: CosformerConfig, context: LayerContext) -> None:
         super().__init__(config, context)
+        self.longest = context.max_length  # further apart, the cosine is negative
         if config.variance_reducer:
             for name in ("query_mean", "query_center", "key_center"):
                 self.register_buffer(name, torch.empty(context.num_heads, context.head_dim))
@@ -96,7 +97,7 @@ class CosformerAttention(AttentionVariant):
         if q_len > k_len or k_len > self.context.max_length:
             raise ValueError(
                 f"cosformer takes at most max_length={self.context.max_length} tokens and as many queries as keys, "
-                f"the last ones; got {q_len} queries and {k_len} keys."
+                f"the last ones; got {q_len} queries and {k_len} keys. Convert with max_length={k_len} or more."
             )
         real = inputs.token_mask
         rank = torch.arange(k_len, device=inputs.key.device)[None] if real is None else real_token_rank(real)
