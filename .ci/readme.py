@@ -35,7 +35,10 @@ METHODS = ROOT / "recipes" / "methods" / "results"
 EMBEDDERS = ROOT / "recipes" / "minilm" / "results"
 LANGUAGE = ROOT / "recipes" / "smollm2" / "results" / "language.json"
 TIMES = ROOT / ".ci" / "times.json"
-PICTURES = {"": "cost of a token", "_peers": "other implementations", "_generation": "generation"}  # of a bench
+PICTURES = {
+    "": "cost of a token", "_peers": "other implementations", "_generation": "generation",
+    "_long": "time and memory", "_long_state": "what generation keeps",
+}  # fmt: skip
 LIMIT_LENGTH = 128  # the length at which the table writes out an exact limit
 
 
@@ -212,10 +215,15 @@ def embedders() -> str:
     return "\n\n".join(parts)
 
 
+def benches() -> dict[Path, dict[str, Any]]:
+    """What `hf-linear-attn bench` measured, by file."""
+    measured = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(BENCH.glob("results/**/*.json"))}
+    return {path: data for path, data in measured.items() if "summary" in data}  # other tools write there too
+
+
 def performance() -> str:
     """What `hf-linear-attn bench` measured, one part for each device, and what waits for one."""
-    measured = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(BENCH.glob("results/*.json"))}
-    measured = {path: data for path, data in measured.items() if "summary" in data}  # other tools write there too
+    measured = benches()
     parts = [device_results(path, data) for path, data in measured.items()]
     kinds = {data["recipe"]["device"] for data in measured.values()}
     waiting = [("cpu", "cpu.yaml", "make bench"), ("cuda", "gpu.yaml", "make bench-gpu")]
@@ -304,10 +312,11 @@ def pictures() -> None:
     from hf_linear_attn.compare.charts import results_png
 
     draw_starts(json.loads((METHODS / "methods.json").read_text(encoding="utf-8")), METHODS / "methods.png")
-    for draw, folder in ((results_png, RESULTS), (draw_bench, BENCH / "results")):
-        for picture in sorted(folder.glob("*.png")):
-            if (path := picture.with_suffix(".json")).is_file():
-                draw(json.loads(path.read_text(encoding="utf-8")), picture)
+    for picture in sorted(RESULTS.glob("*.png")):
+        if (path := picture.with_suffix(".json")).is_file():
+            results_png(json.loads(path.read_text(encoding="utf-8")), picture)
+    for path, data in benches().items():
+        draw_bench(data, path.with_suffix(".png"))
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

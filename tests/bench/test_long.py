@@ -48,7 +48,7 @@ def test_every_contender_reads_every_length_once(results: dict[str, Any]) -> Non
     for name in (SDPA, "linear"):
         row = rows["books", 64, name]
         assert row["seconds"] > 0
-        assert 0 < row["core_seconds"]
+        assert row["core_seconds"] > 0
         assert row["peak_mb"] >= 0
         assert "cache_bytes" not in row
     assert rows["books", 64, "entmax"]["left_out"] == "not of linear cost, run up to 32 tokens"

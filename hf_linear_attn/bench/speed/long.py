@@ -57,8 +57,8 @@ def measure_long(
             row |= reason
             if not reason:
                 with failures(row):
-                    reader = model if name == SDPA else converted_copy(model, methods[name]).to(device, dtype)
-                    row |= one_forward(reader, ids, is_causal, device)
+                    reader: Any = model if name == SDPA else converted_copy(model, methods[name])
+                    row |= one_forward(reader.to(device, dtype), ids, is_causal, device)
             file.append(row)
             say(_line(row))
 
