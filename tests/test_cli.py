@@ -107,9 +107,13 @@ def small_measurement(tmp_path: Path, command: str, arguments: list[str]) -> lis
         )
         return [arguments[0], str(recipe), *output]
     if command == "advise":
-        arguments = ["32" if word == "2048" else str(checkpoint) if word == "minilm" else word for word in arguments]
+        texts = str(documents / "train" / "fruit")
+        small = {"2048": "32", "4096": "64", "minilm": str(checkpoint), "my_texts": texts}
+        arguments = [small.get(word, word) for word in arguments]
         return [
             *arguments,
+            *([] if "--data" in arguments else ["--data", texts]),
+            "--overwrite",
             "--variants",
             "linear",
             "--seconds",

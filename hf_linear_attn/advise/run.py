@@ -1,8 +1,8 @@
 """Which variant pays on this machine at a length, and below which length none does: measured, not looked up.
 
 Layers of the model's shape are timed with random weights, softmax (SDPA) and every variant taking turns, at lengths
-up to the one that is asked about. Cost is all that it tells: how close a variant stays to a checkpoint is measured
-by `hf-linear-attn methods`, and after a conversion by its report.
+up to the one that is asked about. How close each starts to the checkpoint is measured beside it where documents are
+given; what training brings back is not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from transformers import PreTrainedConfig
 
 from hf_linear_attn.advise import layers as timing
 from hf_linear_attn.advise.layers import FORWARD, SDPA, STEP
+from hf_linear_attn.advise.quality import Documents, start_errors
 from hf_linear_attn.measure.crossover import crossover as find_crossover
 from hf_linear_attn.measure.profile import median_ratio, peak_memory
+from hf_linear_attn.registry import get_patcher
 
 __all__ = ["SDPA", "Advice", "AdviceRow", "Crossover", "advise", "crossover_length", "default_lengths", "format_advice"]
 
@@ -86,6 +88,9 @@ class Advice:
         left_out: contenders that could not be run (`"name"`, or `"name at 4096"`), each with the reason.
         scatter: of SDPA's own times at `length`: the range of their middle half over their median.
         machine: what it ran on, and the layers' sizes.
+        errors: of each variant, the relative error of its calibrated start (`advise.quality.start_errors`); empty where
+            no documents were given.
+        limit: tokens that the checkpoint reads as it is.
     """
 
     model: str
@@ -101,6 +106,8 @@ class Advice:
     left_out: dict[str, str] = field(default_factory=dict)
     scatter: float = 0.0
     machine: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    limit: int = 0
 
     def row(self, name: str, length: int) -> AdviceRow | None:
         """The contender's row at a length; None if it could not be run there."""
@@ -133,9 +140,29 @@ class Advice:
         first = next(iter(self.crossovers(work).items()), None)
         return None if first is None or first[1].length is None else first
 
+    def front(self) -> list[str]:
+        """Those that no other beats both in the speed of a forward at `length` and in error, the fastest first.
+
+        SDPA, whose error is 0, ends it. Empty where errors were not measured.
+        """
+        found: list[str] = []
+        least = math.inf
+        for row in self.ranking() if self.errors else ():
+            error = 0.0 if row.name == SDPA else self.errors[row.name]
+            if error < least:
+                least = error
+                found.append(row.name)
+        return found
+
+    def recommendation(self) -> str | None:
+        """The variant that starts closest of those that are faster than SDPA at `length`; None if there is none."""
+        faster = [name for name in self.front() if name != SDPA and self.row(name, self.length).ratio[FORWARD] > 1]  # type: ignore[union-attr]
+        return faster[-1] if faster else None
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, with the rankings and crossovers."""
+        """JSON form, with the rankings, crossovers, the front and the recommendation."""
         data = asdict(self)
+        data["front"], data["recommendation"] = self.front(), self.recommendation()
         data["ranking"] = {work: [row.name for row in self.ranking(work)] for work in self.work}
         data["crossover"] = {
             work: {name: asdict(crossover) for name, crossover in self.crossovers(work).items()} for work in self.work
@@ -186,12 +213,14 @@ def advise(
     dtype: torch.dtype | None = None,
     budget_seconds: float = 90.0,
     repeats: int = 7,
+    documents: Documents | None = None,
     on_step: Callable[[str, int], None] | None = None,
 ) -> Advice:
     """Time softmax and the variants on layers of a model's shape, on this machine.
 
     The contenders take turns, so that a change of the machine's speed falls on all alike, and each round is compared
-    with SDPA's of the same round. Only the config is read: weights are random (time does not depend on them), shared
+    with SDPA's of the same round. Of the checkpoint only the config is read, unless there are documents: the timed
+    weights are random (time does not depend on them), shared
     by all contenders, dropout is off, and a training step includes the gradient of the layers' input. A checkpoint
     with a sliding window is compared without it, as it has to be converted.
 
@@ -209,6 +238,8 @@ def advise(
         budget_seconds: about how long the rounds may take. Each length gets 3, and one that is not kept, whatever
             they take; only 1 once the budget is overspent (a busy machine).
         repeats: most rounds at a length.
+        documents: called with the tokenizer and the most tokens of a document; gives a batch for each of two or more.
+            Each variant's calibrated start is measured on them, against the checkpoint's softmax.
         on_step: called with (contender, length) after each piece of work, for a progress display.
 
     Raises:
@@ -224,6 +255,8 @@ def advise(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     asked = timing.choose_variants(config, variants)
+    if documents is not None and isinstance(model, PreTrainedConfig):
+        raise TypeError("Errors are those of a checkpoint's weights, and a config has none: name the checkpoint.")
     shape = timing.layer_config(config, length, layers)
     models, left_out = timing.build_contenders(shape, asked, place, kind)
     work = (FORWARD, STEP) if training else (FORWARD,)
@@ -242,6 +275,8 @@ def advise(
         name: {kind: peak_memory(partial(timing.WORK[kind], models[name], data), place).bytes for kind in work}
         for name in times
     }
+    ran = [method for method in asked if method.name in times]
+    errors = {} if documents is None else start_errors(os.fspath(model), ran, documents, length)  # type: ignore[arg-type]
     return Advice(
         model=os.fspath(model) if not isinstance(model, PreTrainedConfig) else config.name_or_path or config.model_type,
         family=config.model_type,
@@ -256,6 +291,8 @@ def advise(
         left_out=left_out,
         scatter=max(_scatter(times[SDPA][kind]) for kind in work),
         machine=_machine(shape, place, kind),
+        errors=errors,
+        limit=get_patcher(config.model_type).max_length(config),
     )
 
 
@@ -301,8 +338,13 @@ def _machine(shape: Any, device: torch.device, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def format_advice(advice: Advice) -> str:
-    """The advice as text: a table ranked by the time of a forward at the length asked about, and what follows."""
+def format_advice(advice: Advice, calibration: str = "--calibration auto") -> str:
+    """The advice as text: a table ranked by the time of a forward at the length asked about, and what follows.
+
+    Args:
+        advice: what was measured.
+        calibration: how `hf-linear-attn convert` is told of the documents, for the command to go on with.
+    """
     machine, n = advice.machine, advice.length
     layers = "one layer" if advice.layers == 1 else f"{advice.layers} layers"
     threads = f", {machine['threads']} thread(s)" if machine["threads"] else ""
@@ -331,16 +373,40 @@ def format_advice(advice: Advice) -> str:
             f"SDPA's own times scatter by {advice.scatter:.0%}: this machine is busy, small differences mean little."
         )
     lines += [f"Left out: {name}: {reason}" for name, reason in advice.left_out.items()]
-    lines.append(
-        "Weights are random: how close a variant stays to a checkpoint is what `hf-linear-attn methods` measures."
-    )
+    lines += _recommend(advice, calibration)
     return "\n".join(lines)
+
+
+def _recommend(advice: Advice, calibration: str) -> list[str]:
+    if not advice.errors:
+        return ["How close a variant starts to the checkpoint was not measured: that takes documents (--data FILE)."]
+    lines = [
+        "error: of the calibrated start against the checkpoint's softmax, on documents no longer than it reads, before "
+        "any training (0: softmax, 1: nothing of it). *: none is both faster and closer."
+    ]
+    name = advice.recommendation()
+    if name is None:
+        return [*lines, f"Keep softmax at {advice.length} tokens: no variant is faster here."]
+    row = advice.row(name, advice.length)
+    assert row is not None
+    key = name.partition(" ")[0]
+    words = [f"hf-linear-attn convert {advice.model} {key}"]
+    words += [f"--option {option}={value}" for option, value in advice.options[name].items()]
+    words += [f"--max-length {advice.length}"] if advice.length > advice.limit else []
+    speed = f"{row.ratio[FORWARD]:.2f} times SDPA's speed"
+    return [
+        *lines,
+        f"Closest of the faster ones: {name}, error {advice.errors[name]:.2f}, {speed}:",
+        f"  {' '.join([*words, calibration, f'--output outputs/{key}'])}",
+    ]
 
 
 def _table(advice: Advice) -> list[str]:
     lines = [[f"at {advice.length} tokens"]]
     for work in advice.work:
         lines[0] += [f"{_NAMES[work]} ms", "x SDPA", "pays from", "peak MB"]
+    lines[0] += ["error"] if advice.errors else []
+    front = advice.front()
     crossovers = {work: advice.crossovers(work) for work in advice.work}
     for row in advice.ranking(FORWARD):
         cells = [row.name]
@@ -348,6 +414,9 @@ def _table(advice: Advice) -> list[str]:
             pays = "" if row.name == SDPA else str(crossovers[work][row.name])
             peak = advice.peak_bytes[row.name][work] / 1e6
             cells += [f"{row.seconds[work] * 1e3:.1f}", f"{row.ratio[work]:.2f}", pays, f"{peak:.0f}"]
+        if advice.errors:
+            mark = "*" if row.name in front else " "
+            cells.append(f"{advice.errors.get(row.name, 0.0):.3f}{mark}")
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [

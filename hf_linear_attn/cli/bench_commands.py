@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -109,24 +111,41 @@ def advise_command(
         str | None, typer.Option("--lengths", help="Further lengths to measure, as 512,1024 (default: halves).")
     ] = None,
     training: Annotated[bool, typer.Option(help="Time training steps as well.")] = True,
-    seconds: Annotated[float, typer.Option("--seconds", help="About how long it may measure.")] = 90.0,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="FILE|auto|none",
+            help="Text to measure errors on: files (repeat it), one folder of .txt, auto (bundled documents) or none.",
+        ),
+    ] = None,
+    data_documents: Annotated[
+        int | None, typer.Option("--data-documents", min=2, help="How many of a folder's or the bundled (default: 4).")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long the timing may take.")] = 90.0,
     device: Device = None,
     output: Annotated[Path | None, typer.Option("--output", help="A file for the numbers, as JSON.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
 ) -> None:
-    """Which variant pays on this machine at a length, and below which length none does.
+    """Which variant pays on this machine at a length, how close it starts to the checkpoint, and what to run next.
 
-    Layers of the model's shape are timed, softmax and variants taking turns; no weights are read.
+    Layers of the model's shape are timed, softmax and variants taking turns; then each variant's calibrated start is
+    measured on your documents, half of them to choose it on.
 
-    Example:
+    Examples:
 
         hf-linear-attn advise minilm --length 2048
+
+        hf-linear-attn advise minilm --length 4096 --data my_texts --no-training
     """
     with plain_errors():
         from hf_linear_attn.advise.run import advise, format_advice
+        from hf_linear_attn.cli.calibration_texts import AUTO, NONE, CalibrationTexts
 
         if output is not None:
             check_output_file(output, overwrite)
+        words = data or [AUTO if importlib.util.find_spec("datasets") else NONE]  # of the extra [train]
+        texts = CalibrationTexts(words, data_documents, command="advise", flag="--data")
         advice = advise(
             model,
             length,
@@ -136,10 +155,13 @@ def advise_command(
             training=training,
             device=read_device(device),
             budget_seconds=seconds,
+            documents=texts.batches if texts.wanted else None,
         )
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             write_json(output, advice.to_dict())
-    typer.echo(format_advice(advice))
+    typer.echo(format_advice(advice, " ".join(f"--calibration {shlex.quote(word)}" for word in words)))
+    if texts.wanted:
+        typer.echo(f"Errors on {texts}")
     if output is not None:
         typer.echo(f"Numbers: {output}")

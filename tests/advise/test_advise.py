@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import BertModel, PreTrainedTokenizerFast
 
 from hf_linear_attn import convert_model, list_patchers, list_variants
 from hf_linear_attn.advise import layers as advise_layers
 from hf_linear_attn.advise import run as advise_module
+from hf_linear_attn.advise.quality import start_errors
 from hf_linear_attn.advise.run import (
     SDPA,
     Crossover,
@@ -21,10 +26,11 @@ from hf_linear_attn.advise.run import (
     default_lengths,
     format_advice,
 )
+from hf_linear_attn.calibration import record
 from hf_linear_attn.measure.methods import Method
 from hf_linear_attn.measure.profile import PeakMemory
 from hf_linear_attn.registry import get_patcher, get_variant
-from tests.tiny import tiny_config
+from tests.tiny import build, tiny_config, token_batch
 
 QUICK = {"budget_seconds": 1e-3, "repeats": 1}
 
@@ -117,10 +123,67 @@ def test_text_and_json_say_the_same(known_times):
     assert "Forward: performer is fastest at 512 tokens" in text
     assert "performer pays from 256 tokens or fewer" in text
     assert "Left out: longformer: no such shape" in text
-    assert "methods" in lines[-1]
+    assert "was not measured" in lines[-1]
     data = known_times.to_dict()
     assert data["ranking"]["step"] == table
     assert data["crossover"]["forward"]["efficient"] == {"length": None, "at_most": False}
+
+
+def test_the_front_and_the_recommendation_from_known_errors(known_times):
+    errors = {"linear": 0.5, "performer": 0.7, "efficient": 0.1}
+    advice = dataclasses.replace(known_times, errors=errors)
+    assert advice.front() == ["performer", "linear", SDPA]  # efficient is slower than SDPA, which loses nothing
+    assert advice.recommendation() == "linear"
+    text = format_advice(advice, "--calibration mine.txt")
+    command = (
+        f"hf-linear-attn convert {advice.model} linear --max-length 512 --calibration mine.txt --output outputs/linear"
+    )
+    assert text.splitlines()[-1].strip() == command
+    assert [line.split()[-1] for line in text.splitlines()[3:7]] == ["0.700*", "0.500*", "0.000*", "0.100"]
+    assert advice.to_dict()["recommendation"] == "linear"
+    slower = dataclasses.replace(advice, errors={**errors, "performer": 0.4})
+    assert slower.front() == ["performer", SDPA]
+    assert slower.recommendation() == "performer"
+    assert known_times.front() == []
+    assert known_times.recommendation() is None
+    reads = dataclasses.replace(advice, limit=512)
+    assert "--max-length" not in format_advice(reads)
+
+
+def test_errors_are_those_of_starts_on_documents_that_did_not_choose_them(tmp_path):
+    """Against a conversion of the model, calibrated on the same half and run on the other one."""
+    model = build(BertModel, tiny_config("bert"))
+    batches = [token_batch(batch=1, length=length, seed=seed) for seed, length in enumerate((20, 24, 12, 22))]
+    model.save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")), unk_token="[UNK]"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    asked = []
+
+    def documents(tokenizer, limit):
+        asked.append(limit)
+        return batches
+
+    methods = [Method("linear"), Method("efficient"), Method("longformer", {"window_size": 128})]
+    errors = start_errors(str(tmp_path), methods, documents, 48)
+    assert asked == [48]
+    assert errors["longformer window_size=128"] < 1e-5
+    for key in ("linear", "efficient"):
+        converted = convert_model(copy.deepcopy(model), key, calibration=batches[::2]).eval()
+        found = []
+        for layer, recording in record(converted, batches[1::2]).items():
+            variant, squares = converted.encoder.layer[layer].attention.self.linear_attn, []
+            for inputs, softmax in zip(recording.inputs, recording.outputs, strict=True):
+                with torch.no_grad():
+                    squares.append(((variant(inputs)[0] - softmax).square().sum(), softmax.square().sum()))
+            error, norm = map(sum, zip(*squares, strict=True))
+            found.append((error / norm).sqrt().item())
+        assert errors[key] == pytest.approx(sum(found) / 2, rel=1e-4)
+    with pytest.raises(ValueError, match="two documents at least"):
+        start_errors(str(tmp_path), methods, lambda *_: batches[:1], 48)
+    with pytest.raises(TypeError, match="a config has none"):
+        advise(model.config, 48, documents=documents)
 
 
 def test_where_nothing_pays_the_text_says_so(monkeypatch, clock):
