@@ -19,7 +19,7 @@ from hf_linear_attn.bench.retrieval.tables import about, measured_lengths, verdi
 from hf_linear_attn.bench.retrieval.tables import render_overview as render_overview_of_retrieval
 from hf_linear_attn.bench.speed.recipe import BenchRecipe
 from hf_linear_attn.bench.speed.tables import render_performance
-from hf_linear_attn.bench.starts.tables import leading_numbers, render_overview
+from hf_linear_attn.bench.starts.tables import leading_numbers, render_overview, render_starts
 from hf_linear_attn.cli.listing import KEEPS, by_kind, exact_limit, spell_defaults
 from hf_linear_attn.compare.language_tables import language_table
 from hf_linear_attn.measure.markdown import markdown_table as table
@@ -32,6 +32,8 @@ HEADLINE = RESULTS / "minilm_sotu_long.json"
 LONGER = RESULTS / "minilm_sotu_truncated.json"
 BENCH = ROOT / "recipes" / "bench"
 METHODS = ROOT / "recipes" / "methods" / "results"
+SHARINGS = METHODS / "sharing" / "methods.json"
+SPECTRUM = ROOT / "recipes" / "minilm" / "results" / "spectrum" / "analysis.json"
 EMBEDDERS = ROOT / "recipes" / "minilm" / "results"
 LANGUAGE = ROOT / "recipes" / "smollm2" / "results" / "language.json"
 TIMES = ROOT / ".ci" / "times.json"
@@ -273,6 +275,50 @@ def methods() -> str:
     return "\n\n".join([about, render_overview(data), f"![How far each method starts from softmax]({picture})", more])
 
 
+def sharings() -> str:
+    """Linformer's four sharings, slots that calibration chose, and pooling: errors and parameters."""
+    data = json.loads(SHARINGS.read_text(encoding="utf-8"))
+    meta, documents, regression = data["meta"], data["recipe"]["documents"], data["recipe"]["regression"]
+    seeds = len(data["recipe"]["seeds"])
+    about = (
+        f"{meta['machine']}, {meta['threads']} thread(s), torch {meta['torch']}. Made by `{meta['command']}`. Relative "
+        f"error / mean cosine of all layers' outputs, means over {seeds} seeds (± half the range), "
+        f"with {documents['calibration_tokens']:,} calibration and {documents['test_tokens']:,} test tokens a seed; "
+        f"fitted: after {regression['steps']} steps of the new parameters alone, on the calibration tokens."
+    )
+    tables = [render_starts(data, m["name"], n) for m in data["recipe"]["models"] for n in m["lengths"]]
+    chosen = [row for row in data["rows"] if any("k" in layer for layer in row.get("chosen", {}).values())]
+    lines = []
+    for name in dict.fromkeys(row["method"] for row in chosen):
+        layers = [layer["k"] for row in chosen if row["method"] == name for layer in row["chosen"].values()]
+        sizes = [size for layer in layers for size in (layer if isinstance(layer, list) else [layer])]
+        lines.append(f"`{name}`: {min(sizes)} to {max(sizes)}, mean {sum(sizes) / len(sizes):.0f}")
+    return "\n\n".join([about, *tables, f'Slots that `k="auto"` came to: {"; ".join(lines)}.'])
+
+
+def spectrum() -> str:
+    """Linformer's figure: how much of softmax attention its largest singular values hold, layer by layer."""
+    if not SPECTRUM.is_file():
+        return "`hf-linear-attn analyze minilm --passages 3000 --length 128` measures it on your machine."
+    data = json.loads(SPECTRUM.read_text(encoding="utf-8"))
+    meta, length = data["meta"], data["documents"]["length"]
+    about = (
+        f"{meta['machine']}, {meta['threads']} thread(s), torch {meta['torch']}. Made by `{meta['command']}`: the mean "
+        f"over {data['passages']:,} passages of {length} tokens of `{data['documents']['source']}`. d ln d = "
+        f"{data['d_ln_d']:.0f}."
+    )
+    rows = []
+    for layer, heads in data["spectrum"].items():
+        shares = [sum(head[length // part - 1] for head in heads) / len(heads) for part in (8, 4, 2)]
+        sizes = sorted(sum(share < 0.9 for share in head) + 1 for head in heads)
+        need = f"{sizes[0]} to {sizes[-1]}, mean {sum(sizes) / len(sizes):.0f}"
+        rows.append([layer, *(number(share, 0, 100) + "%" for share in shares), need])
+    parts = [f"largest {length // part} = n / {part}" for part in (8, 4, 2)]
+    picture = SPECTRUM.with_name("spectrum.png").relative_to(ROOT).as_posix()
+    header = ["layer", *parts, "singular values for 90%, over heads"]
+    return "\n\n".join([about, table(header, rows), f"![Spectrum of softmax attention]({picture})"])
+
+
 def guide() -> str:
     """When to use what: what the registry says of each kind of method, beside what was measured."""
     data = json.loads(METHODS.joinpath("methods.json").read_text(encoding="utf-8"))
@@ -329,6 +375,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "language": language,
     "embedders": embedders,
     "methods": methods,
+    "sharings": sharings,
+    "spectrum": spectrum,
     "guide": guide,
     "performance": performance,
     "times": times,
