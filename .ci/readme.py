@@ -298,8 +298,6 @@ def sharings() -> str:
 
 def spectrum() -> str:
     """Linformer's figure: how much of softmax attention its largest singular values hold, layer by layer."""
-    if not SPECTRUM.is_file():
-        return "`hf-linear-attn analyze minilm --passages 3000 --length 128` measures it on your machine."
     data = json.loads(SPECTRUM.read_text(encoding="utf-8"))
     meta, length = data["meta"], data["documents"]["length"]
     about = (
