@@ -3,11 +3,13 @@
 `chunked`: softmax attention itself, in chunks with a running maximum and sum. n^2 d time, O(sqrt n) memory.
 `infini`: causal softmax within segments of s tokens, mixed by a gate per head with linear attention over all
 finished segments: g phi(q_i) M / (phi(q_i) . z) + (1 - g) local_i, M = sum phi(k) v^T, z = sum phi(k), phi = elu + 1,
-g = sigmoid(beta), beta = -8 at start; no gate in the first segment, whose memory is empty. Cost n (s + d) d; decode
-state 2 d (d + 1) + 2 s d. With calibration phi(k) is weighted by exp(scaling * a . k), a the head's mean query or a
+g = sigmoid(beta), beta = -8 at start; no gate in the first segment, whose memory is empty. Of encoders a token sees all
+of its segment, and M holds all other segments, before and behind (own). Cost n (s + d) d; decode state
+2 d (d + 1) + 2 s d. With calibration phi(k) is weighted by exp(scaling * a . k), a the head's mean query or a
 part of it: memory then keeps what all queries attend to, and gates open where that helps.
-`transformer_xl`: causal softmax within segments and over the m tokens before them, without a gradient through these.
-Cost n (s + m) d; decode state 2 (s + m) d. Positions stay the model's: absolute ones go on to the end of its table.
+`transformer_xl`: causal softmax within segments and over the m tokens before them, without a gradient through these;
+of encoders over all of the segment and the m tokens on either side (own). Cost n (s + m) d; decode state
+2 (s + m) d. Positions stay the model's: absolute ones go on to the end of its table.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import nn
 
 from hf_linear_attn.ops.base.compaction import CompactedCall, compact, init_kv_state, kv_state_after
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
+from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.exact.chunked import chunked_softmax_attention
 from hf_linear_attn.ops.exact.segments import gated_memory, segment_attention, segment_layout
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
@@ -40,9 +43,9 @@ class MemoryConfig(VariantConfig):
     """Options of `memory`.
 
     Attributes:
-        form: `"chunked"` (exact, encoders and decoders), `"infini"` or `"transformer_xl"` (decoders only).
+        form: `"chunked"` (exact), `"infini"` or `"transformer_xl"`.
         segment_size: real tokens per segment of the two memories.
-        mem_length: tokens before its segment that a query of `"transformer_xl"` sees.
+        mem_length: tokens before its segment, of encoders also behind it, that a query of `"transformer_xl"` sees.
         chunk_size: tokens per chunk of `"chunked"`; None takes sqrt(n), at least 256.
         variance_reducer: weight the keys in memory of `"infini"` by a calibrated exp(scaling a . k); without
             calibration a is 0.
@@ -80,6 +83,7 @@ class MemoryConfig(VariantConfig):
     ),
     linear_cost=lambda config: config.form != "chunked",
     quadratic="form='chunked', the default: n^2 time, though never n x n memory",
+    not_exported="form='infini' and form='transformer_xl', whose segments are as many as the length has",
 )
 class MemoryAttention(AttentionVariant):
     """Attention of one layer whose memory is linear in n, or constant while decoding.
@@ -88,9 +92,6 @@ class MemoryAttention(AttentionVariant):
     largest key weight in calibration. Decode state: all keys and values (`chunked`), or the last ones that the
     segment in progress needs, their count and, for `infini`, the sums over the finished segments (`memory`) and over
     the one in progress (`pending`), `[B, H, D, D + 1]` each.
-
-    Raises:
-        ValueError: for `infini` or `transformer_xl` on an encoder.
     """
 
     config: MemoryConfig
@@ -99,11 +100,6 @@ class MemoryAttention(AttentionVariant):
 
     def __init__(self, config: MemoryConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        if config.form != "chunked" and not context.is_causal:
-            raise ValueError(
-                f"form={config.form!r} remembers what came before, so it is for decoders; "
-                "the form of memory for encoders is 'chunked'."
-            )
         if config.form == "infini":
             self.beta = nn.Parameter(torch.empty(context.num_heads))
         self.reduces = config.form == "infini" and config.variance_reducer
@@ -173,20 +169,30 @@ class MemoryAttention(AttentionVariant):
             raise ValueError(f"Layer built for is_causal={built}, called with {inputs.is_causal}.")
         if state is not None and (not built or q_len != k_len):
             raise ValueError(f"A decode state needs causal attention and Tq == Tk, got {q_len} and {k_len}.")
-        if built and q_len > k_len:
-            raise ValueError(f"Causal attention needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
+        if (built or self.config.form != "chunked") and q_len > k_len:
+            what = "Causal attention" if built else f"form={self.config.form!r}"
+            raise ValueError(f"{what} needs Tq <= Tk, got Tq={q_len} and Tk={k_len}.")
+        if self.config.form != "chunked" and isinstance(k_len, torch.SymInt) and is_exported():
+            raise ValueError(
+                f"form={self.config.form!r} exports at one length only. Allowed with any length: form='chunked'."
+            )
 
     def _memory(self, inputs: AttentionInputs, call: CompactedCall, state: State | None) -> tuple[torch.Tensor, State]:
-        """The output `[B, H, Tq, D]` of a memory, and its state after the call."""
-        layout = segment_layout(call, self.config.segment_size, aligned=state is None)
-        out = segment_attention(call, layout, memory_length=self.mem_length, scaling=inputs.scaling)
-        kept = call.k.shape[2] - self.config.segment_size + 1 - self.mem_length
+        """The output `[B, H, Tq, D]` of a memory, and its state after the call (of decoders)."""
+        size, k_len, beside = self.config.segment_size, call.k.shape[2], self.mem_length
+        layout = segment_layout(call, size, aligned=state is None)
+        if state is None:  # no more tokens than there are beside a segment
+            beside = min(beside, (k_len - 1) // size * size)
+        common: dict[str, Any] = {"scaling": inputs.scaling, "is_causal": inputs.is_causal}
+        out = segment_attention(call, layout, memory_length=beside, **common)
+        kept = k_len - size + 1 - self.mem_length
         after = {**kv_state_after(call), "key": call.k[:, :, kept:], "value": call.v[:, :, kept:]}
         if self.config.form == "infini":
             k, v = (x[:, :, -call.q.shape[2] :] for x in (call.k, call.v))  # of the new tokens
-            given: dict[str, Any] = {"reducer": (self.query_mean, self.key_peak) if self.reduces else None}
-            given["sums_before"] = None if state is None else (state["memory"], state["pending"])
+            common["reducer"] = (self.query_mean, self.key_peak) if self.reduces else None
+            common["sums_before"] = None if state is None else (state["memory"], state["pending"])
             gate = self.beta.to(accumulation_dtype(v.dtype)).sigmoid()
-            out, sums = gated_memory(out, call.q, k, v, layout, gate, scaling=inputs.scaling, **given)
-            after["memory"], after["pending"] = sums
+            out, sums = gated_memory(out, call.q, k, v, layout, gate, **common)
+            if sums:
+                after["memory"], after["pending"] = sums
         return layout.restore(out), after

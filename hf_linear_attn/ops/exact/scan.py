@@ -38,8 +38,9 @@ def scan(step: Step, sequences: _Tensors, sums: _Tensors, parameters: _Tensors) 
         parameters: the same for all pieces.
     """
     first, count = sequences[0], sequences[0].shape[2]
-    size = max(1, PIECE_ELEMENTS * count // max(1, first.numel()))
-    if size >= count or first.device.type != "cpu" or torch.compiler.is_compiling():
+    whole = first.device.type != "cpu" or torch.compiler.is_compiling()
+    size = count if whole else max(1, PIECE_ELEMENTS * count // max(1, first.numel()))
+    if whole or size >= count:
         return step(slice(0, count), _parts(sequences, slice(0, count)), sums, parameters)
     pieces = [slice(i, min(i + size, count)) for i in range(0, count, size)]
     given = *sequences, *sums, *parameters

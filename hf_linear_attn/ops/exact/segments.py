@@ -101,11 +101,12 @@ def _take(x: torch.Tensor, rank: torch.Tensor, total: torch.Tensor) -> torch.Ten
 
 
 def segment_attention(
-    call: CompactedCall, layout: SegmentLayout, *, memory_length: int, scaling: float
+    call: CompactedCall, layout: SegmentLayout, *, memory_length: int, scaling: float, is_causal: bool = True
 ) -> torch.Tensor:
-    """Causal softmax attention within segments, and over the `memory_length` tokens before each segment.
+    """Softmax attention within segments, and over the `memory_length` tokens before each segment.
 
-    No gradient flows to keys and values through that memory: they are constants of an earlier segment, as in
+    Causal attention sees its segment up to itself; else a token sees all of its segment, and as many tokens behind the
+    segment as before it. No gradient flows to keys and values of other segments: they are constants, as in
     Transformer-XL, arXiv:1901.02860.
 
     Returns:
@@ -113,21 +114,27 @@ def segment_attention(
     """
     batch = call.k.shape[0]
     q = _by_segment(layout.cut(call.q))
-    if layout.aligned and not memory_length:  # slots of queries and keys are the same
+    filled = layout.plain and layout.rank[0].numel() == call.k.shape[2]  # each slot holds a token
+    if layout.aligned and not memory_length and (is_causal or filled):  # slots of queries and keys are the same
         k, v = (_by_segment(layout.cut(x)) for x in (call.k, call.v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scaling)
         return out.unflatten(0, (batch, -1)).transpose(1, 2)
     first, device = layout.begin[..., None], layout.begin.device
-    own = first + torch.arange(layout.size, device=device)
-    earlier = first - memory_length + torch.arange(memory_length, device=device)
-    rank = torch.cat([earlier, own], -1)  # [B or 1, N, M + S]
-    seen = (rank >= 0)[:, :, None] & (rank[:, :, None] <= layout.rank[..., None])
-    seen = seen | ~layout.real[..., None]  # a slot without a token sees all: some backends make nan of none
-    mask = seen.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    own, beside = first + torch.arange(layout.size, device=device), torch.arange(memory_length, device=device)
+    places = [first - memory_length + beside, own, first + layout.size + beside]
+    places = [own] if not memory_length else places[: 2 if is_causal else 3]
+    rank = torch.cat(places, -1)  # [B or 1, N, M + S], of encoders M + S + M
+    if is_causal:
+        seen = (rank >= 0)[:, :, None] & (rank[:, :, None] <= layout.rank[..., None])
+        seen = seen | ~layout.real[..., None]  # a slot without a token sees all: some backends make nan of none
+    else:
+        seen = ((rank >= 0) & (rank < layout.total[:, None, None]))[:, :, None]
+        seen = seen | ~seen.any(-1, keepdim=True)
+    mask = seen.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # [B N, 1, W or 1, keys]
 
     def keys(x: torch.Tensor) -> torch.Tensor:
-        parts = [_take(x.detach(), earlier, layout.total)] if memory_length else []
-        return _by_segment(torch.cat([*parts, _take(x, own, layout.total)], 3))
+        parts = [_take(x if place is own else x.detach(), place, layout.total) for place in places]
+        return _by_segment(torch.cat(parts, 3))
 
     out = F.scaled_dot_product_attention(q, keys(call.k), keys(call.v), attn_mask=mask, scale=scaling)
     return out.unflatten(0, (batch, -1)).transpose(1, 2)
@@ -149,8 +156,12 @@ def gated_memory(
     reducer: tuple[torch.Tensor, torch.Tensor] | None,
     scaling: float,
     sums_before: _Tensors | None = None,
+    is_causal: bool = True,
 ) -> tuple[torch.Tensor, _Tensors]:
     """g memory + (1 - g) local, Infini-attention, arXiv:2404.07143; local alone while no segment is finished.
+
+    Without causality the memory of a segment holds all others, those behind it too, and local stands alone in a
+    sequence of one segment.
 
     Args:
         local: attention within the segments, by slot `[B, H, N, W, D]`.
@@ -161,26 +172,65 @@ def gated_memory(
         scaling: factor of the logits.
         sums_before: before the call, sums phi(k) [v, 1]^T over the finished segments and over the one in progress,
             `[B, H, D, D + 1]` each; None for a call that begins the sequence.
+        is_causal: whether the memory holds earlier segments alone.
 
     Returns:
-        the output by slot, and both sums after the call.
+        the output by slot, and both sums after the call; none of them without causality.
     """
     dtype = accumulation_dtype(v.dtype)
-    if sums_before is None:
-        zero = v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1] + 1, dtype=dtype)
-        sums_before = zero, zero
 
-    def step(segments: slice, parts: _Tensors, sums: _Tensors, parameters: _Tensors) -> tuple[torch.Tensor, _Tensors]:
-        (local, q, k, v), own, (g,) = parts, layout.part(segments), parameters
+    def key_features(k: torch.Tensor, own: SegmentLayout) -> torch.Tensor:
         weight = own.real[:, None, ..., None].to(dtype)
         if reducer is not None:
             weight = weight * bounded_key_weight(k.flatten(2, 3), *reducer, scaling).unflatten(2, k.shape[2:4])
-        read, *after = memory_attention(elu_features(q)[0], elu_features(k)[0] * weight, v.to(dtype), own, sums)
-        g = g.to(dtype)[:, None, None, None].masked_fill((own.begin == 0)[:, None, :, None, None], 0)
-        return torch.lerp(local.to(dtype), read, g).to(local.dtype), tuple(after)
+        return elu_features(k)[0] * weight
+
+    def mix(local: torch.Tensor, read: torch.Tensor, g: torch.Tensor, is_empty: torch.Tensor) -> torch.Tensor:
+        g = g.to(dtype)[:, None, None, None].masked_fill(is_empty[:, None, :, None, None], 0)
+        return torch.lerp(local.to(dtype), read, g).to(local.dtype)
+
+    def step(segments: slice, parts: _Tensors, sums: _Tensors, parameters: _Tensors) -> tuple[torch.Tensor, _Tensors]:
+        (local, q, k, v), own = parts, layout.part(segments)
+        read, *after = memory_attention(elu_features(q)[0], key_features(k, own), v.to(dtype), own, sums)
+        return mix(local, read, parameters[0], own.begin == 0), tuple(after)
+
+    def read_others(
+        segments: slice, parts: _Tensors, _: _Tensors, parameters: _Tensors
+    ) -> tuple[torch.Tensor, _Tensors]:
+        (local, q, others), own = parts, layout.part(segments)
+        alone = (own.total <= own.size)[:, None]
+        return mix(local, _read(elu_features(q)[0], others), parameters[0], alone), ()
 
     with torch.autocast(v.device.type, enabled=False):
-        return scan(step, (local, *(layout.cut(x) for x in (q, k, v))), sums_before, (gate,))
+        q, k, v = (layout.cut(x) for x in (q, k, v))
+        if not is_causal:
+            k, v = k.contiguous(), v.contiguous()  # worth a copy, as in the pieces of a scan
+            others = _sums_of_others(_segment_sums(key_features(k, layout), v.to(dtype)))
+            return scan(read_others, (local, q, others), (), (gate,))
+        if sums_before is None:
+            zero = v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1] + 1, dtype=dtype)
+            sums_before = zero, zero
+        return scan(step, (local, q, k, v), sums_before, (gate,))
+
+
+def _segment_sums(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Sums phi(k) [v, 1]^T of each segment, `[B, H, N, F, D + 1]`."""
+    # Matrix products dislike a width of D + 1, and backward passes gradients of the features that lie transposed.
+    return torch.cat([(v.mT @ k).mT, k.sum(-2)[..., None]], -1)
+
+
+def _sums_of_others(sums: torch.Tensor) -> torch.Tensor:
+    """For each segment the sums over all others: those before and those behind, not a difference of large numbers."""
+    nothing = torch.zeros_like(sums[:, :, :1])
+    before = torch.cat([nothing, sums[:, :, :-1]], 2).cumsum(2)
+    behind = torch.cat([sums[:, :, 1:], nothing], 2).flip(2).cumsum(2).flip(2)
+    return before + behind
+
+
+def _read(q: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Linear attention of features `[B, H, N, W, F]` over the sums of their segment; 0 where these are 0."""
+    denominator = (q * sums[..., None, :, -1]).sum(-1, keepdim=True)
+    return q @ sums[..., :-1] / denominator.clamp(min=TINY)
 
 
 def memory_attention(
@@ -198,12 +248,10 @@ def memory_attention(
         the output by slot `[B, H, N, W, D]`, 0 while no segment is finished, and both sums after these segments.
     """
     memory, pending = sums_before
-    # Matrix products dislike a width of D + 1, and backward passes gradients of the features that lie transposed.
-    sums = torch.cat([(v.mT @ k).mT, k.sum(-2)[..., None]], -1)  # [B, H, N, F, D + 1]
+    sums = _segment_sums(k, v)
     sums = torch.cat([sums[:, :, :1] + pending[:, :, None], sums[:, :, 1:]], 2)
     before = torch.cat([memory[:, :, None], sums[:, :, :-1]], 2).cumsum(2)
-    denominator = (q * before[..., None, :, -1]).sum(-1, keepdim=True)
-    output = q @ before[..., :-1] / denominator.clamp(min=TINY)
+    output = _read(q, before)
     finished = (layout.begin + layout.size <= layout.total[:, None])[:, None, :, None, None]
     memory = memory + sums.masked_fill(~finished, 0).sum(2)
     return output, memory, sums.masked_fill(finished, 0).sum(2)

@@ -60,6 +60,22 @@ def test_rows_see_their_segment_and_the_tokens_just_before_it(past, memory, padd
     torch.testing.assert_close(output[valid], expected[valid])
 
 
+@pytest.mark.parametrize("length", [8, 11])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("memory", [0, 3])
+def test_rows_of_encoders_see_their_segment_and_the_tokens_on_either_side(memory, padded, length):
+    call = draw(length, padded=padded)
+    layout = segment_layout(call, SIZE, aligned=True)
+    found = segment_attention(call, layout, memory_length=memory, scaling=0.5, is_causal=False)
+    key, row = call.rank.expand(2, -1)[:, None], call.rank.expand(2, -1)[..., None]
+    begin = row // SIZE * SIZE
+    seen = (key >= 0) & (key >= begin - memory) & (key < begin + SIZE + memory)
+    logits = (call.q @ call.k.mT * 0.5).masked_fill(~seen[:, None], -torch.inf)
+    output, expected = layout.restore(found), logits.softmax(-1).nan_to_num(0.0) @ call.v
+    valid = (row[..., 0] >= 0)[:, None, :, None].expand_as(output)
+    torch.testing.assert_close(output[valid], expected[valid])
+
+
 def test_memory_holds_finished_segments_alone():
     call = draw(padded=False)
     layout = segment_layout(call, SIZE, aligned=True)
