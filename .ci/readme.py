@@ -332,8 +332,8 @@ def guide() -> str:
             says = [spec.guide[1] if spec.guide else spec.title, KEEPS[spec.state]]
             row = [f"`{spec.key}`", *says, "as a limit" if spec.exact_limit else "never"]
             for model in models:
-                if (spec.key, model) not in measured:  # its side is refused
-                    row += ["refused"] * 2
+                if (spec.key, model) not in measured:  # by the run whose results these are
+                    row += ["not measured" if spec.encoder and spec.decoder else "refused"] * 2
                     continue
                 error, speeds = measured[spec.key, model]
                 row += [number(error, 3), ", ".join(f"{speeds[n]:.2f}x" if n in speeds else "n²" for n in (2048, 8192))]

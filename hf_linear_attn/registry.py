@@ -67,6 +67,7 @@ class VariantSpec:
         quadratic: what of it takes time quadratic in the length, for the table of methods: options, or "always".
         masked_export: whether a program exported from an encoder computes all pairs of tokens behind a mask, in time
             and memory quadratic in the length, because its blocks have no form for every length.
+        any_length: whether an encoder exports with a dynamic length.
         not_exported: options that are refused where the length of an exported program is dynamic, and why.
         kernel: the Triton kernel that can run it on a GPU, e.g. `"linear_attention"`; "" where there is none.
         kernel_sides: the sides whose attention the kernel runs.
@@ -92,6 +93,7 @@ class VariantSpec:
     linear_cost: bool | Callable[[Any], bool] = True
     quadratic: str = ""
     masked_export: bool = False
+    any_length: bool = True
     not_exported: str = ""
     kernel: Literal["", "linear_attention", "gated_linear_attention", "block_sparse"] = ""
     kernel_sides: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from hf_linear_attn.ops.features.named import registered_names, unregister_feature_map
+from hf_linear_attn.registry import VARIANTS, list_variants, register_variant
+from hf_linear_attn.variants.base import AttentionVariant, VariantConfig
 
 _TESTS = itertools.count()
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -76,3 +78,25 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReque
         return connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def past_only() -> Iterator[str]:
+    """The key of a method that serves decoders only, which none of the package does."""
+    list_variants()  # all are registered before
+
+    @register_variant(
+        "past_only",
+        config=VariantConfig,
+        title="Past only",
+        paper="none",
+        cost="n d",
+        state="kv",
+        encoder=False,
+        refusal="past_only looks back; use 'linear' on encoders.",
+    )
+    class PastOnly(AttentionVariant):
+        pass
+
+    yield PastOnly.spec.key
+    VARIANTS.unregister("past_only")

@@ -15,8 +15,12 @@ from tests.tiny import base_model, small_options, token_batch
 # (batch, length): none is the example's, some below and some above a block, a window and a number of landmarks.
 EXAMPLE = (2, 24)
 SHAPES = ((1, 7), (3, 40), (2, 65), (4, 18), (1, 130), (5, 33))
-# The first of their test options, pattern="fixed" and form="infini", are refused.
-OPTIONS = {"sparse": {"pattern": "strided", "stride": 8}, "memory": {"form": "chunked"}}
+# The first of their test options are refused: pattern="fixed", form="infini" and gate=True.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "memory": {"form": "chunked"},
+    "rfa": {"variance_reducer": False},
+    "sparse": {"pattern": "strided", "stride": 8},
+}
 
 
 class LastHiddenState(nn.Module):

@@ -216,6 +216,7 @@ def test_list_tells_everything_about_one_variant() -> None:
     assert "Did you mean 'linear'" in runner.invoke(app, ["list", "lineer"]).output
 
 
+@pytest.mark.usefixtures("past_only")
 def test_report_measures_a_saved_conversion_and_one_in_memory_alike(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     documents = save_documents(tmp_path / "documents", words=(40, 90))
@@ -240,7 +241,7 @@ def test_report_measures_a_saved_conversion_and_one_in_memory_alike(tmp_path: Pa
         ("checkpoint",): "name what to convert it to, --variant KEY",
         ("converted", "--variant", "linear"): "is a converted model: leave --variant",
         ("checkpoint", "--variant", "linear", "--layers", "1;2"): "--layers takes integers with commas",
-        ("checkpoint", "--variant", "retention"): "serves decoders only",
+        ("checkpoint", "--variant", "past_only"): "serves decoders only",
     }
     for (name, *extra), message in mistakes.items():
         result = runner.invoke(app, ["report", str(tmp_path / name), *extra, *common, "--output", str(tmp_path / "x")])
@@ -248,12 +249,13 @@ def test_report_measures_a_saved_conversion_and_one_in_memory_alike(tmp_path: Pa
         assert message in result.output
 
 
+@pytest.mark.usefixtures("past_only")
 def test_analyze_names_what_it_refuses(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
-    arguments = ["analyze", str(checkpoint), "--methods", "retention", "--output", str(tmp_path / "x")]
+    arguments = ["analyze", str(checkpoint), "--methods", "past_only", "--output", str(tmp_path / "x")]
     result = runner.invoke(app, [*arguments, "--documents", str(save_documents(tmp_path / "d"))])
     assert result.exit_code == 1
-    assert "'retention' does not serve encoders" in result.output
+    assert "'past_only' does not serve encoders" in result.output
     alone = [*arguments, "--passages", "3", "--documents", str(tmp_path / "d")]
     assert "no --methods and no --layers" in runner.invoke(app, alone).output
 
@@ -272,6 +274,7 @@ def test_convert_writes_a_model_that_reads_longer_documents(tmp_path: Path) -> N
     assert model.config.max_position_embeddings == 256
 
 
+@pytest.mark.usefixtures("past_only")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -289,7 +292,7 @@ def test_convert_writes_a_model_that_reads_longer_documents(tmp_path: Path) -> N
         (["bench", "SMOKE", "--threads", "0"], "threads has 0; allowed: positive integers"),
         (["advise", "CHECKPOINT", "--length", "0"], "length=0; allowed: an integer of at least 1"),
         (["advise", "CHECKPOINT", "--length", "64", "--device", "tpu"], "--device takes cpu or cuda, got 'tpu'"),
-        (["advise", "CHECKPOINT", "--length", "64", "--variants", "gated"], "'gated' does not serve"),
+        (["advise", "CHECKPOINT", "--length", "64", "--variants", "past_only"], "'past_only' does not serve"),
         (["advise", "CHECKPOINT", "--length", "64", "--lengths", "16;32"], "--lengths takes integers with commas"),
     ],
 )

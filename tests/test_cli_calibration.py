@@ -130,6 +130,7 @@ def test_what_replaced_the_bundled_documents_is_said(
     assert "Fallback: the State of the Union addresses could not be had" in said
 
 
+@pytest.mark.usefixtures("past_only")
 def test_nothing_is_read_before_everything_else_is_right(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +138,7 @@ def test_nothing_is_read_before_everything_else_is_right(
         raise AssertionError("documents were fetched for a call that cannot succeed")
 
     monkeypatch.setattr("hf_linear_attn.data.documents.load_documents", fetched)
-    for words in (["linear", "--layers", "7"], ["linear", "--max-length", "8"], ["retention"]):
+    for words in (["linear", "--layers", "7"], ["linear", "--max-length", "8"], ["past_only"]):
         result = runner.invoke(app, ["convert", str(checkpoint), *words, "--output", str(tmp_path / "out")])
         assert result.exit_code == 1
         assert result.output.splitlines()[-1].startswith("Error: ")

@@ -112,7 +112,7 @@ CONVERT = {
     "convert unknown_family linear --output out": "brot",
     "convert unknown_class linear --output out": "the class 'BrotModel', which Transformers does not have",
     "convert model lineer --output out": "Did you mean 'linear'",
-    "convert model retention --output out": "decoders only",
+    "convert model past_only --output out": "decoders only",
     "convert model longformer --output out --option window_size=[1": "the value is not YAML",
     "convert model longformer --output out --option window_size=-4": "window_size=-4",
     "convert model longformer --output out --option window_size=many": "window_size='many'",
@@ -349,6 +349,7 @@ def check(line: str, message: str, place: Path, monkeypatch: pytest.MonkeyPatch)
     assert not made
 
 
+@pytest.mark.usefixtures("past_only")
 @pytest.mark.parametrize("line", CONVERT)
 def test_convert(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(line, CONVERT[line], place, monkeypatch)

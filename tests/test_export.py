@@ -14,7 +14,7 @@ from tests.exporting import LastHiddenState, encoder, export, inputs, largest_er
 from tests.tiny import FAMILIES, base_model, is_causal, representative_variants, small_options, token_batch
 
 PAGE = Path(__file__).parents[1] / "docs" / "export.md"
-VARIANTS = list_variants(encoder=True)
+VARIANTS = [key for key in list_variants(encoder=True) if get_variant(key).any_length]
 OTHER_FAMILIES = [
     (variant, family)
     for family in FAMILIES
@@ -90,6 +90,16 @@ def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(blocks) >= 3
     for block in blocks:
         exec(block, names)
+
+
+@pytest.mark.parametrize("variant", ["gated", "retention", "rfa"])
+def test_decay_in_both_directions_exports_at_one_length(variant: str) -> None:
+    model = LastHiddenState(convert_model(base_model("bert"), variant, **small_options(variant, "bert"))).eval()
+    with pytest.raises(ValueError, match="exports at one length only"):
+        export(model, masked=True)
+    if variant == "retention":
+        args = inputs(2, 24, masked=True)
+        torch.testing.assert_close(torch.export.export(model, args, strict=False).module()(*args), model(*args))
 
 
 def test_a_pattern_without_a_form_for_every_length_is_refused() -> None:

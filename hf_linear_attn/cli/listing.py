@@ -83,6 +83,7 @@ def by_kind(specs: Iterable[VariantSpec]) -> dict[str, list[VariantSpec]]:
 def exported_form(spec: VariantSpec) -> str:
     """What a program exported from an encoder computes."""
     form = "all pairs of tokens behind a mask, quadratic in length" if spec.masked_export else "the method as it runs"
+    form = form if spec.any_length else f"{form}, at one length only"
     return f"{form}; refused: {spec.not_exported}" if spec.not_exported else form
 
 

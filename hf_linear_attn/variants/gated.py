@@ -5,6 +5,10 @@ alpha_i = sigmoid(x_i W_1 W_2 + b)^(1/16) per feature, x the layer's input. GLA'
 such normalizer: o_i = scaling q_i S_i. Cost n f d; decode state f (d + 1) numbers a head, d^2 with the identity.
 Only the attention of GLA: its output gate and norm would change what the checkpoint's next layer receives.
 
+Encoders read in both directions by the same gates: the sums of a second scan, from the end, join S and z before the
+quotient, each token's own key once (`ops.linear.both_ways`). ViG (arXiv:2405.18425), a GLA for images, reads in both
+directions too, with gates of their own.
+
 With calibration each head takes the decay (in b), and a mean query a that weights phi(k) by exp(scaling * a . k),
 that bring it closest to softmax.
 """
@@ -15,6 +19,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +42,6 @@ from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, Laye
 
 __all__ = ["GatedConfig", "GatedLinearAttention"]
 
-REFUSAL = (
-    "gated forgets as it goes from token to token, which bidirectional attention has no direction for; "
-    "use 'linear', the same method without gates, on encoders."
-)
 INITS = ("undecayed", "published")
 # What calibration tries as -log alpha: memories of 1 to 1024 tokens.
 RATES = (1.0, 0.5, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)
@@ -79,11 +80,11 @@ class GatedConfig(VariantConfig):
     title="Gated linear attention (GLA)",
     paper="Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635",
     cost="n f d",
-    guide=("recurrent", "decoders trained on much text: what is forgotten depends on the token"),
+    guide=("recurrent", "much training: what is forgotten depends on the token"),
     state="constant",
     kernel="gated_linear_attention",
-    encoder=False,
-    refusal=REFUSAL,
+    kernel_sides=("decoder",),
+    any_length=False,
     test_options=(
         {"init": "published", "gate_rank": 4},
         {"init": "published", "feature_map": "identity"},
@@ -100,8 +101,6 @@ class GatedLinearAttention(AttentionVariant):
 
     def __init__(self, config: GatedConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        if not context.is_causal:
-            raise ValueError(REFUSAL)
         heads, dim = context.num_heads, context.head_dim
         self.normalized = config.feature_map != "identity"
         self.reduces = config.variance_reducer and self.normalized
@@ -132,14 +131,15 @@ class GatedLinearAttention(AttentionVariant):
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose bias and mean query in each head by its error against softmax on these inputs."""
-        rows, scaling = collect_rows(batches), batches[0].scaling
+        rows, scaling, is_causal = collect_rows(batches), batches[0].scaling, self.context.is_causal
         hidden = [dataclasses.replace(x, query=h, key=h, value=h) for x in batches for h in [_hidden(x)[:, None]]]
         hidden_of = {id(row): h[:, 0] for row, (h, _, _) in zip(rows, collect_rows(hidden), strict=True)}
 
         def attend(row: Row) -> torch.Tensor:
-            return self(AttentionInputs(*row, is_causal=True, scaling=scaling, hidden_states=hidden_of[id(row)]))[0]
+            given: dict[str, Any] = {"is_causal": is_causal, "scaling": scaling, "hidden_states": hidden_of[id(row)]}
+            return self(AttentionInputs(*row, **given))[0]
 
-        errors = error_meter(attend, rows, is_causal=True, scaling=scaling)
+        errors = error_meter(attend, rows, is_causal=is_causal, scaling=scaling)
         known = None
         if self.reduces:
             means = reducer_starts(*head_tokens(rows), centered=False)

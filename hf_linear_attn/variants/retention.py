@@ -4,6 +4,10 @@ S_i = gamma S_{i-1} + phi(k_i) v_i^T, z_i = gamma z_{i-1} + phi(k_i), o_i = phi(
 RetNet's own kernel, the identity, has no such normalizer: o_i = scaling q_i S_i. Cost n f d; decode state
 f (d + 1) numbers a head, d^2 with the identity. gamma = 1 is the linear transformer.
 
+Encoders read in both directions, weights gamma^|i - j|: the sums of a second scan, from the end, join S and z before
+the quotient, each token's own key once (`ops.linear.both_ways`), as bidirectional RetNets for images do (RMT,
+arXiv:2309.11523).
+
 With calibration each head takes the decay, and a mean query a that weights phi(k) by exp(scaling * a . k), that
 bring it closest to softmax.
 """
@@ -26,10 +30,6 @@ from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, Laye
 
 __all__ = ["RetentionAttention", "RetentionConfig"]
 
-REFUSAL = (
-    "retention weighs a key by how far it lies in the past, which bidirectional attention has no notion of; "
-    "use 'linear', the same method without decay, on encoders."
-)
 INITS = ("undecayed", "published")
 # What calibration tries as -log gamma: memories of 1 to 1024 tokens.
 RATES = (1.0, 0.5, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)
@@ -68,11 +68,11 @@ class RetentionConfig(VariantConfig):
     title="Retention (RetNet)",
     paper="Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621",
     cost="n f d",
-    guide=("recurrent", "decoders trained on much text: weights fall by a fixed rate in each head"),
+    guide=("recurrent", "much training: weights fall by a fixed rate in each head"),
     state="constant",
     kernel="linear_attention",
-    encoder=False,
-    refusal=REFUSAL,
+    kernel_sides=("decoder",),
+    any_length=False,
     test_options=(
         {"init": "published", "learnable": False},
         {"init": "published", "feature_map": "identity"},
@@ -90,8 +90,6 @@ class RetentionAttention(AttentionVariant):
 
     def __init__(self, config: RetentionConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        if not context.is_causal:
-            raise ValueError(REFUSAL)
         self.normalized = config.feature_map != "identity"
         self.reduces = config.variance_reducer and self.normalized
         self.num_features = feature_width(config.feature_map, context.head_dim)

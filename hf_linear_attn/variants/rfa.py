@@ -3,7 +3,8 @@
 Softmax of normalized queries and keys at a temperature, exp(x.y / tau^2) for x = q / |q|, y = k / |k|, through random
 features of W x, W = omega sigma / tau with Gaussian omega and learned sigma: `arccos` relu(W x), a kernel of its own;
 `sincos` [cos W x, sin W x] / sqrt(m); `positive` exp(W x - |sigma x|^2 / 2 tau^2) / sqrt(m), which both estimate it.
-Decoders may have a gate g = sigmoid(w . x + b) of each token and head: S <- g S + (1 - g) phi(k) v^T, z likewise.
+There may be a gate g = sigmoid(w . x + b) of each token and head: S <- g S + (1 - g) phi(k) v^T, z likewise; with it
+encoders read in both directions, the sums joined before the quotient, own keys once (`ops.linear.both_ways`).
 Cost n m d; decode state f (d + 1) numbers a head, f = m, or 2m for `sincos`.
 
 With calibration tau^2 = 1 / (scaling E|q||k|), the scale of the checkpoint's logits, or a multiple of it; keys are
@@ -43,7 +44,7 @@ class RFAConfig(VariantConfig):
     Attributes:
         kernel: random features, `"arccos"`, `"sincos"` (of both signs: for small logits only) or `"positive"`.
         num_features: random directions m; `sincos` makes two features of each.
-        gate: forget with a learned gate; decoders only.
+        gate: forget with a learned gate.
         variance_reducer: use the calibrated key weights and centers; without calibration they change nothing.
         seed: of the directions, which are saved with the model.
     """
@@ -71,6 +72,7 @@ class RFAConfig(VariantConfig):
     guide=("kernel", "random features of one of several kernels; with its gate, a state that forgets"),
     state="constant",
     kernel="linear_attention",
+    not_exported="gate=True, whose sums go from chunk to chunk",
     test_options=({"kernel": "positive", "num_features": 24, "gate": True}, {"variance_reducer": False}),
 )
 class RFAAttention(AttentionVariant):
@@ -88,8 +90,6 @@ class RFAAttention(AttentionVariant):
 
     def __init__(self, config: RFAConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        if config.gate and not context.is_causal:
-            raise ValueError("gate=True; allowed for encoders: False (forgetting has a direction).")
         heads, dim = context.num_heads, context.head_dim
         self.sigma = nn.Parameter(torch.empty(heads, dim))
         if config.gate:

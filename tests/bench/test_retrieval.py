@@ -61,7 +61,7 @@ def save_planted(folder: Path) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> RetrievalRecipe:
+def recipe(tmp_path: Path, past_only: str) -> RetrievalRecipe:
     return RetrievalRecipe(
         model=str(save_checkpoint(tmp_path / "tiny")),
         documents=DocumentsRecipe(str(save_planted(tmp_path / "documents")), min_tokens=300),
@@ -80,7 +80,7 @@ def recipe(tmp_path: Path) -> RetrievalRecipe:
             SystemRecipe(variant={"longformer": {"window_size": 8}}),
             SystemRecipe(variant="linear"),
             SystemRecipe(variant="linear", start="published", extend="interpolate"),
-            SystemRecipe(variant="gated"),
+            SystemRecipe(variant=past_only),
         ],
     )
 
@@ -278,7 +278,7 @@ def test_truncation_fails_where_documents_begin_alike_and_reading_all_succeeds(
     for length in (512, 256):
         assert long["truncated", length]["top1"]["mean"] == 0  # every document is the same to it
         assert long["truncated", length]["tokens_read"] == LIMIT
-        assert "decoder" in long["gated", length]["refused"]
+        assert "decoder" in long["past_only", length]["refused"]
     tails = (400 - 16) / 600  # passages that lie beyond the common beginning, about
     for name in ("softmax, longer table", "chunk and average", "longformer window_size=8", "linear"):
         row = long[name, 512]
@@ -292,11 +292,11 @@ def test_truncation_fails_where_documents_begin_alike_and_reading_all_succeeds(
     assert set(short["linear"]["top1_less"]) == {"checkpoint"}
     cost = {(row["system"], row["length"]): row for row in results["rows"] if row["kind"] == "cost"}
     assert cost["softmax, longer table", 512]["seconds"] > cost["truncated", 512]["seconds"] > 0
-    assert "refused" in cost["gated", 512]
+    assert "refused" in cost["past_only", 512]
 
     text = render_retrieval(results)
     assert "21 passages of 16 tokens, 3 of each of 7 documents" in text
-    assert "gated (512 tokens): " in text
+    assert "past_only (512 tokens): " in text
     assert "*truncated* finds 0.000; above it all 4 that read 512 tokens at a time." in verdict(results, 512)
     assert "*chunk and average* converts nothing" in verdict(results, 512)
     assert "| `truncated` | 64 | 0.000 [0.000, 0.000] |" in render_overview(results, 256)

@@ -34,11 +34,11 @@ from hf_linear_attn.measure.methods import Method
 from tests.small_runs import save_checkpoint, save_documents
 
 ROOT = Path(__file__).parents[2]
-ONLY = ["longformer", "performer", "gated"]
+ONLY = ["longformer", "performer", "past_only"]  # the last one a decoder's
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> MethodsRecipe:
+def recipe(tmp_path: Path, past_only: str) -> MethodsRecipe:
     checkpoint = save_checkpoint(tmp_path / "tiny")
     documents = save_documents(tmp_path / "documents", words=(40, 90))
     return MethodsRecipe(
@@ -59,10 +59,10 @@ def test_a_run_measures_every_method_and_stage(recipe: MethodsRecipe, tmp_path: 
     results = measure_methods(recipe, tmp_path / "out", only=ONLY, command="test", say=silent)
     assert json.loads(json.dumps(results)) == results
     starts = [row for row in results["rows"] if row["kind"] == "start"]
-    names = [UNIFORM, "gated", "longformer window_size=4", "longformer window_size=8", "performer"]
+    names = [UNIFORM, "longformer window_size=4", "longformer window_size=8", "past_only", "performer"]
     assert [row["method"] for row in starts] == names * 2
     by_name = {(row["method"], row["seed"]): row for row in starts}
-    assert by_name["gated", 0]["refused"] == get_variant("gated").refusal
+    assert by_name["past_only", 0]["refused"] == get_variant("past_only").refusal
     narrow, wide = by_name["longformer window_size=4", 0], by_name["longformer window_size=8", 0]
     assert narrow["published"]["error"] > wide["published"]["error"]
     assert narrow["calibrated"] is None  # a window has nothing to calibrate
@@ -75,7 +75,7 @@ def test_a_run_measures_every_method_and_stage(recipe: MethodsRecipe, tmp_path: 
     assert {(row["method"], row["length"]) for row in costs if "ratio" in row} == {
         (name, length) for name in ("longformer window_size=4", "performer") for length in (16, 48)
     }
-    assert {row["method"] for row in costs if "refused" in row} == {"gated"}
+    assert {row["method"] for row in costs if "refused" in row} == {"past_only"}
 
 
 def test_sharings_are_compared_by_parameters_and_fitted_together(recipe: MethodsRecipe, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hf_linear_attn.variants.gated import GatedConfig, GatedLinearAttention
 
 SCALING = 0.3
 HEADS, DIM = 3, 8
+SIDES = pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
 
 
 def build(causal=True, *, layer_idx=0, **options):
@@ -26,32 +27,36 @@ def draw(length, *, dtype=torch.float64):
 
 
 def attend(module, q, k, v, hidden, padding=None, state=None):
-    return module(AttentionInputs(q, k, v, padding, True, SCALING, hidden), state)
+    return module(AttentionInputs(q, k, v, padding, module.context.is_causal, SCALING, hidden), state)
 
 
 def recurrence(module, q, k, v, hidden, padding=None):
-    """Token by token; the gate opens sigmoid(x W_1 W_2 + b)^(1/16)."""
+    """Token by token; the gate opens sigmoid(x W_1 W_2 + b)^(1/16). Encoders read from the end too, but own keys."""
     identity = module.config.feature_map == "identity"
     q, k = (x * SCALING**0.5 if identity else torch.nn.functional.elu(x * SCALING**0.5) + 1 for x in (q, k))
     gate = hidden @ module.gate_down.double().mT @ module.gate_up.double().mT
     alpha = (gate.unflatten(-1, (HEADS, DIM)) + module.gate_bias.double()).sigmoid() ** (1 / 16)  # [B, T, H, D]
-    output = torch.zeros_like(v)
-    for b in range(v.shape[0]):
-        s, z = v.new_zeros(HEADS, DIM, DIM), v.new_zeros(HEADS, DIM)
-        for t in range(v.shape[2]):
-            if padding is None or padding[b, t]:
-                s = alpha[b, t][..., None] * s + k[b, :, t, :, None] * v[b, :, t, None]
-                z = alpha[b, t] * z + k[b, :, t]
-                read = (q[b, :, t, :, None] * s).sum(1)
-                output[b, :, t] = read if identity else read / (q[b, :, t] * z).sum(-1, keepdim=True)
-    return output
+    numerator, denominator = torch.zeros_like(v), torch.zeros_like(v[..., :1])
+    for own in (True,) if module.context.is_causal else (True, False):
+        for b in range(v.shape[0]):
+            s, z = v.new_zeros(HEADS, DIM, DIM), v.new_zeros(HEADS, DIM)
+            for t in range(v.shape[2]) if own else reversed(range(v.shape[2])):
+                if padding is None or padding[b, t]:
+                    s, z = alpha[b, t][..., None] * s, alpha[b, t] * z
+                    before = s, z
+                    s, z = s + k[b, :, t, :, None] * v[b, :, t, None], z + k[b, :, t]
+                    read, total = (s, z) if own else before
+                    numerator[b, :, t] += (q[b, :, t, :, None] * read).sum(1)
+                    denominator[b, :, t] += (q[b, :, t] * total).sum(-1, keepdim=True)
+    return numerator if identity else numerator / torch.where(denominator == 0, 1.0, denominator)
 
 
 @pytest.mark.parametrize("options", [{}, {"init": "published"}, {"init": "published", "feature_map": "identity"}])
+@SIDES
 @pytest.mark.parametrize("length", [1, 7, 65, 130])
-def test_is_the_recurrence(length, options):
+def test_is_the_recurrence(length, options, causal):
     given = draw(length)
-    module = build(**options).double()
+    module = build(causal, **options).double()
     with torch.no_grad():
         module.gate_up.normal_(generator=torch.Generator().manual_seed(1))
         padding = torch.rand(2, length, generator=torch.Generator().manual_seed(2)) < 0.7
@@ -63,11 +68,12 @@ def test_is_the_recurrence(length, options):
             torch.testing.assert_close(output, expected)
 
 
-def test_starts_next_to_the_linear_transformer():
+@SIDES
+def test_starts_next_to_the_linear_transformer(causal):
     q, k, v, hidden = draw(130)
-    module = build().double()
+    module = build(causal).double()
     features = [torch.nn.functional.elu(x * SCALING**0.5) + 1 for x in (q, k)]
-    expected = linear_attention(*features, v, is_causal=True)[0]
+    expected = linear_attention(*features, v, is_causal=causal)[0]
     torch.testing.assert_close(attend(module, q, k, v, hidden)[0], expected, atol=2e-3, rtol=1e-2)
     kept = module.gate_bias.sigmoid().log() / 16 * module.context.max_length
     assert (kept.exp() > 1 - 1 / 150).all()
@@ -84,8 +90,9 @@ def test_published_gates_are_seeded_by_layer():
     assert module.gate_up.abs().max() <= module.config.gate_rank**-0.5
 
 
+@SIDES
 @pytest.mark.parametrize("init", ["undecayed", "published"])
-def test_calibration_is_never_worse_in_any_head_and_finds_decays(init):
+def test_calibration_is_never_worse_in_any_head_and_finds_decays(init, causal):
     _, _, v, hidden = draw(200, dtype=torch.float32)
     angle = torch.arange(200) / 12  # keys that turn, queries like the key at hand: attention to the recent past
     k = torch.stack([angle.cos(), angle.sin()] * (DIM // 2), -1).expand_as(v).contiguous()
@@ -93,8 +100,8 @@ def test_calibration_is_never_worse_in_any_head_and_finds_decays(init):
     padding[0, 150:], padding[1, :30] = False, False
     poisoned = [x.masked_fill(~padding[:, None, :, None], 1e9) for x in (3 * k, k, v)]
     poisoned_hidden = hidden.masked_fill(~padding[..., None], 1e9)
-    module = build(init=init)
-    mask = padding[:, None, None, :] & torch.ones(200, 200).tril().bool()
+    module = build(causal, init=init)
+    mask = padding[:, None, None, :] & (torch.ones(200, 200).tril().bool() | (not causal))
     exact = torch.nn.functional.scaled_dot_product_attention(3 * k, k, v, attn_mask=mask, scale=SCALING)
 
     def errors():
@@ -102,7 +109,7 @@ def test_calibration_is_never_worse_in_any_head_and_finds_decays(init):
         return difference.square().sum((0, 2, 3))
 
     bias, before = module.gate_bias.clone(), errors()
-    module.calibrate([AttentionInputs(*poisoned, padding, True, SCALING, poisoned_hidden)])
+    module.calibrate([AttentionInputs(*poisoned, padding, causal, SCALING, poisoned_hidden)])
     after = errors()
     assert (after <= before * 1.0001).all()
     assert (after < 0.97 * before).any()
@@ -142,10 +149,10 @@ def test_bad_options_are_named(options, message):
         GatedConfig(**options)
 
 
-def test_encoders_are_refused_with_the_nearest_method():
-    assert not get_variant("gated").encoder
-    with pytest.raises(ValueError, match="'linear'"):
-        build(causal=False)
+def test_is_registered_for_both_sides():
+    spec = get_variant("gated")
+    assert (spec.encoder, spec.decoder, spec.refusal) == (True, True, "")
+    assert (spec.has_kernel(False), spec.has_kernel(True)) == (False, True)
 
 
 def test_published_memory_is_short():
@@ -153,13 +160,14 @@ def test_published_memory_is_short():
     assert 16 / math.log(2) == pytest.approx(23, abs=0.1)
 
 
-def test_compiles_without_a_mask_too():
+@SIDES
+def test_compiles_without_a_mask_too(causal):
     """Forward and backward: gates that lie transposed in memory had views that the compiled backward refused."""
-    module, tokens = build(), [x.requires_grad_() for x in draw(36, dtype=torch.float32)]
+    module, tokens = build(causal), [x.requires_grad_() for x in draw(36, dtype=torch.float32)]
     expected = attend(module, *tokens)[0]
     exact = torch.autograd.grad(expected.square().sum(), tokens)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    output = compiled(AttentionInputs(*tokens[:3], None, True, SCALING, tokens[3]))[0]
+    output = compiled(AttentionInputs(*tokens[:3], None, causal, SCALING, tokens[3]))[0]
     torch.testing.assert_close(output, expected)
     for actual, wanted in zip(torch.autograd.grad(output.square().sum(), tokens), exact, strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)

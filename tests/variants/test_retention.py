@@ -16,6 +16,7 @@ PHI = {
     "squared_relu": lambda x: torch.relu(x) ** 2,
 }
 SCALING = 0.3
+SIDES = pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
 
 
 def build(causal=True, *, heads=3, dim=8, **options):
@@ -28,42 +29,46 @@ def draw(length, *, batch=2, heads=3, dim=8, dtype=torch.float64):
 
 
 def attend(module, q, k, v, padding=None, state=None):
-    return module(AttentionInputs(q, k, v, padding, True, SCALING), state)
+    return module(AttentionInputs(q, k, v, padding, module.context.is_causal, SCALING), state)
 
 
-def decay_matrix(gamma, length):
-    """gamma_h^(i - j) below the diagonal, the D of the paper: `[H, n, n]`."""
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    return (gamma[:, None, None] ** distance.clamp(min=0)).tril()
+def decay_matrix(gamma, length, causal=True):
+    """gamma_h^|i - j|, the D of the paper, below the diagonal on decoders: `[H, n, n]`."""
+    distance = (torch.arange(length)[:, None] - torch.arange(length)).abs()
+    weights = gamma[:, None, None] ** distance
+    return weights.tril() if causal else weights
 
 
+@SIDES
 @pytest.mark.parametrize("length", [1, 7, 65, 130])
 @pytest.mark.parametrize("feature_map", sorted(PHI))
-def test_is_the_dense_formula_with_the_published_decays(feature_map, length):
+def test_is_the_dense_formula_with_the_published_decays(feature_map, length, causal):
     q, k, v = draw(length)
-    module = build(feature_map=feature_map, init="published").double()
+    module = build(causal, feature_map=feature_map, init="published").double()
     phi = PHI[feature_map]
     gamma = 1 - 2.0 ** (-5 - torch.arange(3, dtype=torch.float64))
-    scores = phi(q * SCALING**0.5) @ phi(k * SCALING**0.5).mT * decay_matrix(gamma, length)
+    scores = phi(q * SCALING**0.5) @ phi(k * SCALING**0.5).mT * decay_matrix(gamma, length, causal)
     total = scores.sum(-1, keepdim=True)
     expected = torch.where(total == 0, 0.0, scores @ v / total)
     torch.testing.assert_close(attend(module, q, k, v)[0], expected, atol=1e-6, rtol=1e-5)  # decays start in float32
 
 
-def test_the_identity_kernel_is_retnet_without_a_normalizer():
+@SIDES
+def test_the_identity_kernel_is_retnet_without_a_normalizer(causal):
     q, k, v = draw(70)
-    module = build(feature_map="identity", init="published")
+    module = build(causal, feature_map="identity", init="published")
     gamma = (-module.decay_rate.double().abs()).exp()
-    expected = (q @ k.mT * SCALING * decay_matrix(gamma, 70)) @ v
+    expected = (q @ k.mT * SCALING * decay_matrix(gamma, 70, causal)) @ v
     torch.testing.assert_close(attend(module, q, k, v)[0], expected)
 
 
+@SIDES
 @pytest.mark.parametrize("learnable", [True, False])
-def test_undecayed_equals_the_linear_transformer(learnable):
+def test_undecayed_equals_the_linear_transformer(learnable, causal):
     q, k, v = draw(130, dtype=torch.float32)
-    module = build(learnable=learnable)
+    module = build(causal, learnable=learnable)
     q_features, k_features = (PHI["elu"](x * SCALING**0.5) for x in (q, k))
-    expected = linear_attention(q_features, k_features, v, is_causal=True)[0]
+    expected = linear_attention(q_features, k_features, v, is_causal=causal)[0]
     torch.testing.assert_close(attend(module, q, k, v)[0], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -96,14 +101,15 @@ def recent(length=200, dim=8):
     return 3 * k, k, v
 
 
+@SIDES
 @pytest.mark.parametrize("options", [{}, {"init": "published"}, {"feature_map": "identity"}], ids=str)
-def test_calibration_is_never_worse_in_any_head_and_finds_decays(options):
+def test_calibration_is_never_worse_in_any_head_and_finds_decays(options, causal):
     q, k, v = recent()
     padding = torch.ones(2, 200, dtype=torch.bool)
     padding[0, 150:], padding[1, :30] = False, False
     poisoned = [x.masked_fill(~padding[:, None, :, None], 1e9) for x in (q, k, v)]
-    module = build(**options)
-    mask = padding[:, None, None, :] & torch.ones(200, 200).tril().bool()
+    module = build(causal, **options)
+    mask = padding[:, None, None, :] & (torch.ones(200, 200).tril().bool() | (not causal))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALING)
 
     def errors():
@@ -111,7 +117,7 @@ def test_calibration_is_never_worse_in_any_head_and_finds_decays(options):
         return difference.square().sum((0, 2, 3))
 
     before = errors()
-    module.calibrate([AttentionInputs(*poisoned, padding, True, SCALING)])
+    module.calibrate([AttentionInputs(*poisoned, padding, causal, SCALING)])
     after = errors()
     assert (after <= before * 1.0001).all()
     assert (after < 0.9 * before).any()
@@ -143,7 +149,15 @@ def test_bad_options_are_named(options, message):
         RetentionConfig(**options)
 
 
-def test_encoders_are_refused_with_the_nearest_method():
-    assert not get_variant("retention").encoder
-    with pytest.raises(ValueError, match="'linear'"):
-        build(causal=False)
+def test_is_registered_for_both_sides():
+    spec = get_variant("retention")
+    assert (spec.encoder, spec.decoder, spec.refusal) == (True, True, "")
+    assert (spec.has_kernel(False), spec.has_kernel(True)) == (False, True)
+
+
+def test_an_encoder_of_reversed_tokens_is_the_reversed_encoder():
+    """The decays know no direction."""
+    given = draw(70)
+    module = build(False, init="published").double()
+    reversed_ = attend(module, *(x.flip(2) for x in given))[0]
+    torch.testing.assert_close(reversed_.flip(2), attend(module, *given)[0])

@@ -69,7 +69,25 @@ def test_many_features_give_softmax_of_normalized_queries_and_keys(kernel, causa
     torch.testing.assert_close(attend(module, q, k, v), expected, atol=0.03, rtol=0)
 
 
-def test_the_gate_forgets():
+@SIDES
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_gate_forgets_in_the_directions_that_are_read(kernel, causal):
+    """S <- g S + (1 - g) phi(k) v^T, all pairs: sincos has denominators of both signs, summed before the quotient."""
+    module = build(causal, gate=True, num_features=16, kernel=kernel).double()
+    module = randomize(module, ["gate_weight", "query_mean", "query_center", "key_center"])
+    module.gate_bias.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    q, k, v = draw(30)
+    hidden = torch.randn(2, 30, HEADS * DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    gate = torch.sigmoid(torch.einsum("btc,hc->bht", hidden, module.gate_weight) + module.gate_bias[:, None])
+    reach = F.pad(gate.log().cumsum(-1), (1, 0))  # log of what is left after so many tokens
+    past = reach[..., 1:, None] - reach[..., None, 1:]  # of the tokens after j up to i
+    later = reach[..., None, :-1] - reach[..., :-1, None]  # of the tokens from i on, before j
+    kept = torch.where(torch.ones(30, 30).tril().bool(), past, later).exp() * (1 - gate)[:, :, None]
+    expected = dense(scores_of(module, q, k) * kept, v, causal).nan_to_num(0)
+    torch.testing.assert_close(attend(module, q, k, v, hidden=hidden), expected)
+
+
+def test_the_gate_is_the_recurrence_of_the_paper():
     """S <- g S + (1 - g) phi(k) v^T, token by token, z likewise."""
     module = randomize(build(True, gate=True, num_features=16).double(), ["gate_weight"])
     module.gate_bias.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
@@ -87,18 +105,17 @@ def test_the_gate_forgets():
         torch.testing.assert_close(output[:, :, t], expected.nan_to_num(0))
 
 
-def test_the_gate_starts_almost_open():
+@SIDES
+def test_the_gate_starts_almost_open(causal):
     q, k, v = draw(200)
     hidden = torch.randn(2, 200, HEADS * DIM, dtype=torch.float64)
-    gated, plain = build(True, gate=True).double(), build(True).double()
+    gated, plain = build(causal, gate=True).double(), build(causal).double()
     assert torch.sigmoid(gated.gate_bias[0]).item() == pytest.approx(1 - 1 / (10 * 512 + 1), abs=1e-6)
     difference = attend(gated, q, k, v, hidden=hidden) - attend(plain, q, k, v)
     assert difference.norm() < 0.02 * v.norm()
 
 
-def test_the_gate_needs_a_decoder_and_hidden_states():
-    with pytest.raises(ValueError, match="gate=True; allowed for encoders: False"):
-        build(gate=True)
+def test_the_gate_needs_hidden_states():
     with pytest.raises(ValueError, match="gate of rfa needs the hidden states of all 9 keys"):
         attend(build(True, gate=True), *draw(9, dtype=torch.float32))
 

@@ -1,8 +1,8 @@
 """Linear attention on tensors, o_i = phi(q_i) S_i / (phi(q_i) . z_i): S sums w phi(k) v^T over keys, z sums w phi(k).
 
-A causal call may forget: S_i = diag(exp(g_i)) S_{i-1} + w_i phi(k_i) v_i^T, z likewise, with log-decays g <= 0 per
-token and head (retention, gated RFA) or per feature too (gated linear attention). Key j then reaches row i with weight
-w_j exp(g_{j+1} + .. + g_i).
+A call may forget: S_i = diag(exp(g_i)) S_{i-1} + w_i phi(k_i) v_i^T, z likewise, with log-decays g <= 0 per token and
+head (retention, gated RFA) or per feature too (gated linear attention). Key j then reaches row i with weight
+w_j exp(g_{j+1} + .. + g_i); without causality later keys reach it too, see `ops.linear.both_ways`.
 
 The weights are w_j = exp(a_j) with log weights a. They are never formed: everything is kept relative to the largest
 weight that a row may see, so no key, however large, overflows or reaches an earlier row. Exponentials are of sums of
@@ -26,7 +26,7 @@ from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.features.gradients import map_parts, trains_unnamed
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, ScaledMap
-from hf_linear_attn.ops.linear import blocks, fused, plain, step
+from hf_linear_attn.ops.linear import blocks, both_ways, fused, plain, step
 from hf_linear_attn.ops.linear.layout import Call, LogDecay, Options, State
 
 __all__ = [
@@ -37,6 +37,9 @@ __all__ = [
     "init_linear_state",
     "linear_attention",
 ]
+
+
+ONE_DIRECTION = "the kernels forget in one direction, encoders do in both"
 
 
 def init_linear_state(
@@ -77,11 +80,12 @@ def linear_attention(
         k_features: `[B, H, Tk, F]`, finite also at padded keys.
         v: `[B, H, Tk, D]`.
         log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0 (-inf forgets everything): what happens to the sums over
-            earlier keys when token t comes, before its own key is added. Needs is_causal. None for none.
+            earlier keys when token t comes, before its own key is added; without is_causal, to those over later keys
+            too. None for none.
         key_log_weight: `[B, H, Tk]`, log of each key's weight (-inf: as if it were not there); None for weight 1.
         token_mask: bool `[B, Tk]`, True for a real token.
         is_causal: query row r sees keys up to position Tk - Tq + r, and the whole state.
-        normalized: False gives phi(q_i) S_i as it is, and a state of S alone. Needs is_causal.
+        normalized: False gives phi(q_i) S_i as it is, and a state of S alone. Needs is_causal or log_decay.
         state: sums over earlier keys (`init_linear_state`); needs is_causal and Tq == Tk.
         backend: what runs it, see `ops.base.backend`.
 
@@ -89,8 +93,8 @@ def linear_attention(
         output `[B, H, Tq, D]`, 0 in rows that see no key, and the state after these keys (None if none came).
 
     Raises:
-        ValueError: for decay, a state or no normalizer without causality, more queries than keys, a state that does not
-            fit the call, or key weights without a normalizer.
+        ValueError: for a state without causality, no normalizer with neither causality nor decay, more queries than
+            keys with either, a state that does not fit the call, or key weights without a normalizer.
         RuntimeError: for `backend="triton"` where the kernels cannot run.
     """
     maps = ParametricMap(_as_they_are), ParametricMap(_as_they_are)
@@ -129,7 +133,7 @@ def feature_map_attention(
         key_log_weight: `[B, H, Tk]`, added to that of `k_map`.
         token_mask, is_causal, normalized, state, backend: as for `linear_attention`.
     """
-    query_mask = query_mask_of(token_mask, q.shape[2], is_causal)
+    query_mask = query_mask_of(token_mask, q.shape[2], is_causal or log_decay is not None)
     given = q, k, v, q_map, k_map, log_decay, key_log_weight, token_mask, query_mask
     return _attend(*given, is_causal, normalized, state, backend)[::2]
 
@@ -191,7 +195,7 @@ def _attend(
     tokens, d_parameters = (None, ()) if decay is None else (decay.tokens, decay.parameters)
     tensors = q, k, v, log_weight, tokens, token_mask, query_mask, *start
     call = Call(options, (*tensors, *q_parameters, *k_parameters, *d_parameters))
-    if use_triton(backend, v):
+    if use_triton(backend, v, ONE_DIRECTION if decay is not None and not is_causal else None):
         found = _attend_fused(call, q_map, k_map, decay, state, backend)
         if found is not None:
             return found
@@ -199,20 +203,21 @@ def _attend(
         return step.attend(call)
     # A traced graph has no reentrant backward, and a map that trains tensors which it does not name needs autograd to
     # find them.
-    in_blocks = q_len > 1 and (decay is None or q_len == k_len) and not torch.compiler.is_compiling()
-    if in_blocks and not _trains_unnamed(call, q_map, k_map, decay):
+    recorded = torch.compiler.is_compiling() or _trains_unnamed(call, q_map, k_map, decay)
+    if decay is not None and not is_causal:
+        return both_ways.attend(call, recorded=recorded), None, None
+    if q_len > 1 and (decay is None or q_len == k_len) and not recorded:
         output, normalizer, after = blocks.attend(call)
         return output, normalizer, None if state is None else after
     return plain.attend(call)
 
 
 def _check(q_len: int, k_len: int, log_decay: Any, is_causal: bool, normalized: bool, state: State | None) -> None:
-    if log_decay is not None and not is_causal:
-        raise ValueError("Decay has a direction: is_causal must be True, got False.")
-    if not normalized and not is_causal:
-        raise ValueError("normalized=False needs is_causal=True, got False.")
-    if is_causal and q_len > k_len:
-        raise ValueError(f"Causal attention needs at least as many keys as queries, got {q_len} > {k_len}.")
+    if not normalized and not is_causal and log_decay is None:
+        raise ValueError("normalized=False needs is_causal=True or log_decay, got neither.")
+    if (is_causal or log_decay is not None) and q_len > k_len:
+        what = "Causal attention" if is_causal else "Decay"
+        raise ValueError(f"{what} needs at least as many keys as queries, got {q_len} > {k_len}.")
     if state is not None and (not is_causal or q_len != k_len):
         raise ValueError(
             "A decode state needs causal attention over the new tokens only, got "

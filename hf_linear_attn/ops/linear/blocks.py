@@ -31,7 +31,8 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, State]:
 
     Returns:
         output `[B, H, Tq, D]` (`[B, T, H, D]` in memory, what the output projection reads next); log denominator
-        `[B, H, Tq]`, None with decay or without a normalizer; and the state after these keys.
+        `[B, H, Tq]`, None with decay or without a normalizer; and the state after these keys. If not `divided`,
+        numerators in the dtype of sums, with the denominators as last column, and the log scale of both or None.
     """
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors):
         output, normalizer, *after = _BlockAttention.apply(call.options, *call.tensors)
@@ -57,9 +58,10 @@ class _BlockAttention(torch.autograd.Function):
             after = tuple(None if x is None else x.clone() for x in after)
         elif options.is_causal:
             borders.pop()
-        ctx.save_for_backward(*tensors, output, denominator, *(x for sums in borders for x in sums))
-        if after[2] is not None:
-            ctx.mark_non_differentiable(after[2])
+        kept = output if options.divided else None, denominator
+        ctx.save_for_backward(*tensors, *kept, *(x for sums in borders for x in sums))
+        scales = after[2], None if options.divided else normalizer
+        ctx.mark_non_differentiable(*(x for x in scales if x is not None))
         ctx.set_materialize_grads(False)
         return output, normalizer, *after
 
@@ -76,16 +78,18 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _forward(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, list[Any], list[bool]]:
-    """Output, denominators, log denominators, sums, and whether blocks are steep.
+    """Output, denominators, log denominators (log scales if not `divided`), sums, and whether blocks are steep.
 
     The sums are those before each block of queries, and after the last one; without causality the final ones alone.
     """
     (batch, heads, q_len, _), options = call.q.shape, call.options
     scheme, sums, borders, steep = _scheme(options), None, [], []
     with torch.no_grad(), full_precision(call.v):
-        output = call.v.new_empty(batch, q_len, heads, call.v.shape[-1]).transpose(1, 2)
+        columns, dtype = _columns(call), call.v.dtype if options.divided else call.dtype
+        output = call.v.new_empty(batch, q_len, heads, columns, dtype=dtype).transpose(1, 2)
         denominator = normalizer = None
-        if options.normalized:
+        scales: list[Any] = []
+        if options.normalized and options.divided:
             denominator = call.v.new_empty(batch, heads, q_len, dtype=call.dtype)
             normalizer = torch.empty_like(denominator) if options.decay is None else None
 
@@ -109,14 +113,24 @@ def _forward(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
                 numerator, den = q @ sums.kv, (sums.z[:, :, None] @ q.mT)[:, :, 0]
                 peak = scheme.end(sums)[2][..., None]
             if denominator is None:
-                output[:, :, rows] = numerator
+                output[:, :, rows, : numerator.shape[-1]] = numerator
+                if options.normalized:
+                    output[:, :, rows, -1] = den
+                scales.append(peak)
                 continue
             denominator[:, :, rows] = den
             divide_into(output[:, :, rows], numerator, den)
             if normalizer is not None:
                 log = den.clamp(min=TINY).log_().add_(peak)
                 normalizer[:, :, rows] = log if log_scale is None else log + log_scale
+        if not options.divided and scales[0] is not None:
+            normalizer = torch.cat(scales, 2)
         return output, denominator, normalizer, [*borders, sums], steep
+
+
+def _columns(call: Call) -> int:
+    """Of the output: of the values, and of the denominators where they stand beside the numerators."""
+    return call.v.shape[-1] + int(call.options.normalized and not call.options.divided)
 
 
 class _Gradients(MapGradients):
@@ -154,8 +168,11 @@ def _backward(
             if denominator is not None:
                 d_num, d_den = quotient_backward(d_output, output, denominator[:, :, rows], d_log, rows)
             else:
-                d_num = torch.zeros_like(output[:, :, rows]) if d_output is None else d_output[:, :, rows]
+                shape = *call.q.shape[:2], rows.stop - rows.start, _columns(call)
+                d_num = call.v.new_zeros(shape) if d_output is None else d_output[:, :, rows]
                 d_num = d_num.to(call.dtype)
+                if shape[-1] > call.v.shape[-1]:
+                    d_num, d_den = d_num[..., :-1], d_num[..., -1]
             with torch.enable_grad():
                 x = leaf(call.q[:, :, rows], call.q.requires_grad)
                 outputs = call.queries(x, rows, leaves)

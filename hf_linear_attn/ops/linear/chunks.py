@@ -35,6 +35,7 @@ def causal(
     z: torch.Tensor | None,
     chunk: int,
     kept: torch.Tensor | None = None,
+    own: bool = True,
 ) -> tuple[torch.Tensor, Any, torch.Tensor, Any]:
     """Numerators `[B, H, T, D]`, denominators `[B, H, T]` and the sums after these tokens.
 
@@ -43,10 +44,11 @@ def causal(
         kv, z: sums over all earlier keys; without z there are no denominators.
         chunk: tokens C of a chunk.
         kept: `[B, H, N + 1, F or 1]`, what is left of the sums at the borders of the N chunks; None for all.
+        own: whether a row counts its own key.
     """
     shape, length = q.shape[:2], q.shape[2]
     q, k, v, count = _cut(q, k, v, chunk=chunk)
-    scores = torch.bmm(q, k.mT).tril_()
+    scores = torch.bmm(q, k.mT).tril_(0 if own else -1)
     before, after = _earlier(torch.bmm(k.mT, v), kv, count, kept)
     # Two sums, not baddbmm: rounded as in `steep`, so that no later key changes a bit of a row.
     numerator = torch.bmm(scores, v).add_(torch.bmm(q, before))
@@ -69,24 +71,25 @@ def causal_backward(
     d_z: torch.Tensor | None,
     chunk: int,
     kept: torch.Tensor | None = None,
+    own: bool = True,
 ) -> tuple[Any, ...]:
     """Gradients of q, k, v, kv and z, from those of the numerators, the denominators and the sums after the tokens."""
-    shape, length = q.shape[:2], q.shape[2]
+    shape, length, last = q.shape[:2], q.shape[2], 0 if own else -1
     q, k, v, d_num, count = _cut(q, k, v, d_num, chunk=chunk)
     before, _ = _earlier(torch.bmm(k.mT, v), kv, count, kept)
     later, d_kv = _earlier(torch.bmm(q.mT, d_num), d_kv, count, kept, reverse=True)
-    scores = torch.bmm(q, k.mT).tril_()
+    scores = torch.bmm(q, k.mT).tril_(last)
     d_v = torch.bmm(scores.mT, d_num).baddbmm_(k, later)
     d_scores = torch.bmm(d_num, v.mT, out=scores)
     if z is None or d_den is None or d_z is None:
-        d_scores.tril_()
+        d_scores.tril_(last)
         d_q = torch.bmm(d_scores, k).baddbmm_(d_num, before.mT)
         d_k = torch.bmm(d_scores.mT, q).baddbmm_(v, later.mT)
     else:
         d_den, _ = _cut(d_den[..., None], chunk=chunk)
         z_before, _ = _earlier(k.sum(1), z, count, kept)
         z_later, d_z = _earlier(torch.bmm(d_den.mT, q)[:, 0], d_z, count, kept, reverse=True)
-        d_scores.add_(d_den).tril_()
+        d_scores.add_(d_den).tril_(last)
         d_q = torch.bmm(d_scores, k).baddbmm_(d_num, before.mT).addcmul_(d_den, z_before[:, None])
         d_k = torch.bmm(d_scores.mT, q).baddbmm_(v, later.mT).add_(z_later[:, None])
     return *(_whole(x, shape, length) for x in (d_q, d_k, d_v)), d_kv, d_z

@@ -76,7 +76,7 @@ def start_backward(call: Call, first: Sums, d_sums: Any) -> tuple[torch.Tensor, 
 
 def attend(
     call: Call, q: torch.Tensor, keys: Keys, now: slice, sums: Sums
-) -> tuple[torch.Tensor, torch.Tensor | None, None, Sums, bool]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Sums, bool]:
     """One block.
 
     Args:
@@ -85,19 +85,21 @@ def attend(
         sums: those before the block.
 
     Returns:
-        numerators `[B, H, T, D]`, denominators `[B, H, T]` (None without a normalizer), no log scale of theirs; the
-        sums after the block; and whether some chunk forgets too much to be split.
+        numerators `[B, H, T, D]`, denominators `[B, H, T]` (None without a normalizer) and the log scale of both,
+        `[B, H, T]` (None where no key has a weight); the sums after the block; and whether some chunk forgets too
+        much to be split.
     """
-    weight, decay, peak = _relative(call, keys, now, sums.peak)
-    split = _split(q, keys.features, decay, weight)
+    weight, decay, peaks = _relative(call, keys, now, sums.peak)
+    own, split = call.options.own, _split(q, keys.features, decay, weight)
     if split is None:
         k = keys.features if weight is None else keys.features * weight[..., None]
-        numerator, den, kv, z = _steep(q, k, call.values(now), decay, sums.kv, sums.z)
+        numerator, den, kv, z = _steep(q, k, call.values(now), decay, sums.kv, sums.z, own)
     else:
         numerator, den, kv, z = chunks.causal(
-            split.q, split.k, call.values(now), sums.kv, sums.z, layout.CHUNK, split.kept
+            split.q, split.k, call.values(now), sums.kv, sums.z, layout.CHUNK, split.kept, own
         )
-    return numerator, den, None, Sums(kv, z, peak), split is None
+    # A view would keep all of them in a state.
+    return numerator, den, peaks, Sums(kv, z, None if peaks is None else peaks[..., -1].clone()), split is None
 
 
 def attend_backward(
@@ -126,11 +128,13 @@ def attend_backward(
         end.addcmul_(d_sums[1], after.z)
     split = None if steep else _split(q, k, decay, weight)
     if split is None:
-        d_q, d_k, d_v, *d_sums = _steep_backward(q, k, v, decay, weight, before.kv, before.z, [d_num, d_den, *d_sums])
+        given = [d_num, d_den, *d_sums]
+        d_q, d_k, d_v, *d_sums = _steep_backward(q, k, v, decay, weight, before.kv, before.z, given, call.options.own)
     else:
         d_kv, d_z = d_sums
         d_q, d_k, d_v, *d_sums = chunks.causal_backward(
-            split.q, split.k, v, before.kv, before.z, d_num, d_den, d_kv, d_z, layout.CHUNK, split.kept
+            *(split.q, split.k, v, before.kv, before.z, d_num, d_den, d_kv, d_z),
+            *(layout.CHUNK, split.kept, call.options.own),
         )
         d_q, d_k = d_q.mul_(split.q_factor), d_k.mul_(split.k_factor)
     d_decay = None
@@ -143,7 +147,7 @@ def attend_backward(
 def _relative(
     call: Call, keys: Keys, now: slice, peak: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """A block's weights (None for 1), 0 at padded keys, and log-decays relative to the peak, and the last peak."""
+    """A block's weights (None for 1), 0 at padded keys, log-decays relative to the peaks, and these, `[B, H, T]`."""
     real, decay = call.real(now), keys.decay
     assert decay is not None
     if keys.log_weight is None:
@@ -151,7 +155,7 @@ def _relative(
     log_weight = keys.log_weight if real is None else keys.log_weight.masked_fill(~real, LOG_ZERO)
     weight, shift, peaks = relative_to_peaks(log_weight, decay, peak)
     weight = weight if real is None else weight.masked_fill_(~real, 0)
-    return weight, decay + shift[..., None], peaks[..., -1].clone()  # a view would keep all of them in a state
+    return weight, decay + shift[..., None], peaks
 
 
 class _Split(NamedTuple):
@@ -232,15 +236,21 @@ def _split(q: torch.Tensor, k: torch.Tensor, decay: torch.Tensor, weight: torch.
 
 
 def _steep(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, kv: torch.Tensor, z: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    kv: torch.Tensor,
+    z: torch.Tensor | None,
+    own: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """`chunks.causal` for decays of any strength; autograd may record it."""
     decay = decay.clamp(min=LEAST)
     if z is None:
-        found, kv = chunk_with_decay(q, k, v, decay, kv, layout.CHUNK)
+        found, kv = chunk_with_decay(q, k, v, decay, kv, layout.CHUNK, own)
         return found, None, kv, None
     carry = torch.cat([kv, z[..., None]], -1)
-    found, carry = chunk_with_decay(q, k, F.pad(v, (0, 1), value=1.0), decay, carry, layout.CHUNK)
+    found, carry = chunk_with_decay(q, k, F.pad(v, (0, 1), value=1.0), decay, carry, layout.CHUNK, own)
     return found[..., :-1], found[..., -1], carry[..., :-1], carry[..., -1]
 
 
@@ -253,6 +263,7 @@ def _steep_backward(
     kv: torch.Tensor,
     z: torch.Tensor | None,
     given: list[torch.Tensor | None],
+    own: bool,
 ) -> tuple[Any, ...]:
     """`chunks.causal_backward` for `_steep`: rare enough to leave to autograd."""
     scale = torch.ones_like(decay[..., :1]) if weight is None else weight[..., None]
@@ -260,7 +271,7 @@ def _steep_backward(
         q, k, v, kv = leaves = [x.detach().requires_grad_() for x in (q, k * scale, v, kv)]
         if z is not None:
             leaves.append(z := z.detach().requires_grad_())
-        outputs = _steep(q, k, v, decay, kv, z)
+        outputs = _steep(q, k, v, decay, kv, z, own)
     pairs = [(x, g) for x, g in zip(outputs, given, strict=True) if x is not None]
     d_q, d_k, d_v, d_kv, *d_z = torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs])
     return d_q, d_k * scale, d_v, d_kv, d_z[0] if d_z else None

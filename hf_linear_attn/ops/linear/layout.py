@@ -66,7 +66,9 @@ class Options(NamedTuple):
         decay: function of a `LogDecay`, or None.
         counts: how many of the parameters `q_map` takes, and `k_map`; the decay has the rest.
         is_causal: whether query row r sees keys up to position Tk - Tq + r only.
-        normalized: whether outputs are divided by their denominators.
+        normalized: whether there are denominators.
+        divided: whether outputs are divided by them; else they stand beside the numerators, as the last column.
+        own: whether a row counts its own key; False needs decay.
     """
 
     q_map: Callable[..., Features]
@@ -75,6 +77,8 @@ class Options(NamedTuple):
     counts: tuple[int, int]
     is_causal: bool
     normalized: bool
+    divided: bool = True
+    own: bool = True
 
 
 class Keys(NamedTuple):

@@ -53,8 +53,8 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, State | None]
         outputs, normalizers = [], []
         for rows, q in zip(blocks, call.q.split([_length(s) for s in blocks], 2), strict=True):
             queries, log_scale = call.queries(q, rows, call.parameters)
-            if options.is_causal and (_length(rows) > 1 or carry is None):
-                sums, peak, carry = _causal(queries, *next(mapped), carry)
+            if options.is_causal and (_length(rows) > 1 or carry is None or not options.own):
+                sums, peak, carry = _causal(queries, *next(mapped), carry, options.own)
             else:
                 carry = _accumulate(carry, *next(mapped)) if options.is_causal else carry
                 assert carry is not None
@@ -108,6 +108,8 @@ def _keys(call: Call, inputs: list[torch.Tensor], v: torch.Tensor, now: slice) -
 def _finish(
     call: Call, sums: torch.Tensor, peak: torch.Tensor | None, log_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if not call.options.divided:
+        return sums, peak
     if not call.options.normalized:
         return sums.to(call.v.dtype), None
     return quotient(call, sums[..., :-1], sums[..., -1:], peak, log_scale)
@@ -184,6 +186,7 @@ def _causal(
     log_weight: torch.Tensor | None,
     decay: torch.Tensor | None,
     carry: _Carry | None,
+    own: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, _Carry]:
     """Sums `[B, H, T, D + 1]` of a causal block, their log scales `[B, H, T or 1]` or None for 0, the carry after."""
     if decay is None:
@@ -191,14 +194,14 @@ def _causal(
     before, start = (None, None) if carry is None else carry
     if before is None:
         before = values.new_zeros(*k.shape[:2], k.shape[-1], values.shape[-1])
-    peak = None
+    peaks = None
     if log_weight is not None:
         if start is not None:
             before = before.masked_fill((start <= LOG_ZERO / 2)[..., None, None], 0)
         weight, shift, peaks = relative_to_peaks(log_weight, decay, start)
-        values, decay, peak = values * weight[..., None], decay + shift[..., None], peaks[..., -1].clone()
-    sums, after = chunk_with_decay(q, k, values, decay.clamp(min=LEAST), before, layout.CHUNK)
-    return sums, None, (after, peak)
+        values, decay = values * weight[..., None], decay + shift[..., None]
+    sums, after = chunk_with_decay(q, k, values, decay.clamp(min=LEAST), before, layout.CHUNK, own)
+    return sums, peaks, (after, None if peaks is None else peaks[..., -1].clone())
 
 
 def _chunks(
@@ -250,7 +253,13 @@ def _chunks(
 
 
 def chunk_with_decay(
-    q: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, decay: torch.Tensor, carry: torch.Tensor, chunk_size: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v1: torch.Tensor,
+    decay: torch.Tensor,
+    carry: torch.Tensor,
+    chunk_size: int,
+    own: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal sums `[B, H, T, D + 1]` of a block after the keys in `carry`, and the carry after the block.
 
@@ -258,6 +267,7 @@ def chunk_with_decay(
         v1: values, with a column of ones where sums have one, whose sum is the denominator.
         carry: sums over all earlier keys, `[B, H, F, D + 1]`.
         chunk_size: a power of two.
+        own: whether a row counts its own key.
     """
     length = k.shape[2]
     size = min(chunk_size, 1 << (length - 1).bit_length())
@@ -277,9 +287,9 @@ def chunk_with_decay(
         # Sums from key to query, not differences of running sums, which strong decays would leave few digits of.
         later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
         between = torch.where(later, decay.mT, 0).cumsum(-1).mT
-        found = found + (q @ k.mT * between.exp().tril()) @ v1
+        found = found + (q @ k.mT * between.exp().tril(0 if own else -1)) @ v1
     else:
-        found = found + _inside_chunks(q, k, v1, decay)
+        found = found + _inside_chunks(q, k, v1, decay, own)
     return found.flatten(2, 3)[:, :, :length], carry
 
 
@@ -288,13 +298,13 @@ def _after(decay: torch.Tensor) -> torch.Tensor:
     return F.pad(decay[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
-def _inside_chunks(q: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+def _inside_chunks(q: torch.Tensor, k: torch.Tensor, v1: torch.Tensor, decay: torch.Tensor, own: bool) -> torch.Tensor:
     """Causal sums inside chunks of C tokens (a power of two) with a decay per feature: [..., C, D+1].
 
     The decay between two tokens is no single number, so it is split between query and key at a token between
     them: the middle of the smallest block (of 2, 4, .. C tokens) that holds both.
     """
-    found = (q * k).sum(-1, keepdim=True) * v1  # each token's own key
+    found = (q * k).sum(-1, keepdim=True) * v1 if own else torch.zeros_like(v1)  # each token's own key
     half = 1
     while half < q.shape[-2]:
         _, q_right = q.unflatten(-2, (-1, 2, half)).unbind(-3)

@@ -209,8 +209,6 @@ def test_half_precision_is_summed_in_full():
 
 def test_impossible_calls_say_so():
     q, k, v, decay, weight = draw(8)
-    with pytest.raises(ValueError, match="is_causal must be True"):
-        linear_attention(q, k, v, log_decay=decay, is_causal=False)
     with pytest.raises(ValueError, match="got 8 > 5"):
         forms.attend(q, k[:, :, :5], v[:, :, :5], log_decay=decay[:, :, :5])
     state = init_linear_state(2, 3, 5, 4, F64, q.device)
