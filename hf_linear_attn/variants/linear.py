@@ -57,15 +57,8 @@ class LinearConfig(VariantConfig):
     bandwidth: float = 1.0
 
     def validate(self) -> None:
-        self.require_feature_map("feature_map", *shift_invariant.SHIFT_INVARIANT)
-        self.require_choice("random_features", shift_invariant.FEATURES)
-        self.require_bool("variance_reducer", "normalize")
-        self.require_number("bandwidth", at_least=1e-3)
-        for name, default in (("random_features", "positive"), ("normalize", False), ("bandwidth", 1.0)):
-            value = getattr(self, name)
-            if not self.draws_features and value != default:
-                raise ValueError(f"{name}={value!r}; allowed with feature_map={self.feature_map!r}: {default!r}.")
-        self.require_width("num_features")
+        shift_invariant.check_kernel_options(self)
+        self.require_bool("variance_reducer")
         self.require_integer("seed", at_least=0)
 
     @property
@@ -112,8 +105,7 @@ class LinearAttention(FeatureMapVariant):
         else:
             self.kernel = shift_invariant.RandomKernel(config, dim)
             self.num_features = self.kernel.num_features
-            for name in self.kernel.directions:
-                self.register_buffer(name, torch.empty(self.kernel.shape))
+            self.kernel.register(self)
             self.register_buffer("bandwidth", torch.empty(heads))
         self.reset_parameters()
 
@@ -129,9 +121,8 @@ class LinearAttention(FeatureMapVariant):
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
         """New `omega` and `width` of a kernel; bandwidth, means and centers stay."""
-        drawn = self.kernel.draw(self.context.generator(seed)) if self.config.draws_features else {}
-        for name, x in drawn.items():
-            self.get_buffer(name).copy_(x)
+        if self.config.draws_features:
+            self.kernel.draw(self, self.context.generator(seed))
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
@@ -174,8 +165,7 @@ class LinearAttention(FeatureMapVariant):
         """Random features of a kernel, `[B, H, T, m or 2m]`."""
         reduced = self.config.variance_reducer
         center = self.get_buffer(f"{side}_center") if reduced else None
-        directions = [self.get_buffer(name) for name in self.kernel.directions]
-        features = self.kernel.features(x, center, self.bandwidth, scaling, *directions)
+        features = self.kernel.features(self, x, center, self.bandwidth, scaling)
         if side == "query" or not reduced:
             return features
         return weighted_by_mean_logit(features, x, self.query_mean, scaling)

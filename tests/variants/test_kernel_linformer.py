@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.kernel_linformer import KernelLinformerAttention, KernelLinformerConfig
+from hf_linear_attn.variants.linear import LinearAttention, LinearConfig
+from tests.variants.kernels import errors_before_and_after_calibration
 
 HEADS, DIM = 3, 8
 
@@ -136,3 +138,99 @@ def test_wrong_calls_are_refused():
     context = LayerContext(0, 1, HEADS * DIM, HEADS, DIM, 24, is_causal=True)
     with pytest.raises(ValueError, match="'linear'"):
         KernelLinformerAttention(KernelLinformerConfig(), context)
+
+
+KERNELS = ("rbf", "laplace")
+
+
+def random_features(module, x):
+    """exp(omega x - |x|^2), and of Laplace's kernel, a mixture, exp(omega x - |x / width|^2), written out."""
+    width = getattr(module, "width", torch.ones(()).double())
+    return (module.omega * x[..., None, :] - (x[..., None, :] / width) ** 2).sum(-1).exp()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_compares_queries_with_projected_keys(kernel, normalize):
+    options = {"feature_map": kernel, "normalize": normalize, "num_features": 40, "bandwidth": 2.0, "k": 6}
+    module = build(sharing="none", **options)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    q, k, v = draw(2, 24)
+    keys, values = module.key_projection @ k, module.value_projection @ v
+    compared = [F.normalize(x, dim=-1) if normalize else x * DIM**-0.25 for x in (q, keys)]
+    phi_q, phi_k = (random_features(module, x / 2) for x in compared)
+    scores = phi_q @ phi_k.mT
+    torch.testing.assert_close(attend(module, q, k, v), scores @ values / scores.sum(-1, keepdim=True))
+
+
+def test_many_features_give_the_kernel_itself():
+    module = build(k=6, projection="mean_pool", feature_map="rbf", num_features=20_000)
+    q, k, v = draw(2, 24)
+    q, k = q / 2, k / 2
+    keys, values = (x.unflatten(2, (6, 4)).mean(3) for x in (k, v))  # segments of 4 of 24 tokens
+    scores = (-0.5 * torch.cdist(q * DIM**-0.25, keys * DIM**-0.25).square()).exp()
+    expected = scores @ values / scores.sum(-1, keepdim=True)
+    uniform = values.mean(2, keepdim=True)
+    assert (attend(module, q, k, v) - expected).norm() < 0.1 * (uniform - expected).norm()
+
+
+@pytest.mark.parametrize("side", ["none", "left", "holes"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_projection_a_kernel_is_that_of_linear(kernel, side):
+    """E = I, and the calibrated tensors moved to those of the other class."""
+    options = {"feature_map": kernel, "num_features": 32}
+    module = build(k=20, projection="mean_pool", **options)
+    other = LinearAttention(LinearConfig.from_dict(options), module.context).double()
+    a, c, _ = (0.3 * x[0, :, 0] for x in draw(1, 1, seed=3))
+    module.query_mean.copy_(a)
+    module.key_mean.copy_(c)
+    module.sharpness.copy_(1 / torch.tensor([0.7, 1.0, 3.0]))
+    tensors = {"query_mean": a, "query_center": a, "key_center": c, "bandwidth": 1 / module.sharpness}
+    state = {**tensors, **{name: x for name, x in module.state_dict().items() if name in ("omega", "width")}}
+    other.load_state_dict(state)
+    q, k, v = draw(1, 20)
+    place = torch.arange(20)
+    real = {"none": place >= 0, "left": place >= 13, "holes": place % 3 != 1}[side]
+    got, expected = (attend(x, q, k, v, real[None])[:, :, real] for x in (module, other))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("reducer", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_calibration_chooses_the_sharpness_of_a_kernel(kernel, reducer):
+    module = build(k=8, max_length=120, feature_map=kernel, variance_reducer=reducer)
+    before, after = errors_before_and_after_calibration(module.float())
+    assert (after <= before + 1e-6).all()
+    assert (after < before).any()
+    assert not torch.equal(module.sharpness, torch.ones(HEADS))
+
+
+def test_a_kernel_draws_its_directions_from_the_seed_and_the_layer():
+    options = {"feature_map": "laplace", "num_features": 16}
+    module = build(**options)
+    assert set(module.state_dict()) >= {"omega", "width", "sharpness"}
+    assert torch.equal(build(**options).omega, module.omega)
+    assert not torch.equal(build(**options, layer_idx=1).omega, module.omega)
+    projection = module.key_projection.clone()
+    module.redraw(3)
+    assert torch.equal(module.omega, build(**options, seed=3).omega)
+    assert torch.equal(module.key_projection, projection)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"bandwidth": 2.0}, "bandwidth=2.0; allowed with feature_map='elu': 1.0"),
+        ({"normalize": True}, "normalize=True; allowed with feature_map='elu': False"),
+        ({"feature_map": "rbf", "bandwidth": 0}, "bandwidth=0; allowed: a number from 0.001"),
+        ({"feature_map": "rbf", "num_features": 0}, "num_features=0; allowed: an integer of at least 1"),
+        ({"feature_map": "gauss"}, "feature_map='gauss'; allowed: .*laplace, rbf"),
+        ({"feature_map": "rbf", "random_features": "fourier"}, "Unknown option.*'random_features'"),
+    ],
+)
+def test_bad_options_of_a_kernel_are_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        build(**options)

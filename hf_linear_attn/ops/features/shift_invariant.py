@@ -20,14 +20,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_
-from hf_linear_attn.ops.features.maps import Features, fourier_features, gaussian_orthogonal
+from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_, full_precision
+from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, fourier_features, gaussian_orthogonal
+from hf_linear_attn.ops.features.named import feature_width
 
 __all__ = [
     "FEATURES",
     "SHIFT_INVARIANT",
+    "CenteredMap",
     "RandomKernel",
+    "check_kernel_options",
     "draw_frequencies",
     "mean_distance",
     "shift_invariant_features",
@@ -38,7 +42,25 @@ FEATURES = ("positive", "fourier")
 
 _SMALLEST_WIDTH = 1e-4  # so that frequencies fit into float16
 _PAIRED_TOKENS = 256  # of each side, whose distances are averaged
+_SHARPNESS = (1.0, 2.0, 4.0)  # that calibration tries of a map that is no kernel
 _BANDWIDTHS = (0.25, 0.5, 1.0)  # that calibration tries, as multiples of the mean distance of queries and keys
+
+
+def check_kernel_options(options: Any) -> None:
+    """Raise `ValueError` for bad options of a method that has kernels, or one of theirs beside another feature map.
+
+    Args:
+        options: a variant's, with `feature_map`, `random_features`, `num_features`, `normalize` and `bandwidth`.
+    """
+    options.require_feature_map("feature_map", *SHIFT_INVARIANT)
+    options.require_choice("random_features", FEATURES)
+    options.require_bool("normalize")
+    options.require_number("bandwidth", at_least=1e-3)
+    options.require_width("num_features")
+    for name, default in (("random_features", "positive"), ("normalize", False), ("bandwidth", 1.0)):
+        value = getattr(options, name)
+        if options.feature_map not in SHIFT_INVARIANT and value != default:
+            raise ValueError(f"{name}={value!r}; allowed with feature_map={options.feature_map!r}: {default!r}.")
 
 
 class RandomKernel:
@@ -50,7 +72,7 @@ class RandomKernel:
 
     Attributes:
         num_features: F.
-        directions: names of the random tensors `[m, D]`, omega and, of a mixture of Gaussians, their widths.
+        directions: names of the random buffers, of `shape` `[m, D]`: omega and, of mixed Gaussians, their widths.
     """
 
     def __init__(self, options: Any, dim: int) -> None:
@@ -59,10 +81,17 @@ class RandomKernel:
         self.num_features = options.num_features * (1 if self.form == "positive" else 2)
         self.directions = ("omega", "width") if (self.kernel, self.form) == ("laplace", "positive") else ("omega",)
 
-    def draw(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The random tensors by name, float32 on the CPU; the generator alone decides them."""
+    def register(self, layer: nn.Module) -> None:
+        """Give the layer the buffers `directions`, empty."""
+        for name in self.directions:
+            layer.register_buffer(name, torch.empty(self.shape))
+
+    def draw(self, layer: nn.Module, generator: torch.Generator) -> None:
+        """Draw the layer's buffers `directions` anew; the generator, on the CPU, alone decides them."""
         drawn = zip(("omega", "width"), draw_frequencies(self.kernel, *self.shape, generator), strict=True)
-        return {name: x for name, x in drawn if x is not None and name in self.directions}
+        for name, x in drawn:
+            if x is not None and name in self.directions:
+                layer.get_buffer(name).copy_(x)
 
     def compared(self, x: torch.Tensor, center: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """What is divided by sigma: tokens `[..., H, T, D]` without their center `[H, D]`, normalized or scaled."""
@@ -72,18 +101,13 @@ class RandomKernel:
         return F.normalize(x, dim=-1) if self.normalize else x * scaling**0.5
 
     def features(
-        self,
-        x: torch.Tensor,
-        center: torch.Tensor | None,
-        bandwidth: torch.Tensor,
-        scaling: float,
-        omega: torch.Tensor,
-        width: torch.Tensor | None = None,
+        self, layer: nn.Module, x: torch.Tensor, center: torch.Tensor | None, bandwidth: torch.Tensor, scaling: float
     ) -> Features:
-        """phi(x) `[..., H, T, F]` for the bandwidth sigma `[H]`."""
+        """phi(x) `[..., H, T, F]` by the layer's directions, for the bandwidth sigma `[H]`."""
         compared = self.compared(x, center, scaling)
         compared = compared / bandwidth.to(compared.dtype)[:, None, None]
-        return shift_invariant_features(compared, omega, width, self.form)
+        width = layer.get_buffer("width") if "width" in self.directions else None
+        return shift_invariant_features(compared, layer.get_buffer("omega"), width, self.form)
 
     def bandwidths(self, q: torch.Tensor, k: torch.Tensor, a: Any, c: Any, scaling: float) -> list[torch.Tensor]:
         """What calibration tries for sigma `[H]`: multiples of the distance between queries and keys `[H, tokens, D]`.
@@ -94,6 +118,59 @@ class RandomKernel:
         x, y = self.compared(q, a, scaling), self.compared(k, c, scaling)
         distance = mean_distance(x, y, self.kernel).clamp(min=1e-3)
         return [share * distance for share in _BANDWIDTHS]
+
+
+class CenteredMap:
+    """The feature map of a layer, of sharpness (x - center): a named one, or a kernel, whose sharpness is 1 / sigma.
+
+    The layer holds `query_mean`, `key_mean` `[H, D]`, both or none, `sharpness` `[H]`, and the directions of a kernel.
+
+    Args:
+        options: a variant's, see `check_kernel_options`.
+        dim: D.
+
+    Raises:
+        ValueError: for a map of one's own that does not map tokens of D numbers.
+    """
+
+    def __init__(self, options: Any, dim: int) -> None:
+        self.name, self.sharpness = options.feature_map, 1 / options.bandwidth
+        self.kernel = RandomKernel(options, dim) if self.name in SHIFT_INVARIANT else None
+        if self.kernel is None:
+            feature_width(self.name, dim)
+
+    def register(self, layer: nn.Module) -> None:
+        """Give the layer the buffers of a kernel's directions."""
+        if self.kernel is not None:
+            self.kernel.register(layer)
+
+    def draw(self, layer: nn.Module, generator: torch.Generator) -> None:
+        """Draw a kernel's directions anew; the generator, on the CPU, alone decides them."""
+        if self.kernel is not None:
+            self.kernel.draw(layer, generator)
+
+    def features(self, layer: nn.Module, x: torch.Tensor, side: str, scaling: float) -> Features:
+        """phi of the tokens `[..., H, T, D]` of a side, `"query"` or `"key"`."""
+        center: torch.Tensor | None = getattr(layer, f"{side}_mean", None)
+        if self.kernel is not None:
+            sigma = layer.get_buffer("sharpness").to(accumulation_dtype(x.dtype)).reciprocal()
+            return self.kernel.features(layer, x, center, sigma, scaling)
+        if center is not None:
+            x = layer.get_buffer("sharpness").to(x.dtype)[:, None, None] * (x - center.to(x.dtype)[:, None])
+        return FEATURE_MAPS[self.name](x * scaling**0.5)
+
+    def starts(self, q: torch.Tensor, k: torch.Tensor, scaling: float) -> list[dict[str, torch.Tensor]]:
+        """What calibration tries, by name, the published form first; q, k are `[H, tokens, D]`."""
+        means = [{"query_mean": x * q.mean(1), "key_mean": x * k.mean(1)} for x in (0, 1)]
+        one = torch.ones_like(q[:, 0, 0])
+        tried = [(0, self.sharpness * one)]
+        if self.kernel is None:
+            tried += [(1, x * one) for x in _SHARPNESS]
+        else:
+            for moved, mean in enumerate(means):
+                sigmas = self.kernel.bandwidths(q, k, mean["query_mean"], mean["key_mean"], scaling)
+                tried += [(moved, 1 / sigma) for sigma in sigmas]
+        return [{**means[moved], "sharpness": sharpness} for moved, sharpness in tried]
 
 
 def draw_frequencies(
@@ -132,12 +209,13 @@ def shift_invariant_features(
         `[..., m]` and their log scale `[...]`, up to a common factor; `[..., 2m]`, of both signs, and None.
     """
     x = x.to(accumulation_dtype(x.dtype))
-    projected = x @ omega.to(x.dtype).mT
+    square = x.square()
+    with full_precision(x):  # 1 / width^2 is beyond half precision
+        projected = x @ omega.to(x.dtype).mT
+        if width is not None and features == "positive":
+            projected = projected - square @ width.to(x.dtype).square().reciprocal().mT
     if features == "fourier":
         return fourier_features(projected), None
-    square = x.square()
-    if width is not None:
-        projected = projected - square @ width.to(x.dtype).square().reciprocal().mT
     peak = projected.detach().amax(-1)
     # What all features share goes into the scale: that of a query cancels, in its gradient too.
     return exp_(projected - peak[..., None]), peak - square.sum(-1) if width is None else peak
