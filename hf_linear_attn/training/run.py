@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from hf_linear_attn.data.companions import checkpoint_folder, find_companions, find_pooling
 from hf_linear_attn.data.models import resolve_model
@@ -20,6 +20,7 @@ from hf_linear_attn.measure.profile import parameter_counts, track_peak_memory
 from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.seam.trainer import remove_checkpoints, writing
+from hf_linear_attn.training.anneal import Anneal
 from hf_linear_attn.training.arguments import training_arguments
 from hf_linear_attn.training.contrast import ContrastTrainer, check_pooling
 from hf_linear_attn.training.describe import LossBar, OnStep, Share, describe_conversion, describe_stage
@@ -245,7 +246,10 @@ class _Run:
             extra["pooling"] = self.pooling
         if stage.kind == "finetune":
             extra |= {"metrics": self.recipe.evaluation.metrics, "prefix": self.prefix}
-        callbacks = [] if self.on_step is None else [Share(self.on_step, index, len(self.recipe.stages))]
+        count = len(self.recipe.stages)
+        callbacks: list[TrainerCallback] = [Anneal(part=(index / count, (index + 1) / count))]
+        if self.on_step is not None:
+            callbacks.append(Share(self.on_step, index, count))
         with quiet_libraries():
             trainer = TRAINERS[stage.kind](
                 model,

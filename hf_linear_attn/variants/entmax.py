@@ -3,9 +3,10 @@
     y_i = sum_j p_ij v_j,    p_i = (1 - lambda) softmax(z_i) + lambda entmax_alpha(z_i),    z_ij = scaling q_i . k_j
 
 with one lambda a head, 0 at the start: the checkpoint, exactly. A weight is 0 only where lambda is 1: training raises
-the least lambda to that, linearly over the first half of its steps. alpha = 2 is sparsemax (arXiv:1602.02068).
-Cost n^2 d, several times that of softmax: what it brings is sparsity, not speed. Queries go through in chunks, so
-that inference holds the logits of one chunk only; training keeps them all, unless the layer is checkpointed.
+the least lambda to that, linearly over its first half (of a recipe, over half of its stages). alpha = 2 is sparsemax
+(arXiv:1602.02068). Cost n^2 d, several times that of softmax: what it brings is sparsity, not speed. Queries go through
+in chunks, so that inference holds the logits of one chunk only; training keeps them all, unless the layer is
+checkpointed.
 """
 
 from __future__ import annotations

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from hf_linear_attn import convert_model
 from hf_linear_attn.calibration import output_errors, record, variants_by_layer
 from hf_linear_attn.training import Anneal, UptrainTrainer
+from hf_linear_attn.training.run import train
+from hf_linear_attn.variants.entmax import EntmaxAttention
 from tests.small_runs import small_tokenizer
 from tests.small_stages import arguments, masked_lm, peaked, texts, weights
 from tests.tiny import token_batch
+from tests.training.test_run import staged_recipe
 
 
 def converted(**options: Any) -> Any:
@@ -114,3 +117,48 @@ def test_what_is_frozen_stays() -> None:
 def test_a_share_out_of_range_is_named(until: Any) -> None:
     with pytest.raises(ValueError, match=r"until=.*; allowed: a number above 0 and at most 1"):
         Anneal(until=until)
+
+
+def watch_shares(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """What the first layer is told after each step, and its least lambda then."""
+    told: list[tuple[float, float]] = []
+    anneal = EntmaxAttention.anneal
+
+    def watched(self: EntmaxAttention, share: float) -> None:
+        anneal(self, share)
+        if self.context.layer_idx == 0:
+            told.append((share, self.mixing.min().item()))
+
+    monkeypatch.setattr(EntmaxAttention, "anneal", watched)
+    return told
+
+
+def test_the_stages_of_a_recipe_share_one_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stage has made sparse is not made dense again by the next."""
+    told = watch_shares(monkeypatch)
+    conversion = {"variant": "entmax", "calibration_documents": 1}
+    recipe = staged_recipe(tmp_path, conversion=conversion, training={"learning_rate": 2e-2})
+    result = train(recipe)
+    assert [stage.stage for stage in result.stages] == ["transfer", "distill", "finetune"]
+    shares = [share for share, _ in told]
+    assert shares == pytest.approx([min(1, step / 6) for step in range(1, 13)])  # half of three stages of four steps
+    model = AutoModelForSequenceClassification.from_pretrained(result.output_dir)
+    assert all((x == 1).all() for x in lambdas(model))
+    assert all(least >= share - 1e-6 for share, least in told)
+
+
+def test_a_stage_that_begins_later_takes_its_part_of_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversion = {"variant": "entmax", "calibration_documents": 1}
+    recipe = staged_recipe(tmp_path, conversion=conversion)
+    train(recipe, until_stage="transfer")
+    told = watch_shares(monkeypatch)
+    train(recipe, from_stage="distill", until_stage="distill")
+    assert [share for share, _ in told] == pytest.approx([5 / 6, 1, 1, 1])
+
+
+@pytest.mark.parametrize("part", [(0.5, 0.5), (-0.1, 1), (0, 1.5), (0.6, 0.4), (True, 1), ("0", 1)])
+def test_a_part_out_of_range_is_named(part: Any) -> None:
+    with pytest.raises(ValueError, match=r"part=.*; allowed: two numbers from 0 to 1, the first below the second"):
+        Anneal(part=part)
