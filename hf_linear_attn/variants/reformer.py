@@ -27,7 +27,7 @@ from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.base.masking import safe_masked_fill
 from hf_linear_attn.ops.lsh.attention import SELF_LOGIT, hash_buckets, level_attention
 from hf_linear_attn.ops.lsh.decode import decode_token, init_lsh_state, lsh_past, lsh_state_after
-from hf_linear_attn.ops.lsh.levels import Level, growing_levels, levels_up_to
+from hf_linear_attn.ops.lsh.levels import Level, growing_levels, hashed_levels, levels_up_to
 from hf_linear_attn.ops.starts.calibration import balancing_maps, choose_start, collect_rows, head_tokens
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -44,7 +44,8 @@ class ReformerConfig(VariantConfig):
             start about 1.4 to 2.2 times as far from it as 4.
         num_buckets: buckets of a round, an even number, or 1 for sorting by position alone. "length": as fill about a
             chunk each, 8 to 512 by the tokens of a sequence, or on decoders by the place of a token, for inputs of up
-            to the model's `max_length`. None, once the default: by `max_length` alone, 4 to 16.
+            to the model's `max_length`; up to 2 num_hashes chunk_size tokens are read whole, as softmax does, which
+            costs no more. None, once the default: by `max_length` alone, 4 to 16.
         chunk_size: keys per chunk, c.
         share_qk: the keys, normalized, serve as keys and as they are as queries, and a token attends to itself only
             where it sees nothing else. The checkpoint's queries are not used: far from it at the start.
@@ -103,7 +104,7 @@ class ReformerAttention(AttentionVariant):
         heads, dim, buckets = context.num_heads, context.head_dim, config.num_buckets
         if buckets is None:
             buckets = min(max(4, context.max_length // (4 * config.chunk_size) * 2), 16)
-        growing = growing_levels(context.max_length, config.chunk_size)
+        growing = growing_levels(context.max_length, config.chunk_size, config.num_hashes)
         self._levels = growing if isinstance(buckets, str) else (Level(0, buckets),)
         self.register_buffer("rotations", torch.empty(heads, dim, config.num_hashes, self._levels[-1].buckets // 2))
         if not config.share_qk:
@@ -145,18 +146,20 @@ class ReformerAttention(AttentionVariant):
             start = {"query_mean": query_mean, "key_mean": key_mean, "query_map": query_map, "key_map": key_map}
             directions = F.normalize((k - key_mean[:, None]) @ key_map, dim=-1)[:, drawn].movedim(-1, 1)
             starts += [start, {**start, "rotations": directions}]
-        choose_start(dict(self.named_buffers()), starts, self.error_meter(rows, scaling))
+        levels, self._levels = self._levels, hashed_levels(self._levels)  # texts that are read whole tell nothing
+        try:
+            choose_start(dict(self.named_buffers()), starts, self.error_meter(rows, scaling))
+        finally:
+            self._levels = levels
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
-        heads, dim = self.context.num_heads, self.context.head_dim
-        sizes = self.config.num_hashes, self.config.chunk_size, self._levels
-        return init_lsh_state(batch_size, heads, dim, *sizes, dtype, device)
+        sizes = self.context.head_dim, self.config.num_hashes, self.config.chunk_size, self._levels
+        return init_lsh_state(batch_size, self.context.num_heads, *sizes, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         query, key, share, real = inputs.query, inputs.key, self.config.share_qk, inputs.token_mask
-        levels = self._levels
-        if state is None:
-            levels = levels_up_to(levels, key.shape[2], all_as_long=real is None and not inputs.is_causal)
+        levels, as_long = self._levels, real is None and not inputs.is_causal
+        levels = levels if state is not None else levels_up_to(levels, key.shape[2], all_as_long=as_long)
         sizes = [level.buckets for level in levels]
         if share:
             key = safe_masked_fill(key, real)  # before the norm: the gradient of inf is nan, also times 0

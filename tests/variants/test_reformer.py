@@ -183,7 +183,7 @@ def test_a_short_input_to_a_long_model_is_hashed_by_its_own_length():
 @pytest.mark.parametrize("share_qk", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_buckets_grow_with_the_tokens(is_causal, share_qk, padded):
-    """8 buckets for chunks of 2, then 16, 32 and 64 from 24, 48 and 96 tokens on: by the dense formula."""
+    """Chunks of 2, 2 rounds: 8 tokens whole, then 8 buckets, 16, 32 and 64 from 24, 48 and 96 on, by the formula."""
     module = build(is_causal, max_length=200, chunk_size=2, num_hashes=2, share_qk=share_qk)
     real = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)) < 2
     if padded:
@@ -195,12 +195,56 @@ def test_buckets_grow_with_the_tokens(is_causal, share_qk, padded):
         for i in range(len(k)):
             level = sum((i if is_causal else len(k)) >= start for start in (24, 48, 96))
             keys = growing_keys_seen(module, q, k, i, 2, 8 << level, is_causal)
+            if (i if is_causal else len(k)) <= 8:
+                keys = list(range(i + 1 if is_causal else len(k)))
             if share_qk:
                 others = [j for j in keys if j != i] or [i]
                 logits, keys = F.normalize(k[others], dim=-1) @ k[i], others
             else:
                 logits = k[keys] @ q[i] * DIM**-0.5
             torch.testing.assert_close(output[b, 0][real[b]][i], logits.softmax(0) @ v[keys])
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("share_qk", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_as_many_tokens_as_the_rounds_show_are_read_whole(is_causal, share_qk, padded):
+    """2 rounds of 2 chunks of 4: 16 tokens, alone or in a batch with longer rows, gradients included."""
+    module = build(is_causal, chunk_size=4, num_hashes=2, share_qk=share_qk)
+    inputs = draw(60 if padded else 16, is_causal)
+    real = torch.ones(2, inputs.key.shape[2], dtype=torch.bool)
+    if padded:
+        real[0] = torch.arange(60) % 4 == 1  # 15 tokens
+        inputs.token_mask = real
+    leaves = [inputs.query.requires_grad_(), inputs.key.requires_grad_(), inputs.value.requires_grad_()]
+    output = module(inputs)[0]
+    for b in range(1 if padded else 2):
+        q, k, v = (x[b][:, real[b]] for x in leaves)
+        if share_qk:
+            q, k = k, F.normalize(k, dim=-1) * DIM**0.5
+        logits, n = q @ k.mT * DIM**-0.5, k.shape[1]
+        if share_qk:
+            logits = logits - 1e5 * torch.eye(n, dtype=torch.float64)
+        if is_causal:
+            logits = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+        expected, found = logits.softmax(-1) @ v, output[b][:, real[b]]
+        torch.testing.assert_close(found, expected)
+        grads = [torch.autograd.grad(x.sin().sum(), leaves[share_qk:], retain_graph=True) for x in (found, expected)]
+        for x, y in zip(*grads, strict=True):
+            torch.testing.assert_close(x[b], y[b])
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
+def test_calibration_on_short_texts_still_chooses_hashes(is_causal):
+    """They are read whole, where no start is better than another; longer inputs are hashed."""
+    inputs = draw(100, is_causal, dtype=torch.float32, dim=16)
+    inputs.query, inputs.key = inputs.query * 2, inputs.key + 6
+    module = build(is_causal, torch.float32, dim=16, chunk_size=8, num_hashes=8)
+    exact = F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, is_causal=is_causal)
+    torch.testing.assert_close(module(inputs)[0], exact)
+    module.calibrate([inputs])
+    torch.testing.assert_close(module(inputs)[0], exact)
+    assert module.key_mean.abs().max() > 1
 
 
 def growing_keys_seen(module, q, k, i, chunk, buckets, is_causal):
@@ -232,7 +276,12 @@ def test_every_split_into_calls_gives_the_same_result_as_buckets_grow():
     real[0, :41] = False  # rows begin a level at different steps
     inputs = draw(180, True, real)
     whole = module(inputs)[0].masked_fill(~real[:, None, :, None], 0)
-    for cuts in ([60, *range(61, 181)], [45, 46, 100, 101, 180], [100, *range(101, 140), 180]):
+    for cuts in (
+        [3, *range(4, 20), 46, *range(47, 61), 180],
+        [60, *range(61, 181)],
+        [45, 46, 100, 101, 180],
+        [100, *range(101, 140), 180],
+    ):
         state, parts, start = module.init_state(2, torch.float64, torch.device("cpu")), [], 0
         for stop in cuts:
             call = AttentionInputs(

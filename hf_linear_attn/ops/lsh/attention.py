@@ -8,16 +8,26 @@ shown, and rounds are merged by their log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from hf_linear_attn.ops.base.compaction import CompactedCall
+from hf_linear_attn.ops.base.compaction import CompactedCall, take_tokens
+from hf_linear_attn.ops.base.numerics import full_precision
 from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
 from hf_linear_attn.ops.lsh.blocks import attend_chunks
-from hf_linear_attn.ops.lsh.levels import Level, at_level
+from hf_linear_attn.ops.lsh.levels import Level, at_level, read_whole, whole_length
 from hf_linear_attn.ops.lsh.plan import Rounds, sizes_may_depend_on_numbers
 
-__all__ = ["hash_buckets", "level_attention", "naive_round_attention", "round_attention", "visible"]
+__all__ = [
+    "hash_buckets",
+    "level_attention",
+    "naive_round_attention",
+    "round_attention",
+    "visible",
+    "whole_attention",
+]
 
 # Added to the logit of a token with itself where queries are keys: it counts when nothing else is there, as in the
 # paper's code.
@@ -35,7 +45,8 @@ def hash_buckets(
         x: `[B, H, T, D]`.
         rotations: R, `[H, D, rounds, b / 2]`; b / 2 = 0 is a single bucket.
         mean: `[H, D]`, subtracted from x, or None.
-        sizes: for each number of buckets b' <= b a hash by the first b' / 2 directions of each round; None for b.
+        sizes: for each number of buckets b' <= b, 1 or even, a hash by the first b' / 2 directions of each round; None
+            for b.
 
     Returns:
         long `[B, H, T, sizes * rounds]`, the rounds of each size side by side, from 0 to b' - 1.
@@ -60,7 +71,9 @@ def hash_buckets(
 
 
 def _nearest(score: torch.Tensor) -> torch.Tensor:
-    """Number of the largest of `[score, -score]`, over the last dimension."""
+    """Number of the largest of `[score, -score]`, over the last dimension; 0 where that is empty."""
+    if not score.shape[-1]:
+        return torch.zeros(score.shape[:-1], dtype=torch.long, device=score.device)
     nearest = score.abs().argmax(-1, keepdim=True)  # direction, of either sign
     return torch.where(score.gather(-1, nearest) < 0, nearest + score.shape[-1], nearest)[..., 0]
 
@@ -82,6 +95,7 @@ def visible(
     *,
     is_causal: bool,
     centered: bool = False,
+    whole: torch.Tensor | None = None,
 ) -> Rounds:
     """Where queries look, query row r being at position Tk - Tq + r.
 
@@ -99,10 +113,12 @@ def visible(
         num_buckets: buckets are below this.
         is_causal: a query sees keys up to its own.
         centered: of bidirectional ones only.
+        whole: bool `[B or 1]`, bidirectional sequences of one bucket that are read whole: each round shows the next
+            two chunks, whatever the query. None for none.
     """
     (B, H, q_len, rounds), k_len = q_bucket.shape, k_bucket.shape[2]
     if is_exported() and not is_causal:
-        return _visible_by_counts(q_bucket, k_bucket, real, chunk_size, num_buckets, centered)
+        return _visible_by_counts(q_bucket, k_bucket, real, chunk_size, num_buckets, centered, whole)
     chunk, offset = min(chunk_size, k_len), k_len - q_len
     by_position = real is None and is_causal and q_len == k_len
     centered = centered and not is_causal
@@ -157,6 +173,8 @@ def visible(
     # Causal: every bucket may leave a chunk unfilled, and has an empty one before and after it.
     num_chunks = k_len // chunk + 2 + (2 * num_buckets if is_causal and sorts else 0)
     q_chunk, k_chunk, k_place = torch.stack(q_chunks), torch.stack(k_chunks), torch.stack(k_places)
+    if whole is not None:
+        q_chunk = _round_by_round(q_chunk, whole.expand(B).repeat_interleave(H, 0))
     return Rounds(q_chunk, k_chunk, k_place, real, num_chunks, chunk, is_causal, by_position, same)
 
 
@@ -178,6 +196,12 @@ def _centered(
     return ((middle + chunk // 2) // chunk + 1).clamp(min=2).minimum(last)
 
 
+def _round_by_round(q_chunk: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """`q_chunk` `[rounds, N, Tq]`, where `whole` `[N]` the second of each round's own two chunks."""
+    number = torch.arange(1, q_chunk.shape[0] + 1, device=q_chunk.device) * 2
+    return torch.where(whole[:, None], number[:, None, None], q_chunk)
+
+
 def _visible_by_counts(
     q_bucket: torch.Tensor,
     k_bucket: torch.Tensor,
@@ -185,6 +209,7 @@ def _visible_by_counts(
     chunk_size: int,
     num_buckets: int,
     centered: bool,
+    whole: torch.Tensor | None,
 ) -> Rounds:
     """`visible` of as many queries as keys, bidirectional, without sorting: a key's rank is counted, bucket by bucket.
 
@@ -210,6 +235,8 @@ def _visible_by_counts(
     else:
         q_chunk = q_place.minimum(last) // chunk_size + 1
     k_place, q_chunk = (x.permute(3, 0, 1, 2).flatten(1, 2) for x in (k_place.minimum(last), q_chunk))
+    if whole is not None:
+        q_chunk = _round_by_round(q_chunk, whole[:, None].expand(B, H).flatten())
     seen = real[:, None].expand(B, H, k_len).flatten(0, 1)
     k_chunk = k_place // chunk_size + 1
     return Rounds(q_chunk, k_chunk, k_place % chunk_size, seen, blocks_of(k_len, chunk_size) + 1, chunk_size, False)
@@ -267,6 +294,59 @@ def round_attention(
     return out.unflatten(0, shape)
 
 
+def whole_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    real: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    scaling: float,
+    self_penalty: bool,
+) -> torch.Tensor:
+    """Softmax attention over all keys, or if causal over all up to a query's own, for few tokens: a mask is dense.
+
+    Args:
+        q: `[B, H, Tq, D]`, row r at position Tk - Tq + r.
+        k: `[B, H, Tk, D]`.
+        v: `[B, H, Tk, D]`. All finite, padding too.
+        real: bool `[B or 1, Tk]`, False for padding; None without any.
+        is_causal: a query sees keys up to its own.
+        scaling: factor of the logits.
+        self_penalty: as in `round_attention`.
+
+    Returns:
+        `[B, H, Tq, D]`; anything finite where nothing is real.
+    """
+    q_len, k_len, dtype = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    bias, plain = None, real is None and not self_penalty and (not is_causal or q_len == k_len)
+    if not plain:
+        ahead = torch.arange(k_len, device=q.device) - torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
+        allowed = ahead <= (0 if is_causal else k_len)
+        if real is not None:  # a row without any key would have no softmax
+            allowed = (allowed & real[:, None, None]) | (ahead == 0)
+        penalty = max(SELF_LOGIT, torch.finfo(dtype).min) if self_penalty else 0.0
+        bias = torch.zeros(allowed.shape, dtype=dtype, device=q.device).masked_fill(ahead == 0, penalty)
+        bias = bias.masked_fill(~allowed, -torch.inf)
+    with full_precision(q):
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=is_causal and plain, scale=scaling)
+
+
+def _first_tokens(call: CompactedCall, first: int, last: int, size: int, options: dict[str, Any]) -> torch.Tensor:
+    """Causal `whole_attention` of the queries in columns `first` .. `last` - 1 that are among the first `size` tokens.
+
+    Rows have their padding in front, of many lengths: tokens are taken by their rank, `size` squared logits in all.
+    """
+    offset = call.k.shape[2] - call.q.shape[2]
+    rank = call.rank.expand(len(call.q), -1)
+    column = (torch.arange(size, device=rank.device) - rank[:, :1]).clamp(0, rank.shape[1] - 1)
+    k, v = take_tokens(call.k, column), take_tokens(call.v, column)
+    q = take_tokens(call.q, (column - offset).clamp(min=0))
+    output = whole_attention(q, k, v, None, is_causal=True, **options)
+    return take_tokens(output, rank[:, first:last].clamp(0, size - 1))
+
+
 def level_attention(
     call: CompactedCall,
     q_bucket: torch.Tensor,
@@ -281,6 +361,8 @@ def level_attention(
     self_penalty: bool,
 ) -> torch.Tensor:
     """`round_attention` of a compacted call, each query at its level: that of its rank, or if not causal of the row.
+
+    `whole_attention` at a whole level.
 
     Args:
         call: queries `[B, H, Tq, D]`, keys and values `[B, H, Tk, D]`.
@@ -298,19 +380,34 @@ def level_attention(
         `[B, H, Tq, D]`.
     """
     seen, same = None if all_real else call.rank >= 0, q_bucket is k_bucket
+    options: dict[str, Any] = {"scaling": scaling, "self_penalty": self_penalty}
 
-    def attend(first: int, last: int, q_bucket: torch.Tensor, k_bucket: torch.Tensor, buckets: int) -> torch.Tensor:
+    def attend(
+        first: int,
+        last: int,
+        q_bucket: torch.Tensor,
+        k_bucket: torch.Tensor,
+        level: Level,
+        whole: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         real = None if seen is None else seen[:, :last]
-        rounds = visible(q_bucket, k_bucket, real, chunk_size, buckets, is_causal=is_causal, centered=centered)
+        if level.whole and is_causal and not all_real:
+            return _first_tokens(call, first, last, whole_length(k_len, levels), options)
         q, k, v = call.q[:, :, first - offset : last - offset], call.k[:, :, :last], call.v[:, :, :last]
-        return round_attention(q, k, v, rounds, scaling=scaling, self_penalty=self_penalty)
+        if level.whole:
+            return whole_attention(q, k, v, real, is_causal=is_causal, **options)
+        where: dict[str, Any] = {"is_causal": is_causal, "centered": centered, "whole": whole}
+        return round_attention(
+            q, k, v, visible(q_bucket, k_bucket, real, chunk_size, level.buckets, **where), **options
+        )
 
     k_len = call.k.shape[2]
     offset = k_len - call.q.shape[2]
     if not is_causal or len(levels) == 1:
-        k_bucket = at_level(k_bucket, call.rank[:, -1] + 1, levels)
-        q_bucket = k_bucket if same else at_level(q_bucket, call.rank[:, -1] + 1, levels)
-        return attend(offset, k_len, q_bucket, k_bucket, levels[-1].buckets)
+        count = call.rank[:, -1] + 1
+        k_bucket = at_level(k_bucket, count, levels)
+        q_bucket = k_bucket if same else at_level(q_bucket, count, levels)
+        return attend(offset, k_len, q_bucket, k_bucket, levels[-1], read_whole(count, levels))
     fewest, most = (0, 0) if all_real else _padding(call.rank)
     output, reached = call.q[:, :, :0], offset
     ends = [level.start for level in levels[1:]] + [k_len]
@@ -322,7 +419,7 @@ def level_attention(
             continue
         k_own = k_own[:, :, :last]
         q_own = k_own if same and first == 0 else q_own[:, :, first - offset : last - offset]
-        found, again = attend(first, last, q_own, k_own, level.buckets), reached - first
+        found, again = attend(first, last, q_own, k_own, level), reached - first
         chosen = call.rank[:, None, first:reached, None] >= level.start
         known, before = output.split([output.shape[2] - again, again], 2)
         output = torch.cat([known, torch.where(chosen, found[:, :, :again], before), found[:, :, again:]], 2)

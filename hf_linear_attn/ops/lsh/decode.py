@@ -4,7 +4,7 @@ Of each bucket a query sees the members since the start of the chunk before its 
 therefore knows the last 2 c members of every bucket beside all keys and values. New tokens wait in tensors of their
 own, so that a step copies these alone, and earlier keys and the lists of members stay as they are; no state is changed
 in place. Where buckets grow, the state keeps every token's bucket at all levels, and the members at the level of the
-next token: they are found anew at the few tokens that begin a level.
+next token: they are found anew at the few tokens that begin a level. At a whole level a query sees all keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.compaction import CompactedCall, init_kv_state, kv_state_after
-from hf_linear_attn.ops.lsh.levels import Level, at_level, levels_up_to
+from hf_linear_attn.ops.lsh.levels import Level, at_level, levels_up_to, read_whole, whole_length
 
 __all__ = ["decode_token", "init_lsh_state", "lsh_past", "lsh_state_after"]
 
@@ -142,7 +142,7 @@ def decode_token(
     reached = levels_up_to(levels, state["key"].shape[2] + recent["key"].shape[2])
     used = q_bucket.shape[-1] // len(levels) * len(reached)
     q_own, recent_own = (at_level(x[..., :used], state["count"], reached) for x in (q_bucket, recent["bucket"]))
-    token, lately = _tokens_seen(q_own[:, :, 0], recent_own[:, :, :-1], state)
+    token, lately = _tokens_seen(q_own[:, :, 0], recent_own[:, :, :-1], state, levels)
     place, seen = _places(token, lately, state["count"], state["key"].shape[2])
     keys, values = (torch.cat([_take(state[x].to(k.dtype), place), recent[x]], 2) for x in ("key", "value"))
     logits = (q @ keys.mT).to(torch.promote_types(q.dtype, torch.float32)) * scaling
@@ -153,7 +153,9 @@ def decode_token(
 
 
 @torch.no_grad()
-def _tokens_seen(q_bucket: torch.Tensor, recent: torch.Tensor, state: _State) -> tuple[torch.Tensor, torch.Tensor]:
+def _tokens_seen(
+    q_bucket: torch.Tensor, recent: torch.Tensor, state: _State, levels: Sequence[Level]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What a new query of buckets `[B, H, rounds]` sees; those of the recent tokens before it are `[B, H, T, rounds]`.
 
     Returns:
@@ -168,8 +170,12 @@ def _tokens_seen(q_bucket: torch.Tensor, recent: torch.Tensor, state: _State) ->
     number = filled + shared.long().cumsum(-1)  # one more than that of each shared one in its bucket
     first = _first_seen(filled + shared.sum(-1, keepdim=True), chunk)
     token = token.masked_fill(_number_in(filled[..., 0], slots) < first, -1).flatten(2)
+    start, whole = _first_seen(own, chunk), read_whole(own, levels)
+    if whole is not None and whole.any():
+        start = start.masked_fill(whole, 0)
+        slots = max(slots, whole_length(state["key"].shape[2] + recent.shape[2] + 1, levels))
     by_position = own - torch.arange(slots, device=own.device)
-    by_position = by_position.masked_fill(by_position < _first_seen(own, chunk), -1)
+    by_position = by_position.masked_fill(by_position < start, -1)
     token = torch.cat([token, by_position.expand(*token.shape[:2], -1)], -1).sort(-1).values
     again = token[..., 1:] == token[..., :-1]
     token[..., 1:].masked_fill_(again, -1)
