@@ -23,6 +23,7 @@ from hf_linear_attn.ops.base.masking import causal_mask
 from hf_linear_attn.ops.base.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, find_cache, prepare_cache_layer
+from hf_linear_attn.seam.extra_tokens import EXTRA_TOKENS, PACKED_WITH_EXTRA_TOKENS
 from hf_linear_attn.seam.limits import named_arguments
 from hf_linear_attn.seam.masks import packed_rows
 from hf_linear_attn.variants.base import AttentionInputs
@@ -170,6 +171,9 @@ def linear_attention_forward(
     """
     if kwargs.get("output_attentions"):
         raise ValueError(OUTPUT_ATTENTIONS_MESSAGE)
+    if kwargs.get(EXTRA_TOKENS):
+        given = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
+        return _beside_extra_tokens(module, query, key, value, attention_mask, **given), None
     of_layer: LinearAttnCall | None = kwargs.get("linear_attn_call")
     if of_layer is None:
         _check_listed_as_softmax(module)
@@ -190,13 +194,14 @@ def linear_attention_forward(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         hidden_states=None if of_layer is None else of_layer.hidden_states,
         global_mask=None if of_layer is None else _global_mask(module, kwargs, query),
+        extra=kwargs.get("linear_attn_extra"),
     )
     if not own_tokens:  # every packed sequence may see all of the encoder's tokens
         return _softmax(inputs, dropout).transpose(1, 2), None
 
     plan = _plan(packed, inputs, kwargs)
     recorder: AttentionRecorder | None = kwargs.get("linear_attn_recorder")
-    regroups = cache_layer is None and recorder is None and query.shape[2] == key.shape[2]
+    regroups = cache_layer is None and recorder is None and query.shape[2] == key.shape[2] and inputs.extra is None
     if plan.packed and not regroups:
         raise ValueError(PACKED_MESSAGE)
     if of_layer is not None and recorder is not None:
@@ -217,6 +222,27 @@ def linear_attention_forward(
         reads_last = keys_at_hand and not plan.packed and (is_traced() or not plan.last_real)
         output = _settle_padding(output, inputs, reads_last=reads_last, window=sliding_window)
     return output.transpose(1, 2), None
+
+
+def _beside_extra_tokens(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Attention where the first G tokens of a layer are extra ones (`seam.extra_tokens`): `[B, G + T, H, D]`."""
+    count = kwargs.pop(EXTRA_TOKENS)
+    plan: SequencePlan | None = kwargs.get("linear_attn_plan")
+    if plan is not None and plan.packed:
+        raise ValueError(PACKED_WITH_EXTRA_TOKENS)
+    of_layer: LinearAttnCall | None = kwargs.get("linear_attn_call")
+    if of_layer is not None:
+        kwargs["linear_attn_call"] = replace(of_layer, hidden_states=of_layer.hidden_states[:, count:])
+        if module.linear_attn.num_extra_tokens:
+            kwargs["linear_attn_extra"] = torch.stack([key[:, :, :count], value[:, :, :count]], dim=2)
+    of_text = query[:, :, count:], key[:, :, count:], value[:, :, count:]
+    text = linear_attention_forward(module, *of_text, mask, **kwargs)[0]
+    real = None if mask is None or kwargs.get("linear_attn_all_real") else F.pad(mask.bool(), (count, 0), value=True)
+    scaling = query.shape[-1] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
+    rows = softmax_attention(query[:, :, :count], key, value, real, False, scaling, kwargs["dropout"])
+    return torch.cat([rows.transpose(1, 2), text], dim=1)
 
 
 def _plan(packed: SequencePlan | None, inputs: AttentionInputs, keywords: dict[str, Any]) -> SequencePlan:

@@ -44,6 +44,7 @@ from hf_linear_attn.report import ConversionReport, describe
 from hf_linear_attn.saving import whole_folder
 from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
+from hf_linear_attn.seam.extra_tokens import ExtraTokens, check_asked, fit_extra_tokens, without_extra_tokens
 from hf_linear_attn.seam.heads import choices_of, task_of, with_global_tokens
 from hf_linear_attn.seam.initialization import is_initialized, mark_initialized, refuse_lost
 from hf_linear_attn.seam.limits import check_length
@@ -119,7 +120,7 @@ class LinearAttnPreTrainedModel:
         if self.config._attn_implementation != IMPLEMENTATION:
             refuse_held(given)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        outputs = without_extra_tokens(super().__call__(*args, **kwargs))  # type: ignore[misc]
         used = given if given is not None else _returned_cache(outputs)
         if used is not None and not (self.training and is_checkpointing(self)):  # type: ignore[attr-defined]
             # Upstream hands no cache to layers that it will recompute.
@@ -144,7 +145,7 @@ class LinearAttnPreTrainedModel:
         super()._validate_generation_mode(mode, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AttentionVariant):
+        if isinstance(module, AttentionVariant | ExtraTokens):
             # Reached for modules that came from the meta device; what the checkpoint filled must stay.
             if not is_initialized(module):
                 refuse_lost(self, module)  # type: ignore[arg-type]
@@ -374,6 +375,7 @@ def build_variants(
         with torch.device("meta"):  # where torch's modules draw nothing from the caller's generators
             variant = get_variant(layer.variant).module_class(layer.variant_config(), context)
         built.append((attention, variant, weight))
+    check_asked((variant for _, variant, _ in built), patcher.is_causal(config))
     materialize([(variant, weight) for _, variant, weight in built])
     return [(attention, variant) for attention, variant, _ in built]
 
@@ -401,6 +403,7 @@ def attach(
         attention.module.__class__ = converted_attention_class(type(attention.module))
         variant.train(attention.module.training)
         mark_initialized(variant)
+    fit_extra_tokens(patcher, model, config)
     _rebrand(model, config, model_class_for)
 
 
@@ -414,6 +417,7 @@ def detach(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             attention.module.__class__ = type(attention.module).__mro__[2]
         if not patcher.layers_are_numbered:
             attention.module.__dict__.pop("layer_idx", None)
+    fit_extra_tokens(patcher, model, config)
     model.base_model.__dict__.pop(REPORT_ATTRIBUTE, None)
     _rebrand(model, config, lambda converted: converted.__mro__[2])
 
@@ -461,6 +465,7 @@ def settle(model: Any, always: bool = False) -> None:
     fit_config(model.config, count)
     model.config.linear_attn = replace(spec, layers=layers_as_they_stand(patcher, model)).to_dict()
     tie_shared(list(variants_of(model).values()))
+    fit_extra_tokens(patcher, model, model.config)
     _name_shared(model)
     for module in model.modules():
         stored = module.__dict__.get(REPORT_ATTRIBUTE)

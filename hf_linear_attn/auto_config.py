@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_linear_attn.registry import get_patcher, list_patchers
+from hf_linear_attn.seam.names import IMPLEMENTATION
 from hf_linear_attn.seam.peft import register_peft_targets
 
 __all__ = [
@@ -27,9 +28,6 @@ __all__ = [
     "made_once",
     "register_auto_configs",
 ]
-
-IMPLEMENTATION = "linear_attn"
-"""Key of our attention and mask functions, and the `attn_implementation` written into `config.json`."""
 
 MODEL_TYPE_PREFIX = "linear_attn_"
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam.extra_tokens import extra_tokens_of
 from hf_linear_attn.seam.heads import choices_of
 from hf_linear_attn.variants.base import AttentionVariant
 
@@ -85,6 +86,7 @@ class ConversionReport:
             hidden states); None where that is not known.
         global_tokens: which tokens are global in calls that name none, of layers that choose them by the model's head
             or by their ids; None where none does.
+        extra_parameters: parameters of the tokens that travel through the layers (`seam.extra_tokens`).
         tokenizer_max_length: what `tokenizer.model_max_length` should be set to.
     """
 
@@ -93,6 +95,7 @@ class ConversionReport:
     kept_softmax: list[int] = field(default_factory=list)
     kept_softmax_by: str | None = None
     global_tokens: str | None = None
+    extra_parameters: int = 0
 
     def errors_of(self, layer: int | None) -> OutputErrors | None:
         """What was measured of a layer, by index, or None."""
@@ -110,7 +113,7 @@ class ConversionReport:
     @property
     def new_parameters(self) -> int:
         """Parameters added to the whole model."""
-        return sum(row.new_parameters for row in self.rows)
+        return self.extra_parameters + sum(row.new_parameters for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -212,4 +215,7 @@ def describe(
             )
         )
     chosen = ", ".join(dict.fromkeys(x.words for x in choices_of(model, model.linear_attn_task).values())) or None
-    return ConversionReport(rows, patcher.max_length(model.config), list(kept_softmax), kept_softmax_by, chosen)
+    extra = extra_tokens_of(model)
+    of_extra = 0 if extra is None else extra.tokens.numel()
+    limit = patcher.max_length(model.config)
+    return ConversionReport(rows, limit, list(kept_softmax), kept_softmax_by, chosen, of_extra)

@@ -148,6 +148,7 @@ FAMILY_BREAKS: dict[str, tuple[str, Any]] = {
     "projections": ("projections", None),
     "position table": ("position_offset", lambda config: 7),
     "causality": ("is_causal", lambda config: None),
+    "stack of layers": ("stack", lambda model: model.get_input_embeddings()),
 }
 
 

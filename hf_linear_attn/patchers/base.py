@@ -80,6 +80,11 @@ class ModelPatcher:
         names = self._names(model)
         return self._list(model, names[0]) if names else []
 
+    def stack(self, model: nn.Module) -> Any:
+        """The module that runs the layers of `model`: hidden states to what holds `last_hidden_state`."""
+        names = self._names(model)
+        return None if names is None else model.get_submodule(names[0].rpartition(".")[0])
+
     def num_layers(self, model: nn.Module) -> int:
         """How many layers stand in `model`, whatever its config says."""
         return len(self.layers(model))

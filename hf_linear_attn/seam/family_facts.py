@@ -43,6 +43,12 @@ def family_facts(model_type: str) -> None:
                 limit = None
         require(limit is None, f"the model reads more than the {limit} tokens that its position table has rows for")
     _check_projections(model_type)
+    stack = patcher.stack(model)
+    require(any(module is patcher.layers(model)[0] for module in stack.modules()), "the stack holds no layer")
+    if not patcher.is_causal(config):
+        states = torch.zeros(1, 5, config.hidden_size)
+        found_states = stack(states).last_hidden_state
+        require(found_states.shape == states.shape, f"the stack of layers makes {tuple(found_states.shape)} of states")
     keywords = inspect.signature(patcher.attention_class.forward).parameters
     require("kwargs" in keywords, f"{patcher.attention_name} takes no further keywords")
     if has_causal_lm(model_type):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam.extra_tokens import ExtraTokens
 from hf_linear_attn.variants.base import AttentionVariant
 
 __all__ = [
@@ -90,6 +91,12 @@ def variants_of(model: nn.Module) -> list[AttentionVariant]:
     return [module for module in model.modules() if isinstance(module, AttentionVariant)]
 
 
+def _added_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What a conversion added to a model: the variants' parameters, and the tokens that travel through its layers."""
+    added = [module for module in model.modules() if isinstance(module, AttentionVariant | ExtraTokens)]
+    return [parameter for module in added for parameter in module.parameters()]
+
+
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of the task head: everything outside the base model, and the base model's pooler."""
     base: nn.Module = model.base_model  # type: ignore[assignment]
@@ -126,7 +133,7 @@ def choose_trainable(model: Any, trainable: str, lora: Lora | None = None, *, wi
     chosen: list[nn.Parameter] = list(head.values())
     names = ["the head (classifier and pooler)"] if head else []
     if trainable in ("new", "lora"):
-        added = [parameter for variant in variants_of(model) for parameter in variant.parameters()]
+        added = _added_parameters(model)
         chosen += added
         names[:0] = ["the conversion's new parameters"] if added else []
     if count := last_layers(trainable):
@@ -157,7 +164,7 @@ def _with_adapters(model: Any, options: Lora, head: Iterable[str]) -> tuple[Any,
         )
     targets = options.target_modules or attention_projections(model)
     saved = {name.split(".")[1 if name.startswith(f"{model.base_model_prefix}.") else 0] for name in head}
-    if any(list(variant.parameters()) for variant in variants_of(model)):
+    if _added_parameters(model):
         saved.add("linear_attn")
     config = LoraConfig(
         r=options.r,
@@ -217,7 +224,7 @@ def optimizer_groups(
     decay on biases and normalization (anything with fewer than two dimensions)."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = {id(parameter) for parameter in head_parameters(base).values()}
-    new = {id(parameter) for variant in variants_of(model) for parameter in variant.parameters()}
+    new = {id(parameter) for parameter in _added_parameters(model)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_linear_attn.seam.extra_tokens import extra_tokens_of
 from hf_linear_attn.training.parts import transformer_layers
 
 __all__ = ["FrozenPrefix"]
@@ -54,8 +55,11 @@ class FrozenPrefix:
         """Make sure that what is stored came from these weights.
 
         Raises:
-            ValueError: if a frozen layer trains, or if the store was filled by other weights.
+            ValueError: if tokens travel through the layers (`seam.extra_tokens`), a frozen layer trains, or the store
+                was filled by other weights.
         """
+        if extra_tokens_of(model) is not None:
+            raise ValueError("Tokens that travel beside a document are not kept; allowed: cache_frozen_layers=False")
         layers = transformer_layers(model)
         boundary = self._boundary(model, last_layers)
         digest = hashlib.sha256()

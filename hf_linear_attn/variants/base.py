@@ -201,6 +201,8 @@ class AttentionInputs:
         hidden_states: input of the attention layer `[B, Tq, hidden_size]`, or None.
         global_mask: bool `[B, Tq]` of the call's global tokens, or None when the call named none.
         softmax_output: softmax attention's output `[B, H, Tq, D]` of a recorded call, for calibration; None elsewhere.
+        extra: keys and values of the model's extra tokens `[B, H, 2, G, D]`, for variants that ask for such
+            (`num_extra_tokens`); None elsewhere, and in a layer that stands alone.
     """
 
     query: torch.Tensor
@@ -212,6 +214,7 @@ class AttentionInputs:
     hidden_states: torch.Tensor | None = None
     global_mask: torch.Tensor | None = None
     softmax_output: torch.Tensor | None = None
+    extra: torch.Tensor | None = None
 
 
 def _also_of_nothing(forward: Forward) -> Forward:
@@ -262,9 +265,12 @@ class AttentionVariant(nn.Module):
         spec: what the registry knows of it.
         backend: `"auto"`, `"triton"` or `"torch"`, which its ops are called with (`ops.base.backend`); never saved.
         longest: most tokens that a decode state may follow, if their number has a limit which the state does not tell.
+        num_extra_tokens: G, tokens that it asks an encoder to send through the layers in front of the sequence; what it
+            reads of them is in `AttentionInputs.extra`. All layers that ask, ask for as many.
     """
 
     spec: ClassVar[VariantSpec]
+    num_extra_tokens: int = 0
     backend: str = "auto"
     longest: int | None = None
 

@@ -26,6 +26,10 @@ def draw(length, batch=1, is_causal=False, padding=None, seed=0, dtype=torch.flo
     return AttentionInputs(q, k, v, padding, is_causal, DIM**-0.5)
 
 
+def row_of(inputs):
+    return inputs.query, inputs.key, inputs.value
+
+
 def chosen(module, i, blocks):
     """Random blocks of query block i: one set per head."""
     columns, there = module.random_blocks(torch.tensor([[i]]), torch.tensor([blocks]))
@@ -45,8 +49,8 @@ def keys_of(module, length, h, i):
     return [j for j in range(length) if j // b in blocks]
 
 
-def dense(module, q, k, v):
-    """One sequence without padding `[H, T, D]`, token by token."""
+def dense(module, q, k, v, extra=None):
+    """One sequence without padding `[H, T, D]`, token by token; `extra` `[H, 2, G, D]` are tokens that travel."""
     length, scaling = q.shape[1], DIM**-0.5
     out = torch.zeros_like(q)
     b, g = module.config.block_size, module.num_global_tokens
@@ -59,6 +63,9 @@ def dense(module, q, k, v):
                 read = (hub_q @ k[h].T * scaling).softmax(-1) @ v[h]
                 logits = torch.cat([hub_k @ q[h, i] * scaling + module.global_shift[h], logits])
                 values = torch.cat([read, values])
+            if extra is not None:
+                logits = torch.cat([extra[h, 0] @ q[h, i] * scaling + module.global_shift[h], logits])
+                values = torch.cat([extra[h, 1], values])
             out[h, i] = logits.softmax(0) @ values
     return out
 
@@ -95,6 +102,27 @@ def test_last_block_and_random_blocks_are_each_rows_own(kind, is_causal, options
     for b in range(3):
         q, k, v = (x[b][:, padding[b]] for x in (inputs.query, inputs.key, inputs.value))
         torch.testing.assert_close(out[b][:, padding[b]], dense(module, q, k, v))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_random_blocks": 2}], ids=str)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_every_row_sees_the_tokens_that_travel(options, with_gradients):
+    """In rows of all lengths, padded on either side or not at all; without them the pattern alone."""
+    module = layer(block_size=4, form="etc_traveling", num_global_tokens=3, **options)
+    module.global_shift.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    place = torch.arange(40)
+    for padding in (None, torch.stack([place >= 7, place < 31, place % 5 != 2, place < 3])):
+        inputs = draw(40, 4, padding=padding)
+        inputs.extra = torch.randn(4, HEADS, 2, 3, DIM, dtype=torch.float64).requires_grad_(with_gradients)
+        out = module(inputs)[0]
+        for b in range(4):
+            real = slice(None) if padding is None else padding[b]
+            row = [x[b][:, real] for x in (inputs.query, inputs.key, inputs.value)]
+            torch.testing.assert_close(out[b][:, real], dense(module, *row, inputs.extra[b]))
+    inputs.extra = None
+    torch.testing.assert_close(
+        module(inputs)[0][0][:, place >= 7], dense(module, *(x[0][:, place >= 7] for x in row_of(inputs)))
+    )
 
 
 @SIDES
@@ -212,6 +240,7 @@ def test_calibration_worsens_no_head():
             "num_global_tokens=0; allowed: an integer of at least 1, or None",
         ),
         ({"num_global_tokens": 8}, False, "num_global_tokens=8; allowed: None with form='itc'"),
+        ({"form": "etc_traveling"}, True, "form='etc_traveling' is for encoders.*Allowed here: form='itc'"),
         ({"form": "etc"}, True, "form='etc' is for encoders.*Allowed here: form='itc'"),
         ({"window": 3}, False, "Unknown option.*'window'.*Allowed: block_size"),
     ],

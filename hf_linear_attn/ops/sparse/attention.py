@@ -20,7 +20,7 @@ from hf_linear_attn.ops.base.memo import kept_lists
 from hf_linear_attn.ops.base.pieces import serves
 from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
 from hf_linear_attn.ops.sparse.blocks import Tiled, Tiles, attend_tiles
-from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, BlockGrid, Extra, block_grid
+from hf_linear_attn.ops.sparse.layout import NOBODY, BlockGrid, Extra, block_grid
 from hf_linear_attn.ops.sparse.patterns import CAUSAL, EMPTY, FULL, TAIL, BlockLists
 from hf_linear_attn.ops.window.attention import attend_blocks, in_front
 
@@ -30,7 +30,6 @@ __all__ = [
     "Extra",
     "block_grid",
     "block_sparse_attention",
-    "global_columns",
     "segment_rows",
 ]
 
@@ -109,23 +108,6 @@ def block_sparse_attention(
     if lists.full_rows is not None and full is None:
         out = _place_full_rows(out, q, call, grid, lists.full_rows, scaling)
     return grid.untile(out, call.q.shape[2])
-
-
-def global_columns(call: CompactedCall, tokens: torch.Tensor, shift: torch.Tensor, scaling: float) -> Extra:
-    """G columns for all: additional tokens that read the whole sequence, with what each has read as its value.
-
-    Args:
-        call: the compacted call; not causal.
-        tokens: `[H, 2, G, D]`, their queries and keys.
-        shift: `[H]`, added to the logits of the columns.
-        scaling: factor of the logits.
-    """
-    B = call.k.shape[0]
-    query, key = tokens.to(call.k.dtype).expand(B, -1, -1, -1, -1).unbind(2)
-    real = call.rank >= 0
-    mask = (real | ~real.any(-1, keepdim=True)).expand(B, -1)[:, None, None, :]
-    read = F.scaled_dot_product_attention(query, call.k, call.v, attn_mask=mask, scale=scaling)
-    return Extra(key, read, torch.full((1, key.shape[2]), ANYONE, device=key.device), shift)
 
 
 def _dense_is_cheaper(lists: BlockLists, rows: int, blocks: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ __all__ = [
     "mean_squared_sum",
     "nonpositive_share",
     "principal_maps",
+    "recorded_meter",
     "reducer_starts",
     "warn_of_nonpositive",
 ]
@@ -131,6 +132,29 @@ def error_meter(
         return torch.stack(errors).sum(0) / norm
 
     return measure
+
+
+def recorded_meter(
+    attend: Callable[..., tuple[torch.Tensor, object]], calls: Sequence[Any]
+) -> Callable[[], torch.Tensor]:
+    """As `error_meter`, of recorded calls as they were (`SelfAttentionCall` with a softmax output), padding left out.
+
+    Args:
+        attend: a layer: a call to its output `[B, H, T, D]` and something else.
+        calls: at least one, not causal.
+    """
+
+    def sums(of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros(())
+        for call in calls:
+            x = of(call).float()
+            if call.token_mask is not None:
+                x = x.masked_fill(~call.token_mask[:, None, :, None], 0)
+            total = total.to(x.device) + x.square().sum((0, 2, 3))
+        return total
+
+    norm = sums(lambda call: call.softmax_output)
+    return lambda: sums(lambda call: attend(call)[0].float() - call.softmax_output.float()) / norm
 
 
 def choose_per_head(errors: list[torch.Tensor]) -> torch.Tensor:
