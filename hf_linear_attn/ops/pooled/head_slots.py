@@ -85,13 +85,21 @@ class HeadSlots:
         for part, heads in self.parts:
             if heads is None:
                 return _attend(part, query, key, value, token_mask, weights, scaling)
-            # Not by an index tensor: it would have to be copied to the device in each call.
-            q, k, v = (torch.stack([x[:, head] for head in heads], 1) for x in (query, key, value))
+            q, k, v = (_of_heads(x, heads, 1) for x in (query, key, value))
             rows = None if part.weight_shape is None else part.weight_shape[1]
-            own = [None if w is None else torch.stack([w[head, :rows] for head in heads]) for w in weights]
+            own = [None if w is None else _of_heads(w[:, :rows], heads, 0) for w in weights]
             output = _attend(part, q, k, v, token_mask, own, scaling)
             of_head |= {head: output[:, i] for i, head in enumerate(heads)}
         return torch.stack([of_head[head] for head in range(len(of_head))], 1)
+
+
+def _of_heads(x: torch.Tensor, heads: list[int], dim: int) -> torch.Tensor:
+    """Some of the heads, a view where they are neighbors."""
+    first, count = heads[0], len(heads)
+    if heads[-1] - first == count - 1:
+        return x.narrow(dim, first, count)
+    # Not by an index tensor: it would have to be copied to the device in each call.
+    return torch.stack([x.select(dim, head) for head in heads], dim)
 
 
 def _attend(
