@@ -4,6 +4,10 @@
 A2 = the last c tokens of each block. `block_local`: A1 of `fixed`. Causal: j <= i; encoders take the patterns
 symmetric (|i - j| <= l; the whole own block; c tokens of all blocks, also of a short last one). One softmax over A1
 and A2, or heads of each.
+
+Of p > 2 factors each shows about l keys, n times the p-th root of n in all, and p steps reach every token: of `strided`
+factor m = 0 .. p - 1 distances a l^m with a <= l, the last one any a; of `fixed` the last c tokens of each block of l^m
+tokens (of 1 for m = 0) in the own block of l^(m+1), the last one in all. A1 and A2 are p = 2.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from hf_linear_attn.ops.base.compaction import CompactedCall, compact, init_kv_state, kv_state_after, take_tokens
 from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
 from hf_linear_attn.ops.sparse.attention import NOBODY, BlockGrid, Extra, block_grid, block_sparse_attention
+from hf_linear_attn.ops.sparse.factored import FactoredPattern, factored_attention
 from hf_linear_attn.ops.sparse.patterns import own_block_lists
 from hf_linear_attn.ops.sparse.strided import column_attention, strided_attention
 from hf_linear_attn.ops.window.attention import sliding_window_attention
@@ -36,17 +41,20 @@ class SparseConfig(VariantConfig):
 
     Attributes:
         pattern: `"strided"`, `"fixed"` (suits text) or `"block_local"`.
-        stride: l, in tokens; None means the smallest power of two that is at least sqrt(max_length).
+        stride: l, in tokens; None means the smallest power of two that is at least max_length^(1/p).
         num_summary_tokens: c of `fixed`; more than l acts as l.
         heads: `"union"`, every head sees A1 and A2, which starts closer to a checkpoint; `"split"`, the first
             half of the heads `near` and the others `far`; or for each head one of `"union"`, `"near"` (A1) and `"far"`
-            (A2; of `fixed` with the own block, else some would see nothing).
+            (A2; of `fixed` with the own block, else some would see nothing). With more than two factors `"union"` of
+            all, or `"split"`, head h factor h mod p.
+        factors: p, of `strided` and `fixed`.
     """
 
     pattern: str = "fixed"
     stride: int | None = None
     num_summary_tokens: int = 8
     heads: str | tuple[str, ...] = "union"
+    factors: int = 2
 
     def validate(self) -> None:
         self.require_choice("pattern", PATTERNS)
@@ -58,6 +66,11 @@ class SparseConfig(VariantConfig):
             raise ValueError(f"heads={given!r}; allowed: union, split, or a list of {', '.join(PARTS)}.")
         if self.pattern == "block_local" and given != "union":
             raise ValueError(f"heads={given!r}; allowed: union, since pattern='block_local' has one part.")
+        self.require_integer("factors", at_least=2, at_most=16)
+        if self.pattern == "block_local" and self.factors != 2:
+            raise ValueError(f"factors={self.factors}; allowed: 2, since pattern='block_local' has one part.")
+        if self.factors > 2 and listed:
+            raise ValueError(f"heads={given!r}; allowed with factors={self.factors}: union, split.")
 
 
 def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
@@ -69,7 +82,7 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
     config=SparseConfig,
     title="Sparse Transformer (strided, fixed and block-local patterns)",
     paper="Generating Long Sequences with Sparse Transformers, arXiv:1904.10509",
-    cost="n sqrt(n) d",
+    cost="n sqrt(n) d, n^(1+1/p) d with p factors",
     guide=("local-global", "patterns that repeat at a fixed stride: rows, tables, code"),
     state="kv",
     kernel="block_sparse",
@@ -78,6 +91,8 @@ def _exact_limit(length: int, is_causal: bool) -> dict[str, Any]:
         {"stride": 8, "num_summary_tokens": 3, "heads": ["far", "near", "far", "union"]},
         {"pattern": "strided", "stride": 5, "heads": ["far", "near", "union", "far"]},
         {"pattern": "block_local", "stride": 8},
+        {"pattern": "strided", "stride": 6, "factors": 3},
+        {"pattern": "fixed", "stride": 6, "factors": 3, "num_summary_tokens": 1},
     ),
     masked_export=True,
     not_exported="pattern='fixed', the default, whose summaries are as many as the length has blocks",
@@ -93,15 +108,20 @@ class SparseAttention(AttentionVariant):
 
     def __init__(self, config: SparseConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        heads, number = config.heads, context.num_heads
-        if heads == "split" and number < 2:
-            raise ValueError("heads='split' needs at least 2 heads, the layer has 1. Allowed here: 'union'.")
+        heads, number, factors = config.heads, context.num_heads, config.factors
+        if heads == "split" and number < factors:
+            raise ValueError(
+                f"heads='split' needs at least {factors} heads, the layer has {number}. Allowed here: 'union'."
+            )
         if isinstance(heads, tuple) and len(heads) != number:
             raise ValueError(f"heads names {len(heads)} heads, the layer has {number}.")
-        if isinstance(heads, str):
-            heads = ("union",) * number if heads == "union" else ("near",) * -(-number // 2) + ("far",) * (number // 2)
-        self.groups = {part: [h for h in range(number) if heads[h] == part] for part in dict.fromkeys(heads)}
-        self.stride = config.stride or 1 << max(0, math.ceil(math.log2(context.max_length) / 2))
+        parts: tuple[Any, ...] = heads if isinstance(heads, tuple) else ("union",) * number
+        if heads == "split" and factors == 2:
+            parts = ("near",) * -(-number // 2) + ("far",) * (number // 2)
+        elif heads == "split":
+            parts = tuple(head % factors for head in range(number))
+        self.groups = {part: [h for h in range(number) if parts[h] == part] for part in dict.fromkeys(parts)}
+        self.stride = config.stride or 1 << max(0, math.ceil(math.log2(context.max_length) / factors))
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         return init_kv_state(batch_size, self.context.num_heads, self.context.head_dim, dtype, device)
@@ -110,6 +130,7 @@ class SparseAttention(AttentionVariant):
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         attend = self._strided if self.config.pattern == "strided" else self._fixed
+        attend = self._factored if self.config.factors > 2 else attend
         outputs = []
         for part, heads in self.groups.items():
             some = call
@@ -121,6 +142,12 @@ class SparseAttention(AttentionVariant):
             order = [head for heads in self.groups.values() for head in heads]
             out = torch.cat(outputs, dim=1)[:, [order.index(head) for head in range(len(order))]]
         return call.restore(out), None if state is None else kv_state_after(call)
+
+    def _factored(self, call: CompactedCall, inputs: AttentionInputs, part: Any, is_first: bool) -> torch.Tensor:
+        config, seen = self.config, None if part == "union" else part
+        number = min(config.num_summary_tokens, self.stride)
+        pattern = FactoredPattern(config.pattern, self.stride, config.factors, number, seen, inputs.is_causal)
+        return factored_attention(call, pattern, scaling=inputs.scaling, backend=self.backend)
 
     def _strided(self, call: CompactedCall, inputs: AttentionInputs, part: str, is_first: bool) -> torch.Tensor:
         # The pattern knows distances only, and with the padding in front places differ as ranks do.

@@ -1,9 +1,12 @@
 """Sparse Transformer against a dense float64 formula written pair by pair, its exact limits and its options."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.ops.sparse.factored import FactoredPattern
 from hf_linear_attn.registry import get_variant
 from hf_linear_attn.variants.base import AttentionInputs, LayerContext
 from hf_linear_attn.variants.sparse import SparseAttention, SparseConfig
@@ -145,6 +148,16 @@ def test_decoding_in_pieces_equals_one_call(splits, options):
         ({"heads": ["near", "left"]}, 2, r"heads=\('near', 'left'\); allowed: union"),
         ({"heads": ["near", "far"]}, 3, "heads names 2 heads, the layer has 3"),
         ({"heads": "split"}, 1, "heads='split' needs at least 2 heads, the layer has 1"),
+        ({"heads": "split", "factors": 4}, 3, "heads='split' needs at least 4 heads, the layer has 3"),
+        ({"factors": 1}, 3, "factors=1; allowed: an integer of at least 2"),
+        ({"factors": True}, 3, "factors=True; allowed: an integer of at least 2"),
+        ({"factors": 17}, 3, "factors=17; allowed: an integer from 2 to 16"),
+        ({"factors": 3, "heads": ["near", "far", "union"]}, 3, "allowed with factors=3: union, split"),
+        (
+            {"factors": 3, "pattern": "block_local"},
+            3,
+            "factors=3; allowed: 2, since pattern='block_local' has one part",
+        ),
         (
             {"pattern": "block_local", "heads": "split"},
             3,
@@ -156,3 +169,149 @@ def test_decoding_in_pieces_equals_one_call(splits, options):
 def test_bad_options_are_named(options, num_heads, message):
     with pytest.raises(ValueError, match=message):
         layer(num_heads=num_heads, **options)
+
+
+FACTORED = [
+    ({"pattern": "strided", "stride": 3, "factors": 3}, "union"),
+    ({"pattern": "strided", "stride": 2, "factors": 4}, "union"),
+    ({"pattern": "fixed", "stride": 3, "factors": 3, "num_summary_tokens": 2}, "union"),
+    ({"pattern": "fixed", "stride": 2, "factors": 4, "num_summary_tokens": 1}, "union"),
+    ({"pattern": "strided", "stride": 3, "factors": 3, "heads": "split"}, "split"),
+    ({"pattern": "fixed", "stride": 3, "factors": 3, "num_summary_tokens": 5, "heads": "split"}, "split"),
+]
+
+
+def shows(options, m, is_causal, i, j, length):
+    """Whether factor m of p shows token i the token j, digit by digit."""
+    stride, last = options["stride"], m == options["factors"] - 1
+    if is_causal and j > i:
+        return False
+    if options["pattern"] == "strided":  # a l^m with a <= l, the last factor without end
+        return abs(i - j) in range(0, length if last else stride ** (m + 1) + 1, stride**m)
+    if not last and i // stride ** (m + 1) != j // stride ** (m + 1):
+        return False
+    end = (j // stride**m + 1) * stride**m  # on encoders a short last block has last tokens of its own
+    number = min(options["num_summary_tokens"], stride, stride**m)
+    return j >= (end if is_causal else min(end, length)) - number
+
+
+def factor_masks(options, is_causal, length):
+    """bool `[p, n, n]`; a query of `fixed` always keeps its own block."""
+    masks = [
+        [[shows(options, m, is_causal, i, j, length) for j in range(length)] for i in range(length)]
+        for m in range(options["factors"])
+    ]
+    masks = torch.tensor(masks)
+    return masks | masks[:1] if options["pattern"] == "fixed" else masks
+
+
+def factored(q, k, v, options, is_causal):
+    """One sequence without padding `[H, T, D]`: heads of the factors in turn, or all factors in each."""
+    masks = factor_masks(options, is_causal, q.shape[1])
+    masks = masks[torch.arange(HEADS) % len(masks)] if options.get("heads") == "split" else masks.any(0)
+    return (q @ k.mT * DIM**-0.5).masked_fill(~masks, float("-inf")).softmax(-1) @ v
+
+
+@pytest.fixture(params=[True, False], ids=["lists", "as it comes"])
+def short_inputs_by_lists(request, monkeypatch):
+    """Short inputs would take all pairs of tokens behind a mask."""
+    if request.param:
+        monkeypatch.setattr("hf_linear_attn.ops.sparse.factored._DENSE_FACTOR", 0)
+
+
+@SIDES
+@pytest.mark.usefixtures("short_inputs_by_lists")
+@pytest.mark.parametrize(("options", "heads"), FACTORED, ids=str)
+def test_more_factors_equal_the_dense_formula(is_causal, options, heads):
+    module = layer(is_causal, **options)
+    for length in (1, 9, 44):
+        inputs = draw(length, is_causal=is_causal)
+        expected = factored(inputs.query[0], inputs.key[0], inputs.value[0], options, is_causal)
+        torch.testing.assert_close(module(inputs)[0][0], expected)
+
+
+@SIDES
+@pytest.mark.usefixtures("short_inputs_by_lists")
+@pytest.mark.parametrize("kind", ["left", "right", "interior"])
+@pytest.mark.parametrize(("options", "heads"), [FACTORED[0], FACTORED[2]], ids=str)
+def test_ranks_of_more_factors_are_those_of_the_real_tokens(is_causal, kind, options, heads):
+    number, place = torch.tensor([[0], [7], [27]]), torch.arange(40).expand(3, -1)
+    order = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    padding = {"left": place >= number, "right": place < 40 - number, "interior": order >= number}[kind]
+    module, inputs = layer(is_causal, **options), draw(40, 3, is_causal, padding)
+    for x in (inputs.query, inputs.key, inputs.value):
+        x.transpose(1, 2)[~padding] = float("inf")
+    out = module(inputs)[0]
+    for b in range(3):
+        q, k, v = (x[b][:, padding[b]] for x in (inputs.query, inputs.key, inputs.value))
+        torch.testing.assert_close(out[b][:, padding[b]], factored(q, k, v, options, is_causal))
+
+
+@pytest.mark.usefixtures("short_inputs_by_lists")
+@pytest.mark.parametrize("splits", [[1] * 40, [13, 1, 26]], ids=["tokens", "pieces"])
+@pytest.mark.parametrize(("options", "heads"), [FACTORED[0], FACTORED[2], FACTORED[5]], ids=str)
+def test_decoding_with_more_factors_equals_one_call(splits, options, heads):
+    module, inputs = layer(True, **options), draw(40, 2, True)
+    state, outputs = module.init_state(2, torch.float64, torch.device("cpu")), []
+    for q, k, v in zip(*(x.split(splits, 2) for x in (inputs.query, inputs.key, inputs.value)), strict=True):
+        out, state = module(AttentionInputs(q, k, v, None, True, DIM**-0.5), state)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 2), module(inputs)[0])
+
+
+def read_by(module, length, is_causal):
+    """Which tokens each head's rows read, bool `[H, n, n]`, by what the layer does."""
+    q = torch.zeros(1, HEADS, length, DIM, dtype=torch.float64)
+    value = torch.eye(length, dtype=torch.float64).expand(1, HEADS, -1, -1)
+    return module(AttentionInputs(q, q, value, None, is_causal, 1.0))[0][0] > 0
+
+
+@SIDES
+@pytest.mark.parametrize("length", [81, 70])
+@pytest.mark.parametrize(("options", "heads"), FACTORED, ids=str)
+def test_every_token_is_reached_within_as_many_layers_as_factors(is_causal, length, options, heads):
+    """And not with one less: the paper's condition. Heads meet after each layer."""
+    options = options | {"stride": 3 if options["factors"] == 4 else 4}
+    hop = read_by(layer(is_causal, num_heads=HEADS, **options), length, is_causal).any(0)
+    reached = [hop.double()]
+    for _ in range(options["factors"] - 1):
+        reached.append(((reached[-1] @ hop.double()) > 0).double())
+    wanted = torch.ones(length, length, dtype=torch.bool)
+    wanted = wanted.tril() if is_causal else wanted
+    assert torch.equal(reached[-1] > 0, wanted)
+    assert not torch.equal(reached[0] > 0, wanted)
+
+
+@pytest.mark.parametrize("pattern", ["strided", "fixed"])
+@pytest.mark.parametrize("factors", [2, 3, 4])
+def test_entries_grow_with_n_times_its_root(pattern, factors):
+    """l = n^(1/p), twice as large: 2^p times the tokens are 2^(p + 1) times the entries."""
+    entries = []
+    for stride in (8, 16):
+        length = stride**factors
+        assert layer(max_length=length, factors=factors).stride == stride
+        seen = FactoredPattern(pattern, stride, factors, 1, None, True)
+        row, count = torch.arange(length)[None], torch.tensor([length])
+        entries.append(int(seen.lists(row, count, length)[1].sum()))
+    if factors == 2:
+        options = {"pattern": pattern, "stride": 8, "num_summary_tokens": 1}
+        assert entries[0] == int(read_by(layer(True, **options), 64, True)[0].sum())
+    exponent = math.log(entries[1] / entries[0], 2**factors)
+    assert exponent == pytest.approx(1 + 1 / factors, abs=0.06)
+
+
+def test_two_factors_are_what_they_were():
+    """Saved models have no `factors`."""
+    assert SparseConfig().factors == 2
+    assert SparseConfig.from_dict({"pattern": "strided", "stride": 5}) == SparseConfig("strided", 5, factors=2)
+    for options, _ in CASES[:1] + CASES[2:3]:
+        pair = options | {"factors": 2, "num_summary_tokens": options.get("num_summary_tokens", 8)}
+        masks = factor_masks(pair, True, 43).any(0)
+        assert torch.equal(read_by(layer(True, **options), 43, True)[0], masks)
+
+
+def test_kernels_are_refused_for_more_factors_with_the_reason():
+    module = layer(True, factors=3, stride=3)
+    module.backend = "triton"
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run"):
+        module(draw(30, is_causal=True))

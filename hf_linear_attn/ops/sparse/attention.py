@@ -30,6 +30,7 @@ __all__ = [
     "Extra",
     "block_grid",
     "block_sparse_attention",
+    "gather_tokens",
     "segment_rows",
 ]
 
@@ -194,7 +195,7 @@ def _attend_gathered(q: torch.Tensor, call: CompactedCall, listed: _Listed, step
     outputs = []
     for part, columns, seen in listed.pieces(0, q.shape[1], step):
         places = _places(columns, listed.grid, listed.k_len)
-        keys, values = _gather_tokens(call.k, places), _gather_tokens(call.v, places)
+        keys, values = gather_tokens(call.k, places), gather_tokens(call.v, places)
         if listed.extra is not None:
             keys, values = in_front(listed.extra.key, keys), in_front(listed.extra.value, values)
         outputs.append(attend_blocks(q[:, part], keys, values, seen, scaling, listed.shift))
@@ -241,7 +242,7 @@ def _places(columns: torch.Tensor, grid: BlockGrid, k_len: int) -> torch.Tensor:
     return (first[..., None] + inside).flatten(3).clamp(0, k_len - 1)
 
 
-def _gather_tokens(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Tokens `places` `[B or 1, H or 1, R, K]` of x `[B, H, T, D]`: `[B, R, H, K, D]`."""
     B, H, T, D = x.shape
     _, heads, R, K = places.shape
