@@ -103,7 +103,7 @@ def test_tables_and_pictures(results: dict[str, Any], tmp_path: Path) -> None:
     row = by_place(results)["books", 64, "linear"]
     for text in (render_bench(results), render_performance(results)):
         assert f"{row['seconds']:,.1f} s ({row['core_seconds']:,.1f})" in text
-        assert "take turns" not in text  # each reads alone
+        assert "take turns" not in text
         assert "`entmax`, left out: not of linear cost, run up to 32 tokens (books forward 64)" in text
     drawn = draw_bench(results, tmp_path / "cpu.png")
     assert [path.name for path in drawn] == ["cpu_long.png", "cpu_long_state.png"]
@@ -113,7 +113,7 @@ def test_tables_and_pictures(results: dict[str, Any], tmp_path: Path) -> None:
 def test_results_from_before_this_part_still_read() -> None:
     old = json.loads((RECIPES / "results" / "cpu.json").read_text(encoding="utf-8"))
     old["recipe"].pop("long", None)
-    assert "one forward each" not in render_bench(old) + render_performance(old)
+    assert "One forward each" not in render_bench(old) + render_performance(old)
 
 
 def test_the_shipped_recipe_reads_a_hundred_thousand_tokens() -> None:

@@ -269,7 +269,7 @@ def _long_table(view: _View) -> str:
     lines = [
         [f"`{name}`", *(view.cell(name, n, show) for _, show in columns for n in view.lengths)] for name in view.names()
     ]
-    note = "One forward each, alone; in parentheses the seconds of all cores together."
+    note = "One forward each, one at a time; in parentheses the seconds of all cores, which other work hardly changes."
     return f"{markdown_table(header, lines)}\n\n{note}"
 
 
