@@ -103,6 +103,9 @@ def test_every_contender_has_a_row_at_every_place(results: dict[str, Any]) -> No
     for part in recipe.decode:
         names = [SDPA, *(method.name for method in bench_methods(recipe, part))]
         expected |= {(part.name, "decode", n, name) for n in part.contexts for name in names}
+    for part in recipe.long:
+        names = [SDPA, *(method.name for method in bench_methods(recipe, part))]
+        expected |= {(part.name, "forward", n, name) for n in part.lengths for name in names}
     assert set(rows) == expected
     assert not [row for row in results["rows"] if "failure" in row]
     assert rows["causal layer", "forward", 64, "linformer"]["refused"].startswith("serves encoders only.")
@@ -413,7 +416,7 @@ def test_the_readme_names_who_grows_faster_than_the_length() -> None:
 def test_the_picture_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
     drawn = draw_bench(results, tmp_path / "bench.png")
     peers = ["bench_peers.png"] if any("ours_ratio" in row for row in results["rows"]) else []
-    assert [path.name for path in drawn] == ["bench.png", *peers, "bench_generation.png"]
+    assert [path.name for path in drawn] == ["bench.png", *peers, "bench_generation.png", "bench_long.png"]
     assert all(path.stat().st_size > 20000 for path in drawn)
     with pytest.raises(ValueError, match="Nothing was measured"):
         draw_bench({**results, "rows": []}, tmp_path / "none.png")
