@@ -150,19 +150,19 @@ class _Round:
         self.is_causal, _, self.self_bias, _, _ = settings
         self.plan, self.q_ids = plan, ids[0]
         self.count, self.q_len, self.offset = q.shape[0] * q.shape[1], q.shape[1], k.shape[1] - q.shape[1]
-        self.rows = plan.query.shape[0] // max(plan.chunk.shape[0], 1)
+        self.rows = plan.query.shape[0] // max(plan.pair.shape[0], 1)
         key = plan.key.flatten()
         kind, some = ids[1].dtype, key < k.shape[0] * k.shape[1]
         self.real = (some.to(kind) * 2).view_as(plan.key)  # 0 or 2
         key = key.clamp(max=k.shape[0] * k.shape[1] - 1)
-        # Rows of whole chunks `[N * C, ...]`: copying one moves chunk_size tokens at once.
+        # Rows of whole chunks `[rows, ...]`: copying one moves chunk_size tokens at once.
         self.k, self.v = (x.flatten(0, 1).index_select(0, key).view(plan.key.shape[0], -1) for x in (k, v))
         self.positions = (key % k.shape[1]).to(kind).view_as(plan.key) if self.is_causal else None
         self.ids = [x.index_select(0, key).view_as(plan.key) for x in ids[1][:number]]
         self.bias_dtype = accumulation_dtype(q.dtype)
 
     def __iter__(self) -> Iterator[Piece]:
-        edges = 0, self.plan.alone, self.plan.chunk.shape[0]
+        edges = 0, self.plan.alone, self.plan.pair.shape[0]
         for chunks in (1, 2):
             step = max(1, GROUP_ELEMENTS // (self.rows * chunks * self.plan.key.shape[1]))
             for start in range(edges[chunks - 1], edges[chunks], step):
@@ -186,10 +186,10 @@ class _Group(Piece):
     """Some blocks of a round, of one sequence and one head each."""
 
     def __init__(self, of: _Round, group: slice) -> None:
-        self.of, chunk = of, of.plan.chunk[group, None]
+        self.of = of
         self.query = of.plan.query[group.start * of.rows : group.stop * of.rows]  # of each row, N * Tq for none
         # The chunk before and the own one, or that alone: [blocks, chunks].
-        self.pair = chunk if group.stop <= of.plan.alone else torch.cat([chunk - 1, chunk], 1).clamp_(min=0)
+        self.pair = of.plan.pair[group, 1 if group.stop <= of.plan.alone else 0 :]
 
     def rows(self, x: torch.Tensor, fill: float | None = None) -> torch.Tensor:
         """`[N * Tq, ...]` as `[blocks, 1, rows, ...]`."""
@@ -219,7 +219,7 @@ class _Group(Piece):
         """`[blocks, 1, rows or 1, chunks * chunk_size]`, at most `LOG_ZERO` for keys that are not first shown here."""
         of, pair, blocks = self.of, self.pair, len(self.pair)
 
-        def of_keys(x: torch.Tensor) -> torch.Tensor:  # [N * C, chunk_size] to [blocks, 1, chunks * chunk_size]
+        def of_keys(x: torch.Tensor) -> torch.Tensor:  # [rows, chunk_size] to [blocks, 1, chunks * chunk_size]
             return x.index_select(0, pair.flatten()).view(blocks, 1, -1)
 
         query = self.query.clamp(max=of.count - 1)
@@ -234,11 +234,12 @@ class _Group(Piece):
         bias = seen.to(of.bias_dtype).sub_(2).mul_(-LOG_ZERO)
         if of.self_bias:
             own = query + (query // of.q_len + 1) * of.offset  # the key of each query's token
-            start = pair[:, :1] * of.plan.key.shape[1]
-            column = of.plan.place.index_select(0, own).view(blocks, -1) - start
-            held = (column >= 0) & (column < seen.shape[2])
-            bias = bias.expand(-1, column.shape[1], -1).contiguous()
-            bias.scatter_add_(2, (column * held)[..., None], (held * of.self_bias).to(bias.dtype)[..., None])
+            place, size = of.plan.place.index_select(0, own).view(blocks, -1, 1), of.plan.key.shape[1]
+            column = place - pair[:, None] * size  # in each of the chunks: [blocks, rows, chunks]
+            held = (column >= 0) & (column < size)
+            column = (column + torch.arange(pair.shape[1], device=pair.device) * size) * held
+            bias = bias.expand(-1, place.shape[1], -1).contiguous()
+            bias.scatter_add_(2, column, (held * of.self_bias).to(bias.dtype))
         return bias[:, None]
 
 

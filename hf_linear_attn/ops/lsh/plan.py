@@ -14,6 +14,8 @@ BLOCK_ROWS = 32
 SPARE, SPARE_OF = 8, 9
 # Blocks without keys in the chunk before go apart where they are one of so many: few cost more than they save on CPU.
 ALONE_OF = 8
+# Empty chunks are left out where they are one of so many: what is gathered is shorter by them, and the rest moves up.
+EMPTY_OF = 4
 
 
 @dataclass
@@ -56,18 +58,19 @@ class Plan:
     Attributes:
         slot: long `[N * Tq]`, the row of each query among the rows of all blocks.
         query: long `[blocks * rows]`, the query of each row, N * Tq for a row without one.
-        chunk: long `[blocks]`, the row n * C + c of each block's own chunk.
-        key: long `[N * C, chunk_size]`, the key at each place of each chunk, N * Tk for none.
+        pair: long `[blocks, 2]`, the rows of the chunk before each block's own, and of that one.
+        key: long `[rows, chunk_size]`, the key at each place of each chunk, N * Tk for none: row n * C + c, or where
+            many chunks are empty, one row for each other and the first for all of those.
         place: long `[N * Tk]`, the place of each key; one too high for keys that are not real.
         alone: as many blocks come first whose chunk has no keys before it: they attend to that chunk alone. 0 if few.
     """
 
     def __init__(self, tensors: tuple[torch.Tensor, ...], alone: int) -> None:
-        self.slot, self.query, self.chunk, self.key, self.place = tensors
+        self.slot, self.query, self.pair, self.key, self.place = tensors
         self.alone = alone
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.slot, self.query, self.chunk, self.key, self.place
+        return self.slot, self.query, self.pair, self.key, self.place
 
 
 def plan_round(
@@ -120,4 +123,11 @@ def plan_round(
     chunk = torch.searchsorted(end, torch.arange(blocks, device=device), right=True).clamp(max=N * num_chunks - 1)
     chunk = turn.index_select(0, chunk)
     apart = int(alone[chunk].sum()) if on_cpu else 0
-    return Plan((slot, query, chunk, key, place), apart if apart * ALONE_OF >= blocks else 0)
+    pair = torch.stack([chunk - 1, chunk], 1).clamp_(min=0)
+    if on_cpu and (kept := held.nonzero()[:, 0]).shape[0] * EMPTY_OF < len(held) * (EMPTY_OF - 1):
+        row = torch.zeros_like(held).scatter_(0, kept, torch.arange(1, len(kept) + 1))
+        key = torch.cat([key.new_full((1, chunk_size), N * k_len), key.index_select(0, kept)])
+        moved = row.index_select(0, place.clamp(max=places - 1) // chunk_size) * chunk_size + place % chunk_size
+        place = torch.where(place < places, moved, key.numel())
+        pair = row.index_select(0, pair.flatten()).view_as(pair)
+    return Plan((slot, query, pair, key, place), apart if apart * ALONE_OF >= blocks else 0)
