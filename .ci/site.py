@@ -137,11 +137,11 @@ def reference_page() -> str:
 
 
 def errors_page() -> str:
-    """Every message that the package raises, from its code: what stands in it for a value is shown as `…`."""
+    """Messages that the package raises, as far as its code writes them out; a value in one is shown as `…`."""
     parts = [
         "# Errors",
-        "Every sentence with which the package refuses something, from its code, by the module that says it. `…` "
-        "stands for a value. Search for a part of your message that is no value.",
+        "What the package says when it refuses something, from its code, by the module that says it; a message that is "
+        "put together elsewhere is not here. `…` stands for a value. Search for a part of yours that is no value.",
     ]
     for path in sorted((ROOT / "hf_linear_attn").rglob("*.py")):
         rows = [[error, text] for error, text in messages(ast.parse(path.read_text(encoding="utf-8")))]
@@ -152,11 +152,15 @@ def errors_page() -> str:
 
 
 def messages(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """(class, message) of every `raise X("...")` whose message is written there."""
+    """(class, message) of every `raise X("...")` whose message is written there, or is a constant of the module."""
+    assigned = [node for node in ast.iter_child_nodes(tree) if isinstance(node, ast.Assign)]
+    named = {target.id: node.value for node in assigned for target in node.targets if isinstance(target, ast.Name)}
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
             continue
-        text, error = " ".join(spelled(node.exc.args[0]).split()), ast.unparse(node.exc.func)
+        given = node.exc.args[0]
+        given = named.get(given.id, given) if isinstance(given, ast.Name) else given
+        text, error = " ".join(spelled(given).split()), ast.unparse(node.exc.func)
         if text.strip("… "):
             yield f"`{error}`", escaped(text)
 

@@ -65,7 +65,11 @@ def test_pages_load_nothing_from_elsewhere_and_link_to_what_is_there(site: Path)
 
 def test_messages_of_errors_can_be_looked_up(site: Path) -> None:
     text = words(site / "docs" / "errors.html")
-    for part in ("holds no model that a card could describe", "allowed on an encoder: even, half on each side"):
+    for part in (
+        "holds no model that a card could describe",
+        "allowed on an encoder: even, half on each side",
+        "mixes every position",
+    ):
         assert part in text
     reference = words(site / "docs" / "reference.html")
     for part in ("convert_model", "calibration_steps", "DistillTrainer", "register_feature_map"):
