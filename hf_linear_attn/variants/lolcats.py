@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.base.compaction import compact
+from hf_linear_attn.ops.base.compaction import compact, window_state_after
 from hf_linear_attn.ops.features import softmax_map as maps
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, TaylorMap
 from hf_linear_attn.ops.linear.attention import init_linear_state
@@ -181,9 +181,7 @@ class LolcatsAttention(AttentionVariant):
         output = call.restore(output.to(inputs.query.dtype))
         if state is None or sums is None:
             return output, None
-        window = {"key": call.k[:, :, -w:].to(state["key"].dtype), "value": call.v[:, :, -w:].to(state["value"].dtype)}
-        window["count"] = (call.rank[:, -1] + 1).expand(len(output))
-        return output, {**{name: x.contiguous() for name, x in window.items()}, **sums}
+        return output, {**window_state_after(call, w, state["key"].dtype), **sums}
 
     def _feature_map(self, side: str, scaling: float) -> FeatureMap:
         function, names = partial(_project, scaling=scaling), ["weight"]

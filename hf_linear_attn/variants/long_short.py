@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops.base.backend import use_triton
-from hf_linear_attn.ops.base.compaction import compact
+from hf_linear_attn.ops.base.compaction import compact, window_state_after
 from hf_linear_attn.ops.pooled import landmarks as landmark
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, kmeans
 from hf_linear_attn.ops.window.attention import sliding_window_attention
@@ -172,7 +172,9 @@ class LongShortAttention(AttentionVariant):
         window["backend"] = self.backend
         q, k = call.q, self.window_norm(call.k)
         v = k if call.v is call.k else self.window_norm(call.v)
-        after: State = {} if state is None else landmark.window_state(call, w - 1)
+        after: State = {}
+        if state is not None and not self.r:
+            after = window_state_after(call, w - 1, state["key"].dtype)
         if self.r and inputs.is_causal:
             q, k, v = landmark.with_channel(q, 1.0), landmark.with_channel(k, 0.0), landmark.with_channel(v, 0.0)
             use_triton(self.backend, call.q, "there is no kernel for the segments of long_short")
@@ -188,7 +190,7 @@ class LongShortAttention(AttentionVariant):
         else:
             output = sliding_window_attention(q, k, v, **window)
         output = call.restore(output[..., : self.context.head_dim])
-        return output, None if state is None else {n: x.to(state[n].dtype).contiguous() for n, x in after.items()}
+        return output, None if state is None else after
 
     def _landmarks(
         self, k: torch.Tensor, v: torch.Tensor, lack: torch.Tensor, scaling: float

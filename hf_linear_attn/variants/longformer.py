@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.base.compaction import compact, global_tokens, take_tokens
+from hf_linear_attn.ops.base.compaction import compact, global_tokens, take_tokens, window_state_after
 from hf_linear_attn.ops.base.text_pairs import GlobalChoice, tokens_of_task, tokens_with_ids
 from hf_linear_attn.ops.window.attention import sliding_window_attention
 from hf_linear_attn.ops.window.global_rows import check_hidden, check_marks, keep_old, rows_over_all, rows_over_first
@@ -178,10 +178,8 @@ class LongformerAttention(AttentionVariant):
         out = call.restore(out)
         if state is None:
             return out, None
-        start = k_len - state["key"].shape[2]
-        kept.update(key=call.k[:, :, start:], value=call.v[:, :, start:])
-        after = {name: x.to(state[name].dtype).contiguous() for name, x in kept.items()}
-        return out, {**after, "count": (call.rank[:, -1] + 1).expand(out.shape[0]).contiguous()}
+        kept = {name: x.to(state[name].dtype).contiguous() for name, x in kept.items()}
+        return out, {**window_state_after(call, state["key"].shape[2], state["key"].dtype), **kept}
 
     def _check(self, inputs: AttentionInputs, state: State | None) -> None:
         (B, _, q_len, _), k_len = inputs.query.shape, inputs.key.shape[2]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_linear_attn.ops.base.compaction import CompactedCall, compact, init_kv_state, kv_state_after
+from hf_linear_attn.ops.base.compaction import CompactedCall, compact, init_kv_state, kv_state_after, window_state_after
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.exact.chunked import chunked_softmax_attention
@@ -159,9 +159,7 @@ class MemoryAttention(AttentionVariant):
         else:
             out, after = self._memory(inputs, call, state)
         out = call.restore(out)[:, :, -q_len:].to(inputs.query.dtype)
-        if state is None:
-            return out, None
-        return out, {name: x.to(state[name].dtype).contiguous() for name, x in after.items()}
+        return out, None if state is None else after
 
     def _check(self, inputs: AttentionInputs, state: State | None) -> None:
         q_len, k_len, built = inputs.query.shape[2], inputs.key.shape[2], self.context.is_causal
@@ -185,8 +183,7 @@ class MemoryAttention(AttentionVariant):
             beside = min(beside, (k_len - 1) // size * size)
         common: dict[str, Any] = {"scaling": inputs.scaling, "is_causal": inputs.is_causal}
         out = segment_attention(call, layout, memory_length=beside, **common)
-        kept = k_len - size + 1 - self.mem_length
-        after = {**kv_state_after(call), "key": call.k[:, :, kept:], "value": call.v[:, :, kept:]}
+        after = {} if state is None else window_state_after(call, size - 1 + self.mem_length, state["key"].dtype)
         if self.config.form == "infini":
             k, v = (x[:, :, -call.q.shape[2] :] for x in (call.k, call.v))  # of the new tokens
             common["reducer"] = (self.query_mean, self.key_peak) if self.reduces else None

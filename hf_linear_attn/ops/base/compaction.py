@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_linear_attn.ops.base.growing import append_tokens, may_grow
+from hf_linear_attn.ops.base.growing import append_tokens, last_tokens, may_grow
 from hf_linear_attn.ops.base.masking import invert_permutation, pads_first_permutation, safe_masked_fill
 from hf_linear_attn.ops.base.tracing import is_exported
 
@@ -25,6 +25,7 @@ __all__ = [
     "kv_state_after",
     "marked_tokens",
     "take_tokens",
+    "window_state_after",
 ]
 
 
@@ -154,9 +155,20 @@ def init_kv_state(
 
 def kv_state_after(call: CompactedCall) -> dict[str, torch.Tensor]:
     """The state of `init_kv_state` after a call: all keys and values so far, padding in front, and their count."""
-    batch = call.k.shape[0]
-    count = (call.rank[:, -1] + 1).expand(batch).contiguous()
-    return {"key": may_grow(call.k), "value": may_grow(call.v), "count": count}
+    return {"key": may_grow(call.k), "value": may_grow(call.v), "count": _count_after(call)}
+
+
+def window_state_after(call: CompactedCall, size: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state of a window after a call: the last `size` keys and values, `[B, H, size, D]` in `dtype`, and the count.
+
+    The count is that of all real tokens so far, long `[B]`.
+    """
+    key, value = (last_tokens(x.to(dtype), size) for x in (call.k, call.v))
+    return {"key": key, "value": value, "count": _count_after(call)}
+
+
+def _count_after(call: CompactedCall) -> torch.Tensor:
+    return (call.rank[:, -1] + 1).expand(call.k.shape[0]).contiguous()
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_linear_attn.ops.base.compaction import CompactedCall, take_tokens
+from hf_linear_attn.ops.base.compaction import CompactedCall, take_tokens, window_state_after
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
 from hf_linear_attn.ops.base.pieces import Piece, attend_pieces, serves
 from hf_linear_attn.ops.base.tracing import is_exported
@@ -29,7 +29,6 @@ __all__ = [
     "pool_landmarks",
     "pool_segments",
     "pool_sequence",
-    "window_state",
     "with_channel",
 ]
 
@@ -148,7 +147,7 @@ def pool_segments(
 
     Returns:
         keys and values `[B, H, S * r, D]` with what their logits lack, `[B, H, S * r]`, the entropies less log r; and
-        the state, as of `window_state` with `landmark_key` (the lack in its last channel) and `landmark_value`.
+        the state, a window with `landmark_key` (the lack in its last channel) and `landmark_value`, or {} without one.
         Segments that a row has not completed are something finite.
     """
     B, _, k_len, _ = call.k.shape
@@ -173,17 +172,9 @@ def pool_segments(
     merged = {name: torch.cat([state[name].to(x.dtype), x], 2) for name, x in new.items()}
     merged = {name: take_tokens(x, index.clamp(max=x.shape[2] - 1)) for name, x in merged.items()}
     k, lack = merged["landmark_key"][..., :-1], merged["landmark_key"][..., -1]
-    return (k, merged["landmark_value"], lack), {**window_state(call, window_size - 1 + since % c), **merged}
-
-
-def window_state(call: CompactedCall, size: int) -> dict[str, torch.Tensor]:
-    """The last `size` keys and values `[B, H, size, D]` after a call, and the count of real tokens `[B]`."""
-    start, batch = call.k.shape[2] - size, call.k.shape[0]
-    return {
-        "key": call.k[:, :, start:],
-        "value": call.v[:, :, start:],
-        "count": (call.rank[:, -1] + 1).expand(batch),
-    }
+    after = window_state_after(call, window_size - 1 + since % c, state["key"].dtype)
+    after |= {name: x.to(state[name].dtype).contiguous() for name, x in merged.items()}
+    return (k, merged["landmark_value"], lack), after
 
 
 def attend_window_and_segments(

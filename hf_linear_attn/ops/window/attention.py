@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.backend import use_triton
+from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.base.pieces import serves
 from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.window.blocks import attend_band
 from hf_linear_attn.ops.window.layout import Extra, by_dilation
+from hf_linear_attn.ops.window.step import attend_one
 
 __all__ = [
     "at_least_two",
@@ -150,6 +152,10 @@ def _band_attention(
     if left == k_len - 1 and right in (0, q_len - 1) and q_len in (1, k_len) and key_allowed is None and extra is None:
         is_causal = right < q_len - 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scaling)
+    if q_len == 1 and extra is not None and q.dtype == accumulation_dtype(q.dtype):
+        begin = k_len - 1 - left
+        key_allowed = None if key_allowed is None else key_allowed[:, begin:]
+        return attend_one(q, k[:, :, begin:], v[:, :, begin:], scaling=scaling, key_allowed=key_allowed, extra=extra)
     on_views = serves(q, v)
     block = min(_block_size(left + right, D, on_views), q_len)
     width = block + left + right

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_linear_attn.ops.base.compaction import heads_apart, take_tokens
-from hf_linear_attn.ops.base.growing import append_tokens, may_grow
+from hf_linear_attn.ops.base.growing import append_tokens, last_tokens, may_grow
 
 
 def draw(tokens, seed=0, batch=2):
@@ -97,3 +97,35 @@ def test_tokens_of_a_view_with_room_are_taken_in_place():
     index = torch.tensor([[3, 20], [0, 7]])
     assert torch.equal(take_tokens(x, index), x.gather(2, index[:, None, :, None].expand(-1, 3, -1, 4)))
     assert heads_apart(x.transpose(1, 2).contiguous().transpose(1, 2)) is None
+
+
+def test_a_window_slides_along_its_memory():
+    x = last_tokens(draw(100), 32)
+    assert x.untyped_storage().nbytes() == x.nbytes  # nothing keeps the text before it
+    expected, places = x, set()
+    for step in range(200):
+        grown, expected = append_tokens(x, draw(1, seed=step)), torch.cat([expected, draw(1, seed=step)], 2)
+        assert torch.equal(grown, expected)
+        x, expected = last_tokens(grown, 32), expected[:, :, 1:]
+        assert torch.equal(x, expected)
+        assert x.untyped_storage().nbytes() <= 1.25 * grown.nbytes + 16 * x[:, :, :1].nbytes
+        places.add(x.untyped_storage().data_ptr())
+    assert len(places) <= 200 / 16 + 1
+
+
+def test_a_window_that_is_continued_twice_or_kept_stays_as_it_was():
+    x = last_tokens(append_tokens(may_grow(draw(20)), draw(1, seed=1)), 10)
+    kept = x.clone()
+    first, second = append_tokens(x, draw(2, seed=2)), append_tokens(x, draw(2, seed=3))
+    assert first.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert torch.equal(x, kept)
+    assert torch.equal(first, torch.cat([kept, draw(2, seed=2)], 2))
+    assert torch.equal(second, torch.cat([kept, draw(2, seed=3)], 2))
+
+
+def test_the_end_of_a_long_memory_is_copied():
+    x = append_tokens(may_grow(draw(1000)), draw(1, seed=1))
+    window = last_tokens(x, 10)
+    assert torch.equal(window, x[:, :, -10:])
+    assert window.untyped_storage().nbytes() == window.nbytes
+    assert last_tokens(x, 0).shape[2] == 0
