@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModel, BertForSequenceClassification
 
-from hf_linear_attn import convert_model, get_variant, revert_model
+from hf_linear_attn import convert_model, revert_model
+from hf_linear_attn.calibration import variants_by_layer
 from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from hf_linear_attn.seam.extra_tokens import WithExtraTokens, extra_tokens_of
 from hf_linear_attn.training.prefix import FrozenPrefix
@@ -275,11 +276,15 @@ def test_a_checkpoint_without_them_is_refused(tmp_path: Path) -> None:
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_random_blocks_are_off_where_tokens_travel_and_stay_elsewhere() -> None:
-    options: Any = get_variant("bigbird").config_class
-    assert options().num_random_blocks == options(form="etc").num_random_blocks == 3
-    assert options(form="etc_traveling").num_random_blocks == 0
-    assert options(form="etc_traveling", num_random_blocks=2).to_dict()["num_random_blocks"] == 2
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [({}, 3), ({"form": "etc"}, 3), (OPTIONS, 0), ({**OPTIONS, "num_random_blocks": 2}, 2)],
+)
+def test_random_blocks_are_off_where_tokens_travel_and_stay_elsewhere(options: dict[str, Any], number: int) -> None:
+    model = convert_model(base_model("bert"), "bigbird", **options)
+    assert [variant.num_random_blocks for variant in variants_by_layer(model).values()] == [number, number]
+    stored = model.config.linear_attn["layers"][0]["options"]["num_random_blocks"]
+    assert stored == options.get("num_random_blocks")
 
 
 @pytest.mark.parametrize("masked", [True, False])

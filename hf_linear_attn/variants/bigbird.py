@@ -61,14 +61,13 @@ class BigBirdConfig(VariantConfig):
 
     def validate(self) -> None:
         self.require_choice("form", ("itc", "etc", "etc_traveling"))
-        if self.num_random_blocks is None:
-            object.__setattr__(self, "num_random_blocks", 0 if self.form == "etc_traveling" else 3)
         self.require_integer("block_size", "num_window_blocks")
-        self.require_integer("num_random_blocks", "seed", at_least=0)
+        self.require_integer("num_random_blocks", at_least=0, optional=True)
+        self.require_integer("seed", at_least=0)
         self.require_width("num_global_tokens", optional=True)
         if self.form == "itc" and self.num_global_tokens is not None:
             raise ValueError(
-                f"num_global_tokens={self.num_global_tokens!r}; allowed: None with form='itc' (ETC has some)."
+                f"num_global_tokens={self.num_global_tokens}; allowed: None with form='itc' (ETC has some)."
             )
         if self.num_window_blocks % 2 == 0:
             raise ValueError(f"num_window_blocks={self.num_window_blocks}; allowed: an odd integer, half on each side.")
@@ -109,6 +108,8 @@ class BigBirdAttention(AttentionVariant):
         if config.form != "itc" and context.is_causal:
             raise ValueError(ETC_REFUSAL.format(config.form))
         self.seed = config.seed * 1_000_003 + context.layer_idx
+        random = config.num_random_blocks
+        self.num_random_blocks = random if random is not None else 0 if config.form == "etc_traveling" else 3
         number = 0 if config.form == "itc" else config.num_global_tokens or 32
         self.num_global_tokens, self.num_extra_tokens = (number, 0) if config.form == "etc" else (0, number)
         # A number per head from which its random blocks are drawn, saved with the weights.
@@ -161,11 +162,11 @@ class BigBirdAttention(AttentionVariant):
 
     def full_blocks(self) -> int:
         """Sequences of so many blocks are covered by the pattern: the attention is softmax attention."""
-        return (self.config.num_random_blocks or 0) + self.config.num_window_blocks // 2 + 3 - self.context.is_causal
+        return self.num_random_blocks + self.config.num_window_blocks // 2 + 3 - self.context.is_causal
 
     def random_blocks(self, row: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The random blocks of query blocks `row` in sequences of `blocks` blocks; see the op of this name."""
-        given: dict[str, Any] = {"number": self.config.num_random_blocks, "is_causal": self.context.is_causal}
+        given: dict[str, Any] = {"number": self.num_random_blocks, "is_causal": self.context.is_causal}
         return random_blocks(row, blocks, codes=self.codes, num_window_blocks=self.config.num_window_blocks, **given)
 
     def lists(self, grid: BlockGrid) -> BlockLists:

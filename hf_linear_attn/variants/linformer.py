@@ -78,11 +78,11 @@ class LinformerConfig(VariantConfig):
         self.require_number("energy", at_least=0, at_most=1)
         check_projection_options(self)
         if self.head_k is not None and self.k != "auto":
-            raise ValueError(f"head_k={self.head_k!r} needs k='auto', got k={self.k!r}.")
+            raise ValueError(f"head_k={self.head_k!r}; allowed: None with k={self.k!r}, which k='auto' would choose.")
         if self.value_pool != "max" and self.projection != "max_pool":
-            raise ValueError(f"value_pool='mean' needs projection='max_pool', got {self.projection!r}.")
+            raise ValueError(f"value_pool='mean'; allowed: 'max' with projection={self.projection!r}.")
         if isinstance(self.head_k, tuple) and self.shares_heads:
-            raise ValueError(f"sharing={self.sharing!r} has one E for all heads: head_k is one integer, or None.")
+            raise ValueError(f"head_k={self.head_k!r}; allowed: one integer, or None, with sharing={self.sharing!r}.")
 
     @property
     def shares_heads(self) -> bool:

@@ -343,12 +343,12 @@ def test_calibration_of_given_slots_changes_nothing():
         ({"k": ("auto", 4)}, "or 'auto'"),
         ({"k": "auto", "energy": 1.5}, "energy=1.5; allowed: a number from 0 to 1"),
         ({"k": "auto", "sharing": "layerwise"}, "one k for all layers, got k='auto'"),
-        ({"k": 4, "head_k": 4}, "head_k=4 needs k='auto', got k=4"),
-        ({"k": "auto", "head_k": (4, 5, 6)}, "one E for all heads: head_k is one integer"),
+        ({"k": 4, "head_k": 4}, "head_k=4; allowed: None with k=4"),
+        ({"k": "auto", "head_k": (4, 5, 6)}, "head_k=(4, 5, 6); allowed: one integer, or None"),
         ({"k": "auto", "head_k": (4, 0, 6), "sharing": "none"}, "head_k="),
         ({"k": "auto", "head_k": (4, 5), "sharing": "none"}, "2 entries for 3 heads"),
         ({"value_pool": "min"}, "value_pool='min'; allowed: max, mean"),
-        ({"value_pool": "mean"}, "value_pool='mean' needs projection='max_pool', got 'linear'"),
+        ({"value_pool": "mean"}, "value_pool='mean'; allowed: 'max' with projection='linear'"),
     ],
 )
 def test_bad_options_of_calibration_are_named(options, message):
