@@ -120,7 +120,7 @@ class LinearAttnPreTrainedModel:
         if self.config._attn_implementation != IMPLEMENTATION:
             refuse_held(given)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        outputs = without_extra_tokens(super().__call__(*args, **kwargs))  # type: ignore[misc]
+        outputs = without_extra_tokens(self, super().__call__(*args, **kwargs))  # type: ignore[misc]
         used = given if given is not None else _returned_cache(outputs)
         if used is not None and not (self.training and is_checkpointing(self)):  # type: ignore[attr-defined]
             # Upstream hands no cache to layers that it will recompute.

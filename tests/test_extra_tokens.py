@@ -276,6 +276,17 @@ def test_a_checkpoint_without_them_is_refused(tmp_path: Path) -> None:
         AutoModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("options", [OPTIONS, {}], ids=["traveling", "none"])
+def test_a_forward_hook_may_put_the_outputs_beside_something_else(options: dict[str, Any]) -> None:
+    model = convert_model(base_model("bert"), "bigbird", **options).eval()
+    ids = torch.arange(1, 21)[None]
+    expected = model(ids, output_hidden_states=True).hidden_states
+    with model.register_forward_hook(lambda *given: (torch.zeros(()), given[-1])):
+        _, outputs = model(ids, output_hidden_states=True)
+    assert {x.shape for x in outputs.hidden_states} == {(1, 20, 32)}
+    assert all(torch.equal(got, want) for got, want in zip(outputs.hidden_states, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "number"),
     [({}, 3), ({"form": "etc"}, 3), (OPTIONS, 0), ({**OPTIONS, "num_random_blocks": 2}, 2)],

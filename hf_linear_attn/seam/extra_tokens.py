@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from hf_linear_attn.patchers.base import ModelPatcher
+from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.initialization import mark_initialized
 from hf_linear_attn.seam.names import IMPLEMENTATION
 from hf_linear_attn.seam.sharing import variants_of
@@ -148,13 +149,22 @@ def _asks(module: Any) -> bool:
     return bool(getattr(getattr(module, "linear_attn", None), "num_extra_tokens", 0))
 
 
-def without_extra_tokens(outputs: Any) -> Any:
-    """What a base model returned, with the extra tokens taken off the hidden states between its layers."""
+def without_extra_tokens(model: Any, outputs: Any) -> Any:
+    """What the base model `model` returned, with its extra tokens taken off the hidden states between its layers.
+
+    A forward hook may have put the outputs beside something else, in a tuple.
+    """
+    if not isinstance(get_patcher(model.config.base_model_type).stack(model), WithExtraTokens):
+        return outputs
+    if isinstance(outputs, tuple) and any(isinstance(part, ModelOutput) for part in outputs):
+        return tuple(_cut(part) if isinstance(part, ModelOutput) else part for part in outputs)
+    return _cut(outputs)
+
+
+def _cut(outputs: Any) -> Any:
     length = outputs[0].shape[1]
 
     def cut(states: tuple[Any, ...]) -> tuple[Any, ...]:
-        if all(x is None or x.shape[1] == length for x in states):
-            return states
         return tuple(None if x is None else x[:, x.shape[1] - length :] for x in states)
 
     if not isinstance(outputs, ModelOutput):

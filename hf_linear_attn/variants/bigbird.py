@@ -66,9 +66,7 @@ class BigBirdConfig(VariantConfig):
         self.require_integer("seed", at_least=0)
         self.require_width("num_global_tokens", optional=True)
         if self.form == "itc" and self.num_global_tokens is not None:
-            raise ValueError(
-                f"num_global_tokens={self.num_global_tokens}; allowed: None with form='itc' (ETC has some)."
-            )
+            raise ValueError(f"num_global_tokens={self.num_global_tokens}; allowed: None with form='itc'.")
         if self.num_window_blocks % 2 == 0:
             raise ValueError(f"num_window_blocks={self.num_window_blocks}; allowed: an odd integer, half on each side.")
 
