@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = ["append_tokens", "last_tokens", "may_grow"]
 
 _LEAST_ROOM = 16  # tokens
+_LEAST_WINDOW = 1 << 16  # elements of a window that slides; to copy fewer costs less than to keep account of them
 
 
 @dataclass
@@ -72,15 +73,17 @@ def append_tokens(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 def last_tokens(x: torch.Tensor, count: int) -> torch.Tensor:
-    """The last `count` tokens of `x`, which may grow: a view where that keeps little more, else a copy.
+    """The last `count` tokens of `x`; many of them may grow, and are a view where that keeps little more, else a copy.
 
     Args:
         x: `[B, H, T, D]`, for example what `append_tokens` gave.
         count: at most T.
     """
-    memory, end = (None if torch.compiler.is_compiling() else _places.get(x)) or (_NO_ROOM, 0)
     window = x[:, :, x.shape[2] - count :]
-    if memory.x.shape[2] > count + 2 * _room(count) or memory is _NO_ROOM:
+    if window.numel() < _LEAST_WINDOW:
+        return window.contiguous()
+    memory, end = (None if torch.compiler.is_compiling() else _places.get(x)) or (_NO_ROOM, 0)
+    if memory is _NO_ROOM or memory.x.shape[2] > count + 2 * _room(count):
         return may_grow(window.contiguous())
     _places[window] = memory, end
     return window

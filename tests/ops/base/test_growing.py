@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from hf_linear_attn.ops.base import growing
 from hf_linear_attn.ops.base.compaction import heads_apart, take_tokens
 from hf_linear_attn.ops.base.growing import append_tokens, last_tokens, may_grow
 
@@ -99,7 +100,12 @@ def test_tokens_of_a_view_with_room_are_taken_in_place():
     assert heads_apart(x.transpose(1, 2).contiguous().transpose(1, 2)) is None
 
 
-def test_a_window_slides_along_its_memory():
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(growing, "_LEAST_WINDOW", 1)
+
+
+def test_a_window_slides_along_its_memory(small_windows):
     x = last_tokens(draw(100), 32)
     assert x.untyped_storage().nbytes() == x.nbytes  # nothing keeps the text before it
     expected, places = x, set()
@@ -113,7 +119,7 @@ def test_a_window_slides_along_its_memory():
     assert len(places) <= 200 / 16 + 1
 
 
-def test_a_window_that_is_continued_twice_or_kept_stays_as_it_was():
+def test_a_window_that_is_continued_twice_or_kept_stays_as_it_was(small_windows):
     x = last_tokens(append_tokens(may_grow(draw(20)), draw(1, seed=1)), 10)
     kept = x.clone()
     first, second = append_tokens(x, draw(2, seed=2)), append_tokens(x, draw(2, seed=3))
@@ -123,9 +129,14 @@ def test_a_window_that_is_continued_twice_or_kept_stays_as_it_was():
     assert torch.equal(second, torch.cat([kept, draw(2, seed=3)], 2))
 
 
-def test_the_end_of_a_long_memory_is_copied():
+def test_the_end_of_a_long_memory_is_copied(small_windows):
     x = append_tokens(may_grow(draw(1000)), draw(1, seed=1))
     window = last_tokens(x, 10)
     assert torch.equal(window, x[:, :, -10:])
     assert window.untyped_storage().nbytes() == window.nbytes
     assert last_tokens(x, 0).shape[2] == 0
+
+
+def test_a_small_window_is_copied():
+    x = append_tokens(may_grow(draw(20)), draw(1, seed=1))
+    assert last_tokens(x, 20).is_contiguous()
