@@ -58,14 +58,18 @@ class LinearAttnCacheLayer(CacheLayerMixin):
     variant's own state, a dict of tensors whose first dimension is the batch.
 
     The layer serves the converted layer that announced itself (`prepare_cache_layer`) and nobody else: softmax
-    attention would see the new tokens alone. While it is empty it becomes an ordinary layer again for who needs one.
+    attention would see the new tokens alone. While it is empty it becomes what it replaced for who needs that.
+
+    Args:
+        replaces: the empty layer in whose place it stands, by default one that keeps all keys.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, replaces: DynamicLayer | None = None) -> None:
         super().__init__()
+        self.replaces = DynamicLayer() if replaces is None else replaces
         self.state: State | None = None
         self.made_by: tuple[str, VariantConfig] | None = None  # key and options of the variant whose state it is
         self.seen_tokens = 0
@@ -85,8 +89,7 @@ class LinearAttnCacheLayer(CacheLayerMixin):
         """
         if not self.announced:
             self.refuse_softmax()
-            self.__class__ = DynamicLayer  # type: ignore[assignment]
-            DynamicLayer.__init__(self)  # type: ignore[arg-type]
+            self.__class__, self.__dict__ = type(self.replaces), self.replaces.__dict__  # type: ignore[assignment]
             return self.update(key_states, value_states, *args, **kwargs)
         self.announced = False
         if not self.is_initialized:
@@ -211,7 +214,7 @@ def prepare_cache_layer(
                 f"{type(layer).__name__}. Leave cache_implementation unset."
             )
         _refuse_keys(layer, layer_idx)
-        layer = cache.layers[layer_idx] = LinearAttnCacheLayer()
+        layer = cache.layers[layer_idx] = LinearAttnCacheLayer(layer)
     _check_maker(layer, layer_idx, variant)
     _check_batch(layer, hidden_states.shape[0])
     _check_lengths(cache, layer, layer_idx, hidden_states.shape[1])
