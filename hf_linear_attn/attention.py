@@ -72,7 +72,7 @@ class ConvertedAttention:
         cache = find_cache([*(("", value) for value in args), *kwargs.items()])
         cache_layer = None
         if cache is not None:
-            cache_layer = prepare_cache_layer(cache, self.layer_idx, hidden_states)  # type: ignore[attr-defined]
+            cache_layer = prepare_cache_layer(cache, self.layer_idx, hidden_states, self.linear_attn)  # type: ignore[attr-defined]
         kwargs["linear_attn_call"] = LinearAttnCall(hidden_states, cache_layer)
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 

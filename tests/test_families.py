@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer, DistilBertModel, ElectraModel, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    DistilBertModel,
+    DynamicCache,
+    ElectraModel,
+    LlamaForCausalLM,
+)
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
@@ -27,6 +35,7 @@ from tests.tiny import (
     assert_bit_equal,
     base_model,
     build,
+    cached,
     causal_families,
     causal_lm,
     head_classes,
@@ -291,6 +300,19 @@ def test_hybrids_with_a_sliding_window_generate_as_without_a_cache(family: str, 
     cached = model.generate(**batch, **kwargs)
     assert torch.equal(cached, model.generate(**batch, use_cache=False, **kwargs))
     assert torch.equal(cached, model.generate(**batch, prefill_chunk_size=5, **kwargs))
+
+
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_a_cache_that_was_reset_has_the_windows_of_softmax_again(family: str) -> None:
+    model = convert_model(causal_lm(family, **EVERYWHERE[family]), "linear", layers=[0])
+    ids, cache = token_batch(length=21)["input_ids"], DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, **cached(model, cache))
+        cache.reset()
+        model.set_attn_implementation("sdpa")
+        pieces = [model(input_ids=piece, **cached(model, cache)).logits for piece in ids.split(5, dim=1)]
+        expected = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", EVERYWHERE)

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.cache_utils import EncoderDecoderCache
 
-from hf_linear_attn import convert_model, get_variant, list_variants
+from hf_linear_attn import convert_model, get_variant, list_variants, revert_model
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer
 from tests.tiny import (
     PAD,
@@ -147,6 +147,45 @@ def test_caches_that_would_be_wrong_are_refused() -> None:
         model(input_ids=ids, **cached(model, StaticCache(config=model.config, max_cache_len=32)))
     with pytest.raises(ValueError, match="DynamicCache"):
         model.generate(input_ids=ids, cache_implementation="static", max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("linear", {}), ("linear", {"feature_map": "exp"})),  # states of the same names and shapes
+        (("longformer", {"window_size": 8}), ("longformer", {"window_size": 4})),
+        (("longformer", {"window_size": 8}), ("sparse", {})),
+        (("linear", {}), ("efficient", {})),  # of other shapes
+    ],
+    ids=lambda choice: choice[0],
+)
+def test_the_state_of_another_conversion_is_refused(first: Any, second: Any) -> None:
+    model = causal_lm(MAIN)
+    ids, cache = token_batch(length=10)["input_ids"], DynamicCache()
+    with torch.no_grad():
+        convert_model(model, first[0], **first[1])
+        model(input_ids=ids, **cached(model, cache))
+        convert_model(revert_model(model), second[0], **second[1])
+        with pytest.raises(ValueError, match=f"Layer 0 .*{first[0]}.*runs {second[0]}.*new cache"):
+            model(input_ids=ids[:, :1], **cached(model, cache))
+        convert_model(revert_model(model), first[0], **first[1])  # and again the one that the state is of
+        model(input_ids=ids[:, :1], **cached(model, cache))
+
+
+def test_keys_of_softmax_are_refused_before_a_layer_takes_more_of_them() -> None:
+    """A hybrid's softmax layers could read them: the converted ones must be asked first."""
+    model = convert_model(causal_lm(MAIN), {1: "linear"})
+    ids, cache = token_batch(length=12)["input_ids"], DynamicCache()
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[:, -1:]
+        model(input_ids=ids[:, :-1], **cached(model, cache))
+        model.set_attn_implementation("linear_attn")
+        with pytest.raises(ValueError, match="Layer 1 of the cache already holds 11 tokens"):
+            model(input_ids=ids[:, :1], **cached(model, cache))
+        model.set_attn_implementation("sdpa")
+        after = model(input_ids=ids[:, -1:], **cached(model, cache)).logits
+    torch.testing.assert_close(after, expected, atol=2e-4, rtol=1e-4)
 
 
 def test_a_forward_that_failed_half_way_is_noticed() -> None:

@@ -12,7 +12,7 @@ A variant's state is several named tensors, of dtypes of their own, and some gro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from transformers.cache_utils import (
 )
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
-from hf_linear_attn.variants.base import State
+from hf_linear_attn.variants.base import AttentionVariant, State, VariantConfig
 
 __all__ = [
     "CACHE_KEYWORDS",
@@ -37,6 +37,7 @@ __all__ = [
     "prepare_cache_layer",
     "refuse_generation",
     "refuse_held",
+    "refuse_keys",
 ]
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
@@ -57,15 +58,20 @@ class LinearAttnCacheLayer(CacheLayerMixin):
     variant's own state, a dict of tensors whose first dimension is the batch.
 
     The layer serves the converted layer that announced itself (`prepare_cache_layer`) and nobody else: softmax
-    attention would see the new tokens alone. While it is empty it becomes an ordinary layer again for who needs one.
+    attention would see the new tokens alone. While it is empty it becomes what it replaced for who needs that.
+
+    Args:
+        replaces: the empty layer in whose place it stands, by default one that keeps all keys.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, replaces: DynamicLayer | None = None) -> None:
         super().__init__()
+        self.replaces = DynamicLayer() if replaces is None else replaces
         self.state: State | None = None
+        self.made_by: tuple[str, VariantConfig] | None = None  # key and options of the variant whose state it is
         self.seen_tokens = 0
         self.announced = False
 
@@ -83,8 +89,7 @@ class LinearAttnCacheLayer(CacheLayerMixin):
         """
         if not self.announced:
             self.refuse_softmax()
-            self.__class__ = DynamicLayer  # type: ignore[assignment]
-            DynamicLayer.__init__(self)  # type: ignore[arg-type]
+            self.__class__, self.__dict__ = type(self.replaces), self.replaces.__dict__  # type: ignore[assignment]
             return self.update(key_states, value_states, *args, **kwargs)
         self.announced = False
         if not self.is_initialized:
@@ -182,17 +187,20 @@ def cache_keyword(forward: Callable[..., Any]) -> str:
     )
 
 
-def prepare_cache_layer(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> LinearAttnCacheLayer:
+def prepare_cache_layer(
+    cache: Cache, layer_idx: int, hidden_states: torch.Tensor, variant: AttentionVariant
+) -> LinearAttnCacheLayer:
     """Our layer inside `cache`, put there now if the one in its place is still empty; its next update is ours.
 
     Args:
         cache: what the attention module was given.
         layer_idx: the module's place in it.
         hidden_states: `[B, T, hidden_size]`, the tokens of this call.
+        variant: the module's.
 
     Raises:
-        ValueError: for a layer of another kind, one that holds keys and values, or a state of another batch size or
-            of another call.
+        ValueError: for a layer of another kind, one that holds keys and values, or a state of another variant, of other
+            options, of another batch size or of another call.
     """
     cache = _self_attention_cache(cache)
     if cache.layer_class_to_replicate is not None:
@@ -205,12 +213,9 @@ def prepare_cache_layer(cache: Cache, layer_idx: int, hidden_states: torch.Tenso
                 f"A converted layer works with a DynamicCache, but layer {layer_idx} of the cache is a "
                 f"{type(layer).__name__}. Leave cache_implementation unset."
             )
-        if layer.get_seq_length() > 0:
-            raise ValueError(
-                f"Layer {layer_idx} of the cache already holds {layer.get_seq_length()} tokens of keys and values that "
-                "a converted layer cannot use. Start from an empty DynamicCache."
-            )
-        layer = cache.layers[layer_idx] = LinearAttnCacheLayer()
+        _refuse_keys(layer, layer_idx)
+        layer = cache.layers[layer_idx] = LinearAttnCacheLayer(layer)
+    _check_maker(layer, layer_idx, variant)
     _check_batch(layer, hidden_states.shape[0])
     _check_lengths(cache, layer, layer_idx, hidden_states.shape[1])
     layer.announced = True
@@ -257,8 +262,42 @@ def refuse_held(cache: Cache | None) -> None:
             layer.refuse_softmax()
 
 
+def refuse_keys(cache: Cache | None, layers: Sequence[Any]) -> None:
+    """Raise `ValueError` if `cache` holds softmax's keys of a converted layer, before any layer adds to them.
+
+    Args:
+        cache: what the model was given.
+        layers: per layer of the model, None where it keeps softmax.
+    """
+    held = [] if cache is None else _self_attention_cache(cache).layers
+    for index, (layer, converted) in enumerate(zip(held, layers, strict=False)):
+        if converted is not None and isinstance(layer, DynamicLayer):
+            _refuse_keys(layer, index)
+
+
+def _refuse_keys(layer: DynamicLayer, layer_idx: int) -> None:
+    if layer.get_seq_length() > 0:
+        raise ValueError(
+            f"Layer {layer_idx} of the cache already holds {layer.get_seq_length()} tokens of keys and values that "
+            "a converted layer cannot use. Start from an empty DynamicCache."
+        )
+
+
 def _self_attention_cache(cache: Any) -> Cache:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _check_maker(layer: LinearAttnCacheLayer, layer_idx: int, variant: AttentionVariant) -> None:
+    """Raise if the layer's state is another method's, or of other options: its tensors may have the same names."""
+    maker = variant.spec.key, variant.config
+    if layer.state is None:
+        layer.made_by = maker
+    elif layer.made_by != maker:
+        made = "another method" if layer.made_by is None else f"{layer.made_by[0]} ({layer.made_by[1]})"
+        raise ValueError(
+            f"Layer {layer_idx} of the cache holds a state of {made}, but the layer runs {maker[0]} ({maker[1]}). "
+            "Start from a new cache, or call cache.reset()."
+        )
 
 
 def _check_batch(layer: LinearAttnCacheLayer, batch: int) -> None:
