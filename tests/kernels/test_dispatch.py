@@ -7,43 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from hf_linear_attn import get_variant, list_variants
+from hf_linear_attn import get_variant
 from hf_linear_attn.ops.base import backend
 from hf_linear_attn.testing.contract import Subject
 from hf_linear_attn.testing.tools import draw, padding_masks, tokens
+from tests.kernels.subjects import forgets_both_ways, label, subjects
 
 LENGTH = 21
 
 
 def _subjects() -> list[Subject]:
     """Every variant with a kernel, each side, with options that make short inputs exercise the method, and as it is."""
-    found = []
-    for spec in (get_variant(key) for key in list_variants()):
-        for causal in (False, True):
-            if spec.has_kernel(causal) and Subject(spec, causal).served:
-                subjects = [Subject(spec, causal, options) for options in (*spec.test_options, {})]
-                subjects = [subject for subject in subjects if _builds(subject) and not _forgets_both_ways(subject)]
-                found += [subjects[0], *(s for s in subjects[1:] if not s.options)]
+    found: list[Subject] = []
+    for subject in subjects():
+        is_first = not any((s.spec, s.is_causal) == (subject.spec, subject.is_causal) for s in found)
+        runs = subject.spec.has_kernel(subject.is_causal) and not forgets_both_ways(subject)
+        if runs and (is_first or not subject.options):
+            found.append(subject)
     return found
-
-
-def _builds(subject: Subject) -> bool:
-    """Whether this side takes the options."""
-    try:
-        subject.build()
-    except ValueError:
-        return False
-    return True
-
-
-def _forgets_both_ways(subject: Subject) -> bool:
-    """Whether it is a gate on an encoder, which no kernel runs and `backend="triton"` refuses (`ONE_DIRECTION`)."""
-    return not subject.is_causal and bool(subject.options.get("gate"))
-
-
-def _name(subject: Subject) -> str:
-    side, options = "decoder" if subject.is_causal else "encoder", "options" if subject.options else "defaults"
-    return f"{subject.spec.key}-{side}-{options}"
 
 
 def _attend(module: Any, inputs: Any, state: Any = None) -> tuple[list[torch.Tensor], Any]:
@@ -60,7 +41,7 @@ def _attend(module: Any, inputs: Any, state: Any = None) -> tuple[list[torch.Ten
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("subject", _subjects(), ids=_name)
+@pytest.mark.parametrize("subject", _subjects(), ids=label)
 def test_triton_is_the_twin(subject: Subject, padding: str | None) -> None:
     module = subject.build(dtype=torch.float32, trained=True)
     mask = None if padding is None else padding_masks(2, LENGTH)[padding][1:]
@@ -73,7 +54,7 @@ def test_triton_is_the_twin(subject: Subject, padding: str | None) -> None:
         torch.testing.assert_close(ours, twin, rtol=2e-3, atol=2e-4 * float(twin.abs().max()) + 1e-6)
 
 
-@pytest.mark.parametrize("subject", [s for s in _subjects() if s.decodes], ids=_name)
+@pytest.mark.parametrize("subject", [s for s in _subjects() if s.decodes], ids=label)
 @torch.no_grad()
 def test_decoding_is_the_twins(subject: Subject) -> None:
     module = subject.build(dtype=torch.float32, trained=True)

@@ -23,7 +23,7 @@ import torch
 
 from hf_linear_attn.ops.base.backend import use_triton
 from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
-from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype
+from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
 from hf_linear_attn.ops.features.gradients import map_parts, trains_unnamed
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, ScaledMap
 from hf_linear_attn.ops.linear import blocks, both_ways, fused, plain, step
@@ -196,7 +196,8 @@ def _attend(
     tensors = q, k, v, log_weight, tokens, token_mask, query_mask, *start
     call = Call(options, (*tensors, *q_parameters, *k_parameters, *d_parameters))
     if use_triton(backend, v, ONE_DIRECTION if decay is not None and not is_causal else None):
-        found = _attend_fused(call, q_map, k_map, decay, state, backend)
+        with full_precision(v):
+            found = _attend_fused(call, q_map, k_map, decay, state, backend)
         if found is not None:
             return found
     if state is not None and q_len == 1:

@@ -69,8 +69,13 @@ def plain_window(
 
 
 def one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """All in the dtype that the first, a query, promotes to with the others."""
-    dtype = tensors[0].dtype
+    """All in the dtype that the first, a query, promotes to with the others; under autocast in its dtype.
+
+    That is what PyTorch's own attention takes then, which rotary embeddings in float32 would keep from half precision.
+    """
+    dtype, device = tensors[0].dtype, tensors[0].device.type
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) for x in tensors)
