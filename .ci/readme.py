@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_linear_attn.bench.retrieval.tables import about, measured_lengths, verdict
+from hf_linear_attn.bench.retrieval.tables import about, measured_lengths, render_headline, verdict
 from hf_linear_attn.bench.retrieval.tables import render_overview as render_overview_of_retrieval
 from hf_linear_attn.bench.speed.recipe import BenchRecipe
 from hf_linear_attn.bench.speed.tables import render_performance
@@ -26,7 +26,14 @@ from hf_linear_attn.measure.markdown import markdown_table as table
 from hf_linear_attn.registry import KINDS, PATCHERS, VARIANTS, VariantSpec
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/variants.md", "docs/methods.md", "docs/results.md", "docs/performance.md")
+PAGES = (
+    "README.md",
+    "docs/variants.md",
+    "docs/methods.md",
+    "docs/results.md",
+    "docs/performance.md",
+    "docs/when_not.md",
+)
 RESULTS = ROOT / "recipes" / "results"
 HEADLINE = RESULTS / "minilm_sotu_long.json"
 LONGER = RESULTS / "minilm_sotu_truncated.json"
@@ -233,6 +240,30 @@ def performance() -> str:
     return "\n\n".join(parts)
 
 
+def pays() -> str:
+    """How many methods are as fast as SDPA at a length, and the fastest: whole models of the bench on a CPU."""
+    data = json.loads((BENCH / "results" / "cpu.json").read_text(encoding="utf-8"))
+    timed = [row for row in data["rows"] if row["kind"] == "model" and "key" in row and "ratio" in row]
+    lengths = sorted({row["length"] for row in timed})
+    lines = []
+    for part, mode in dict.fromkeys((row["part"], row["mode"]) for row in timed):
+        cells = []
+        for length in lengths:
+            rows = [row for row in timed if (row["part"], row["mode"], row["length"]) == (part, mode, length)]
+            best = max(rows, key=lambda row: row["ratio"], default=None)
+            fast = sum(row["ratio"] >= 1 for row in rows)
+            cells.append(f"{fast} of {len(rows)}; `{best['contender']}` {best['ratio']:.2f}x" if best else "-")
+        lines.append([f"{part}, {'forward' if mode == 'forward' else 'forward and backward'}", *cells])
+    about = f"{data['meta']['machine']}, {data['meta']['threads']} thread(s). Made by `{data['meta']['command']}`."
+    return f"{table(['', *(f'{length:,} tokens' for length in lengths)], lines)}\n\n{about}"
+
+
+def chunks() -> str:
+    """Documents as vectors, nothing trained: methods beside the checkpoint in chunks, at the shortest length."""
+    data = json.loads((EMBEDDERS / "embedder" / "retrieval.json").read_text(encoding="utf-8"))
+    return f"{render_headline(data, min(measured_lengths(data)))}\n\nMade by `{data['meta']['command']}`."
+
+
 def device_results(path: Path, data: dict[str, Any]) -> str:
     """The tables of one device, its pictures, and where the rest is."""
     title = f"**{data['meta']['title']}**"
@@ -377,6 +408,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "spectrum": spectrum,
     "guide": guide,
     "performance": performance,
+    "pays": pays,
+    "chunks": chunks,
     "times": times,
 }
 

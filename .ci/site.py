@@ -1,4 +1,4 @@
-"""What `mkdocs build` shows beside docs/: pages of the repository, and pages made from the code.
+"""What `mkdocs build` shows beside docs/: pages of the repository, pages made from the code, and the results explorer.
 
 The site has the folders of the repository, so that a link which works there works here. Every file that a page links to
 comes along. Made from the code are a page for each method, the reference, and the messages of all errors.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -23,6 +24,7 @@ from hf_linear_attn.registry import VARIANTS, VariantSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md", "model_cards/README.md")
+EXPLORER = ("docs/explorer.md", "docs/explorer.js", "docs/explorer.css")
 # What a user calls, by the module that defines it.
 REFERENCE = {
     "Convert": ["convert.convert_model", "convert.revert_model", "registry.list_variants", "registry.get_variant"],
@@ -60,8 +62,24 @@ def on_files(files: Files, config: Any) -> Files:
     made |= {"docs/reference.md": reference_page(), "docs/errors.md": errors_page()}
     kept = [file for file in files if not file.src_uri.endswith(".md")]
     kept += [File.generated(config, name, content=text) for name, text in made.items()]
-    kept += [File.generated(config, name, abs_src_path=str(ROOT / name)) for name in linked_files()]
+    sources = [*linked_files(), *EXPLORER[1:]]
+    kept += [File.generated(config, name, abs_src_path=str(ROOT / name)) for name in sources]
     return Files(kept)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Embed the results into the page of the explorer, which fetches nothing: it works from a folder too."""
+    if page.file.src_uri != EXPLORER[0]:
+        return html
+    data = script("explorer").explorer_data(methods_results(), readme().benches().values())
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    parts = [
+        '<link rel="stylesheet" href="explorer.css">',
+        html,
+        f'<script type="application/json" id="explorer-data">{text}</script>',
+        '<script src="explorer.js"></script>',
+    ]
+    return "\n".join(parts)
 
 
 def linked_files() -> list[str]:
@@ -124,8 +142,12 @@ def measured(spec: VariantSpec) -> str:
 @cache
 def leading() -> dict[tuple[str, str], tuple[float, dict[int, float]]]:
     """What the committed results say of each method's leading options."""
-    data = readme().json.loads((readme().METHODS / "methods.json").read_text(encoding="utf-8"))
-    return readme().leading_numbers(data)
+    return readme().leading_numbers(methods_results())
+
+
+def methods_results() -> dict[str, Any]:
+    """What `hf-linear-attn methods` measured."""
+    return json.loads((readme().METHODS / "methods.json").read_text(encoding="utf-8"))
 
 
 def reference_page() -> str:
@@ -182,10 +204,15 @@ def spelled(node: ast.AST) -> str:
     return "…"
 
 
-@cache
 def readme() -> ModuleType:
     """.ci/readme.py, which writes the other generated pages."""
-    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
+    return script("readme")
+
+
+@cache
+def script(name: str) -> ModuleType:
+    """Another file of .ci."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from hf_linear_attn import convert_model
+from hf_linear_attn.cli import app
 from hf_linear_attn.data import resolve_model
 from hf_linear_attn.registry import PATCHERS, VARIANTS
 from hf_linear_attn.testing import check_variant
@@ -58,6 +61,42 @@ def test_readme_python_runs_from_top_to_bottom() -> None:
     assert len(examples) >= 6
     for number, (document, block) in enumerate(examples):
         exec(compile(block, f"{document}, example {number}", "exec"), namespace)
+
+
+def with_python(document: str) -> bool:
+    return bool(blocks((ROOT / document).read_text(encoding="utf-8"), "python"))
+
+
+# README.md and docs/usage.md are one text, CONTRIBUTING.md writes out files, docs/export.md has tests of its own.
+RUN_ELSEWHERE = {"README.md", "docs/usage.md", "CONTRIBUTING.md", "docs/export.md"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hub_ids_as_folders")
+@pytest.mark.parametrize("document", sorted({name for name in DOCUMENTS if with_python(name)} - RUN_ELSEWHERE))
+def test_python_of_a_page_runs_from_top_to_bottom(document: str) -> None:
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks((ROOT / document).read_text(encoding="utf-8"), "python")):
+        exec(compile(block, f"{document}, example {number}", "exec"), namespace)
+
+
+@pytest.mark.slow
+def test_commands_of_the_first_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "\n".join(blocks((ROOT / "docs" / "start.md").read_text(encoding="utf-8"), "bash")).splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-linear-attn ")]
+    assert [words[0] for words in commands] == ["convert", "list"]
+    for words in commands:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (words, result.output)
+    assert AutoModel.from_pretrained("outputs/start_here").config.max_position_embeddings == 4096
+
+
+def test_every_letter_of_a_cost_is_in_the_notation() -> None:
+    table = (ROOT / "docs" / "notation.md").read_text(encoding="utf-8").partition("## Words")[0]
+    letters = re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, flags=re.MULTILINE)))
+    used = {letter for key in VARIANTS.names() for letter in re.findall(r"\b\d*([a-zA-Z])\b", VARIANTS.get(key).cost)}
+    assert used - set(letters) == set()
 
 
 def test_generated_sections_of_the_readme_are_up_to_date() -> None:
