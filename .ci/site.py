@@ -36,7 +36,13 @@ REFERENCE = {
         ),
         "training.anneal.Anneal",
     ],
-    "Share": ["hub.push_to_hub", "hub.load_converted", "hub.prepare_for_hub", "model_card.model_card"],
+    "Share": [
+        "hub.push_to_hub",
+        "hub.load_converted",
+        "hub.prepare_for_hub",
+        "model_card.model_card",
+        "hub_kernel.export.export_kernels",
+    ],
     "Measure": ["report.ConversionReport", "measure.perplexity.document_likelihoods"],
     "Extend": [
         "registry.register_variant",

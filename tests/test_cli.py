@@ -28,6 +28,7 @@ COMMANDS = [
     "train",
     "compare",
     "demo",
+    "export-kernels",
     "report",
     "analyze",
     "methods",

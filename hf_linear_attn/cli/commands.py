@@ -280,6 +280,31 @@ def push_command(
     typer.echo(f"Pushed to {commit.commit_url}")
 
 
+@app.command("export-kernels")
+def export_kernels_command(
+    folder: Annotated[Path, typer.Argument(help="Folder for the builds and their card.")],
+    version: Annotated[
+        int | None,
+        typer.Option("--version", min=0, help="Of the kernel, as its branch on the Hub: v0 (default: the package's)."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write linear attention, decay and sliding windows as a kernel of the Hub, for the `kernels` library.
+
+    Only files that an earlier export wrote are replaced, and a card that was written by hand is kept.
+
+    Example:
+
+        hf-linear-attn export-kernels outputs/kernel
+    """
+    with plain_errors():
+        check_output(folder, overwrite)
+        from hf_linear_attn.hub_kernel.export import export_kernels
+
+        builds = export_kernels(folder, version)
+    typer.echo(f"Wrote {', '.join(map(str, builds))}")
+
+
 @app.command("demo")
 def demo_command(
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Another comparison than the demo's own.")] = None,

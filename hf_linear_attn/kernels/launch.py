@@ -10,7 +10,10 @@ from typing import Any
 import torch
 import triton
 
-__all__ = ["Launch", "check_launches", "exact_products", "on_device"]
+__all__ = ["NAMESPACE", "Launch", "check_launches", "exact_products", "on_device"]
+
+# Where PyTorch registers the kernels' operators: a copy of these files under another name has its own.
+NAMESPACE = __name__.removesuffix(".kernels.launch").replace(".", "_")
 
 
 def check_launches(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from hf_linear_attn.kernels.gated.fwd import (
     gated_scan_kernel,
     gated_sums_kernel,
 )
-from hf_linear_attn.kernels.launch import Launch, check_launches, exact_products, on_device
+from hf_linear_attn.kernels.launch import NAMESPACE, Launch, check_launches, exact_products, on_device
 
 __all__ = ["MOST_FEATURES", "gated_linear_attention", "shipped_launches"]
 
@@ -146,7 +146,7 @@ def _check(
         raise ValueError(f"All tensors must be on one device, got {sorted({str(x.device) for x in (q, *others)})}.")
 
 
-@torch.library.custom_op("hf_linear_attn::gated_linear_attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention", mutates_args=())
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -192,7 +192,7 @@ def _(
     return _outputs(q, v)
 
 
-@torch.library.custom_op("hf_linear_attn::gated_linear_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_backward", mutates_args=())
 def _backward(
     d_out: torch.Tensor,
     more: torch.Tensor,

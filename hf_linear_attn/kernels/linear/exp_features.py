@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_linear_attn.kernels.launch import check_launches, on_device
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device
 from hf_linear_attn.kernels.linear.tiles import block_of, dot_constants, precision_of
 
 __all__ = ["exp_features", "exp_features_constants", "exp_features_kernel"]
@@ -115,10 +115,10 @@ def exp_features(
         raise ValueError(
             f"bias must be float32 [1 or {heads}, {weight.shape[2]}], got {bias.dtype} {tuple(bias.shape)}."
         )
-    return torch.ops.hf_linear_attn.exp_features(x, weight, bias)
+    return _forward(x, weight, bias)
 
 
-@torch.library.custom_op("hf_linear_attn::exp_features", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::exp_features", mutates_args=())
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     check_launches(x.device)
     (batch, heads, length, dim), num_features = x.shape, weight.shape[2]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_linear_attn.kernels.launch import check_launches
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches
 from hf_linear_attn.kernels.linear import launch as run
 from hf_linear_attn.kernels.linear.tiles import FEATURE_MAPS
 
@@ -82,7 +82,7 @@ def linear_attention(
             f"is_causal={is_causal}, {q.shape[2]} queries and {k.shape[2]} keys."
         )
     kv, z = (None, None) if initial_state is None else initial_state
-    return torch.ops.hf_linear_attn.linear_attention(
+    return _forward(
         *(q, k, v, key_scale, query_keep, log_decay, kv, z, is_causal, normalized),
         *(FEATURE_MAPS[feature_map], float(q_multiplier), float(k_multiplier)),
     )
@@ -108,7 +108,7 @@ def recurrent_linear_attention(
     _check(q, k, v, key_scale, log_decay, state, feature_map, q_multiplier, k_multiplier)
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"A decode step needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}.")
-    return torch.ops.hf_linear_attn.linear_attention_step(
+    return _step(
         *(q, k, v, key_scale, log_decay, *state, normalized),
         *(FEATURE_MAPS[feature_map], float(q_multiplier), float(k_multiplier)),
     )
@@ -199,7 +199,7 @@ def _inputs(
     return _readable(q), _readable(k), _readable(v), _per_token(key_scale, k), keep, decay, before
 
 
-@torch.library.custom_op("hf_linear_attn::linear_attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_attention", mutates_args=())
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -234,7 +234,7 @@ def _fake_results(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch
     return out, den, kv, q.new_empty(batch, heads, features, dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_linear_attn::linear_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_attention_backward", mutates_args=())
 def _backward(
     d_out: torch.Tensor,
     d_den: torch.Tensor | None,
@@ -316,7 +316,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 def _differentiate(ctx: Any, *gradients: Optional) -> tuple[Any, ...]:
     out, den, kv_after, z_after, *tensors = ctx.saved_tensors
     d_out, *others = gradients
-    found = torch.ops.hf_linear_attn.linear_attention_backward(
+    found = _backward(
         torch.zeros_like(out) if d_out is None else d_out, *others, out, den, kv_after, z_after, *tensors, *ctx.options
     )
     d_q, d_k, d_v, *found = found
@@ -329,7 +329,7 @@ def _differentiate(ctx: Any, *gradients: Optional) -> tuple[Any, ...]:
 _forward.register_autograd(_differentiate, setup_context=_setup)
 
 
-@torch.library.custom_op("hf_linear_attn::linear_attention_step", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_attention_step", mutates_args=())
 def _step(
     q: torch.Tensor,
     k: torch.Tensor,

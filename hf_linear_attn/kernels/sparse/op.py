@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from hf_linear_attn.kernels.launch import check_launches, exact_products, on_device
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, exact_products, on_device
 from hf_linear_attn.kernels.sparse.bwd import (
     block_sparse_dkv_kernel,
     block_sparse_dq_kernel,
@@ -92,7 +92,7 @@ def block_sparse_attention(
     if dropout_p > 0:
         noise = seed if isinstance(seed, torch.Tensor) else torch.full((1,), seed, dtype=torch.int64, device=q.device)
     given = (q_pos, k_pos, q_bucket, k_bucket, allowed, extra_shift, noise)
-    out: tuple[torch.Tensor, torch.Tensor] = torch.ops.hf_linear_attn.block_sparse_fwd(
+    out: tuple[torch.Tensor, torch.Tensor] = _forward_op(
         q, k, v, xk, xv, *lists.tensors(), *given, lists.numbers(), float(scaling), float(dropout_p)
     )
     return out
@@ -357,19 +357,18 @@ def _autograd(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) 
     if d_out is None and d_lse is None:
         return (None,) * 5 + nothing
     d_out = torch.zeros_like(o) if d_out is None else d_out
-    dq, dk, dv, dxk, dxv = torch.ops.hf_linear_attn.block_sparse_bwd(d_out, d_lse, o, lse, *inputs, *ctx.options)
+    dq, dk, dv, dxk, dxv = _backward_op(d_out, d_lse, o, lse, *inputs, *ctx.options)
     extra = (None, None) if inputs[3] is None else (dxk, dxv)
     return dq, dk, dv, *extra, *nothing
 
 
-_NAME = "hf_linear_attn::block_sparse"
 _forward_op = torch.library.custom_op(
-    f"{_NAME}_fwd", _forward, mutates_args=(), schema=f"({_INPUTS}{_LISTS}) -> (Tensor, Tensor)"
+    f"{NAMESPACE}::block_sparse_fwd", _forward, mutates_args=(), schema=f"({_INPUTS}{_LISTS}) -> (Tensor, Tensor)"
 )
 _forward_op.register_fake(_forward_fake)
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
 _backward_op = torch.library.custom_op(
-    f"{_NAME}_bwd",
+    f"{NAMESPACE}::block_sparse_bwd",
     _backward,
     mutates_args=(),
     schema=f"(Tensor d_out, Tensor? d_lse, Tensor o, Tensor lse, {_INPUTS}{_LISTS}) "

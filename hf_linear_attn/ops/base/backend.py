@@ -8,7 +8,6 @@ what `"auto"` means. A backend is a property of a running model, not of a checkp
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 import os
@@ -96,8 +95,9 @@ def _gpu_refusal(index: int | None) -> str | None:
 @functools.cache
 def _load_kernels() -> None:
     """Register the kernels' operators now: torch.compile would otherwise do so while it traces."""
-    for name in ("linear", "gated", "sparse"):
-        importlib.import_module(f"hf_linear_attn.kernels.{name}.op")
+    from hf_linear_attn.kernels.gated import op as gated  # noqa: F401
+    from hf_linear_attn.kernels.linear import op as linear  # noqa: F401
+    from hf_linear_attn.kernels.sparse import op as sparse  # noqa: F401
 
 
 @functools.cache
