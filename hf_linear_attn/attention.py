@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
 from hf_linear_attn.auto_config import IMPLEMENTATION, converted_name, made_once
-from hf_linear_attn.ops.base.masking import causal_mask
+from hf_linear_attn.ops.base.masking import causal_mask, is_on_host
 from hf_linear_attn.ops.base.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, find_cache, prepare_cache_layer
@@ -117,17 +117,12 @@ def linear_attention_mask(
             f"attention_mask has shape {given}, but the call needs {(batch_size, kv_length)} [batch, tokens] (with a "
             "cache, the mask covers past tokens as well; converted layers work with a DynamicCache, not a static one)."
         )
-    # Masks cost time in every layer, and most are all ones. Not while tracing: the answer depends on the data. Without
-    # a cache the keys are counted by the mask itself, so that one of another length has to reach the layers, which know
-    # better; and what lies on a GPU was read when the call was planned: to read it again would wait for the device.
-    if is_traced() or kv_length != q_offset + q_length or (q_offset == 0 and not _is_on_host(attention_mask)):
+    # Masks cost time in every layer, and most are all ones. Not while tracing: the answer depends on the data; nor on a
+    # GPU, where the CPU would wait for it. Without a cache the keys are counted by the mask itself, so that one of
+    # another length has to reach the layers, which know better.
+    if is_traced() or kv_length != q_offset + q_length or not is_on_host(attention_mask):
         return attention_mask
     return None if bool(attention_mask.all()) else attention_mask
-
-
-def _is_on_host(x: torch.Tensor) -> bool:
-    """Whether to read `x` waits for no device."""
-    return x.device.type == "cpu"
 
 
 def _mask_message(mask: torch.Tensor) -> str:
@@ -157,8 +152,8 @@ def linear_attention_forward(
 
     Packed sequences do not see one another: `cu_seq_lens_q` or `seq_idx` say where they begin, or the plan in place of
     a mask, which is what Transformers made of a decoder's `position_ids`. A batch that is mostly padding runs without
-    most of it. `linear_attn_plan` and `linear_attn_all_real` are what `with_sequence_plan` made of these keywords for
-    all layers.
+    most of it, unless its mask lies on a GPU. `linear_attn_plan` and `linear_attn_all_real` are what
+    `with_sequence_plan` made of these keywords for all layers.
 
     At masked positions self-attention gives 0, whatever the method, the layout and the batch, as flash attention does.
     One of them is read nevertheless, the last place of a decoder's prompt that is padded on the right: there stands
@@ -219,7 +214,9 @@ def linear_attention_forward(
     if inputs.token_mask is not None:
         if not keys_at_hand:
             _refuse_padded_end(mask, inputs)
-        reads_last = keys_at_hand and not plan.packed and (is_traced() or not plan.last_real)
+        # Where nobody looked whether a row ends in padding: training does not read what stands there.
+        ends_padded = not (module.training if plan.last_real is None else plan.last_real)
+        reads_last = keys_at_hand and not plan.packed and (is_traced() or ends_padded)
         output = _settle_padding(output, inputs, reads_last=reads_last, window=sliding_window)
     return output.transpose(1, 2), None
 
@@ -428,9 +425,9 @@ def _check_listed_as_softmax(module: nn.Module) -> None:
 def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a model's call, with the plan of its sequences for all layers if this is the base model.
 
-    Also `linear_attn_all_real`, whether its mask has no padding: a mask is read once, here, wherever it lies. Layers
-    make the plan themselves when it is not given, every one again. Of `position_ids` they learn by their mask
-    (`seam.masks.packed_rows`).
+    Also `linear_attn_all_real`, whether its mask is known to have no padding: a mask is read here, if it lies on the
+    CPU, before Transformers moves it. Layers make the plan themselves when it is not given, every one again. Of
+    `position_ids` they learn by their mask (`seam.masks.packed_rows`).
     """
     if model.base_model is not model or "linear_attn_plan" in kwargs or is_traced():
         return kwargs
@@ -442,11 +439,12 @@ def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return kwargs  # refused later on
     if not isinstance(mask, torch.Tensor) or mask.shape != of_tokens.shape:
         mask = None  # with a cache it covers past tokens, and nothing is regrouped; else it is refused later on
-    all_real = mask is not None and bool(mask.all())
+    all_real = mask is not None and is_on_host(mask) and bool(mask.all())
     if given.get("attention_mask") is None:
         _warn_of_positions(model, given)
     batch, length = of_tokens.shape[:-1].numel(), of_tokens.shape[-1]
-    plan = plan_call(batch, length, None if all_real else mask, given.get("cu_seq_lens_q"), given.get("seq_idx"))
+    packing = given.get("cu_seq_lens_q"), given.get("seq_idx"), of_tokens.device
+    plan = plan_call(batch, length, None if all_real else mask, *packing)
     return {**kwargs, "linear_attn_plan": plan, "linear_attn_all_real": all_real}
 
 

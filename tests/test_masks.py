@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import causal_mask_function
 
@@ -368,58 +367,13 @@ def test_a_padded_mask_is_no_packing_to_an_assistant() -> None:
 # --- what is read of a mask ---------------------------------------------------------------------------------------
 
 
-class Reads(TorchDispatchMode):
-    """How often the values of a tensor decide something in Python: on a GPU each time waits for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
-        return op(*args, **(kwargs or {}))
-
-
-def reads_of(model: Any, **batch: Any) -> tuple[torch.Tensor, int]:
-    """The first output of a forward, and how often it read a tensor."""
-    with torch.no_grad(), Reads() as reads:
-        return model(**batch)[0], reads.count
-
-
 def test_the_mask_function_reads_no_mask_on_a_device() -> None:
-    """The meta device has no values to read: there `bool` raises."""
+    """The meta device has no values to read: there `bool` raises. Whole models are in `test_on_gpu`."""
     call = {"batch_size": 2, "mask_function": causal_mask_function}
     on_device = torch.ones(2, 7, dtype=torch.bool, device="meta")
-    got = attention.linear_attention_mask(**call, q_length=7, kv_length=7, attention_mask=on_device, device="meta")
-    assert got.device.type == "meta"
-    assert got.shape == (2, 7)
+    for step in ({"q_length": 7}, {"q_length": 1, "q_offset": 6}):
+        got = attention.linear_attention_mask(**call, **step, kv_length=7, attention_mask=on_device, device="meta")
+        assert got.device.type == "meta"
+        assert got.shape == (2, 7)
     on_host = torch.ones(2, 7, dtype=torch.bool)
     assert attention.linear_attention_mask(**call, q_length=7, kv_length=7, attention_mask=on_host) is None
-
-
-@over([(variant, family) for family in sorted(MAIN) for variant in representative_variants(family)])
-def test_a_mask_on_a_device_is_read_once_and_dropped(
-    variant: str, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, batch = converted(variant, family), token_batch()
-    uses_cache = {"use_cache": False} if is_causal(family) else {}
-    on_host, twice = reads_of(model, **batch, **uses_cache)
-    monkeypatch.setattr(attention, "_is_on_host", lambda x: False)
-    on_device, once = reads_of(model, **batch, **uses_cache)
-    assert once == twice - 1
-    assert torch.equal(on_device, on_host)
-    assert torch.equal(on_device, reads_of(model, input_ids=batch["input_ids"], **uses_cache)[0])
-    batch["attention_mask"][0, :9] = 0
-    padded, _ = reads_of(model, **batch, **uses_cache)
-    assert not torch.allclose(padded[0, 9:], on_device[0, 9:], atol=1e-4)
-
-
-@pytest.mark.parametrize("layers", [None, [0]], ids=["all", "beside softmax"])
-def test_a_decode_step_reads_its_mask_once(layers: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_is_on_host", lambda x: False)
-    model, batch = convert_model(causal_lm("llama"), "linear", layers=layers), token_batch()
-    ids, steps = batch["input_ids"], []
-    for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
-        cache = DynamicCache()
-        reads_of(model, input_ids=ids[:, :-1], **{k: x[:, :-1] for k, x in mask.items()}, **cached(model, cache))
-        steps.append(reads_of(model, input_ids=ids[:, -1:], **mask, **cached(model, cache)))
-    assert torch.equal(steps[0][0], steps[1][0])
-    assert steps[1][1] == steps[0][1] + 1

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.compaction import compact
-from hf_linear_attn.ops.base.masking import safe_masked_fill
+from hf_linear_attn.ops.base.masking import known_all_real, safe_masked_fill
 from hf_linear_attn.ops.lsh.attention import SELF_LOGIT, hash_buckets, level_attention
 from hf_linear_attn.ops.lsh.decode import decode_token, init_lsh_state, lsh_past, lsh_state_after
 from hf_linear_attn.ops.lsh.levels import Level, growing_levels, hashed_levels, levels_up_to
@@ -169,7 +169,7 @@ class ReformerAttention(AttentionVariant):
         else:
             q_bucket = self._hash(query, self.query_mean, self.query_map, sizes)
             k_bucket = self._hash(key, self.key_mean, self.key_map, sizes)
-        step = state is not None and inputs.is_causal and key.shape[2] == 1 and _all_real(real)
+        step = state is not None and inputs.is_causal and key.shape[2] == 1 and known_all_real(real)
         if state is not None and step and (len(levels) == 1 or not torch.compiler.is_compiling()):
             token, bias = (query, key, inputs.value, q_bucket, k_bucket), SELF_LOGIT if share else 0.0
             output, after = decode_token(*token, state, levels, scaling=inputs.scaling, self_bias=bias)
@@ -193,8 +193,3 @@ class ReformerAttention(AttentionVariant):
             used = self.rotations[..., : max(sizes) // 2].to(dtype)
             rotations = (linear_map.to(dtype) @ used.flatten(2)).view(used.shape)
         return hash_buckets(x, rotations, mean, sizes)
-
-
-def _all_real(real: torch.Tensor | None) -> bool:
-    """Whether no token is padding; a traced graph cannot tell."""
-    return real is None or (not torch.compiler.is_compiling() and bool(real.all()))

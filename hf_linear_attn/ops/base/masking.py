@@ -11,11 +11,25 @@ __all__ = [
     "causal_mask",
     "gather_tokens",
     "invert_permutation",
+    "is_on_host",
+    "known_all_real",
     "pads_first_permutation",
     "query_mask_of",
     "real_token_rank",
     "safe_masked_fill",
 ]
+
+
+def is_on_host(x: torch.Tensor) -> bool:
+    """Whether to read a value of `x` waits for no device."""
+    return x.device.type == "cpu"
+
+
+def known_all_real(token_mask: torch.Tensor | None) -> bool:
+    """Whether no token is padding, as far as that is known: neither a traced graph nor a mask on a GPU is asked."""
+    if token_mask is None:
+        return True
+    return is_on_host(token_mask) and not torch.compiler.is_compiling() and bool(token_mask.all())
 
 
 def safe_masked_fill(x: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from hf_linear_attn.ops.base.masking import is_on_host
+
 __all__ = [
     "PACKED_MESSAGE",
     "Bucket",
@@ -80,7 +82,7 @@ class SequencePlan:
         slot: long `[B * T]`, the place of each token; 0 for padding.
         token_real: bool `[B * T]`, False for padding of the batch; None without.
         slot_real: bool `[S]`, False for padding of the buckets; None without.
-        last_real: whether the last token of every row is real.
+        last_real: whether the last token of every row is real; None where that was not looked at.
     """
 
     packed: bool = False
@@ -89,7 +91,7 @@ class SequencePlan:
     slot: torch.Tensor | None = None
     token_real: torch.Tensor | None = None
     slot_real: torch.Tensor | None = None
-    last_real: bool = True
+    last_real: bool | None = True
 
 
 def is_traced() -> bool:
@@ -103,11 +105,13 @@ def plan_call(
     token_mask: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
+    device: torch.device | None = None,
 ) -> SequencePlan:
     """Plan of a forward over `batch` rows of `length` tokens: of packed sequences, else of its padding.
 
     A graph that is being traced cannot depend on the data: there the plan is empty, and the graph asserts that there is
-    a sequence per row.
+    a sequence per row. Padding that lies on a GPU is not looked at, as the CPU would wait for it: no batch is regrouped
+    then, only packed rows are.
 
     Args:
         batch: B.
@@ -115,6 +119,7 @@ def plan_call(
         token_mask: `[B, T]`, nonzero for a real token, or None.
         cu_seq_lens: `[sequences + 1]` or None, as for `plan_sequences`.
         seq_idx: `[B, T]` or None.
+        device: where the tokens lie, if not where `token_mask` does.
 
     Raises:
         ValueError: for cu_seq_lens of several sequences while a graph is traced, and as `plan_sequences`.
@@ -128,14 +133,16 @@ def plan_call(
             torch._assert_async((seq_idx.diff(dim=-1) == 0).all(), PACKED_MESSAGE)
         return SequencePlan()
     padding = None if token_mask is None else token_mask.bool()
-    if padding is not None and bool(padding.all()):
+    if padding is not None and is_on_host(padding) and bool(padding.all()):
         padding = None
     plan = SequencePlan()
     if cu_seq_lens is not None or seq_idx is not None:
         plan = plan_sequences(batch, length, cu_seq_lens=cu_seq_lens, seq_idx=seq_idx, token_mask=padding)
     if padding is None:
         return plan
-    return replace(plan if plan.packed else plan_padded(padding), last_real=bool(padding[:, -1].all()))
+    if not is_on_host(padding):
+        return replace(plan, last_real=None)
+    return replace(plan if plan.packed else plan_padded(padding, device), last_real=bool(padding[:, -1].all()))
 
 
 def plan_sequences(
@@ -201,14 +208,16 @@ def sequence_begins(plan: SequencePlan, batch: int, length: int) -> torch.Tensor
     return begins.view(batch, length)
 
 
-def plan_padded(token_mask: torch.Tensor) -> SequencePlan:
+def plan_padded(token_mask: torch.Tensor, device: torch.device | None = None) -> SequencePlan:
     """Plan of a batch of one sequence per row; without buckets when regrouping would not pay.
 
     Args:
         token_mask: bool `[B, T]`, True for a real token.
+        device: where the tokens lie, if not where `token_mask` does.
     """
     batch, length = token_mask.shape
-    device, overhead = token_mask.device, _call_tokens(token_mask.device)
+    device = token_mask.device if device is None else device
+    overhead = _call_tokens(device)
     lengths = token_mask.sum(-1).cpu()
     if not int(lengths.max()):
         return SequencePlan()

@@ -49,3 +49,28 @@ def test_nothing_fake_or_traced_is_kept(monkeypatch):
     kept_lists(("a",), CPU, build)
     monkeypatch.undo()
     assert len(made) == 2
+
+
+class Stream:
+    """A stream of a GPU, of which it is noted what waits for what."""
+
+    def __init__(self, name, waits):
+        self.name, self.waits = name, waits
+
+    def record_event(self):
+        return f"event of {self.name}"
+
+    def wait_event(self, event):
+        self.waits.append((self.name, event))
+
+
+def test_another_stream_waits_for_the_lists_and_the_cpu_does_not(monkeypatch):
+    made, build = counted(monkeypatch)
+    waits = []
+    first, second = Stream("first", waits), Stream("second", waits)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for stream in (first, first, second, second):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        kept_lists(("a",), torch.device("cuda"), build)
+    assert len(made) == 1
+    assert waits == [("second", "event of first")] * 2

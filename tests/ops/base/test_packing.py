@@ -80,3 +80,18 @@ def test_moving_rows_has_a_gradient_of_every_order(monkeypatch: pytest.MonkeyPat
     assert (out.transpose(1, 2)[~mask] == 0).all()
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_padding_on_a_gpu_is_not_looked_at() -> None:
+    """The meta device has no values to look at."""
+    padding = torch.ones(2, 50, dtype=torch.bool, device="meta")
+    assert packing.plan_call(2, 50, padding) == packing.SequencePlan(last_real=None)
+
+
+def test_a_plan_lies_where_the_tokens_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "CALL_TOKENS_ELSEWHERE", 1)
+    padding = torch.arange(60) < torch.tensor([[60], [5]])
+    plan = packing.plan_call(2, 60, padding, device=torch.device("meta"))
+    assert [(bucket.rows, bucket.width) for bucket in plan.buckets] == [(1, 60), (1, 5)]
+    assert {x.device.type for x in (plan.index, plan.slot, plan.token_real) if x is not None} == {"meta"}
+    assert plan.last_real is False
