@@ -179,10 +179,11 @@ def gpu() -> Iterator[None]:
     """A machine with such a GPU: kernels are launched and write nothing."""
     from triton.runtime.jit import JITFunction
 
-    from hf_linear_attn.ops.base import backend
+    from hf_linear_attn.ops.base import backend, memo
 
     backend._load_kernels()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memo, "_kept", type(memo._kept)())  # by device: a real one must not meet lists of this one
         patch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
         patch.setattr(backend, "_gpu_refusal", lambda index: None)
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
