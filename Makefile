@@ -94,7 +94,7 @@ readme: $(STAMP)-dev ## write the generated sections of README.md and docs/
 	$(PY) .ci/readme.py
 
 clean: ## remove .venv, caches and build output; outputs/ stays
-	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP)-venv:
