@@ -25,7 +25,7 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install doctor constraints demo test test-oldest test-newest test-conformance test-gpu bench bench-gpu quality style notebook docs readme clean
+.PHONY: help install doctor constraints demo test test-oldest test-newest test-conformance test-trust test-gpu bench bench-gpu quality style notebook docs readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,9 @@ doctor: $(STAMP)-dev ## whether the installed Transformers is one that converted
 test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/bench/test_peers.py $(ARGS)
 
+test-trust: $(STAMP)-dev ## random sequences of user actions beside a reference (hours; TRUST_SEED, TRUST_EXAMPLES)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m heavy tests/trust $(ARGS)
+
 test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make test-gpu PYTHON=python3
 	$(PYTHON) .ci/gpu.py test $(ARGS)
 
@@ -91,7 +94,7 @@ readme: $(STAMP)-dev ## write the generated sections of README.md and docs/
 	$(PY) .ci/readme.py
 
 clean: ## remove .venv, caches and build output; outputs/ stays
-	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP)-venv:

@@ -66,9 +66,14 @@ def is_causal(model_type: str) -> bool:
     return get_patcher(model_type).is_causal(tiny_config(model_type))
 
 
+def variants_of_side(causal: bool) -> list[str]:
+    """Variants that serve decoders, or encoders."""
+    return list_variants(decoder=True) if causal else list_variants(encoder=True)
+
+
 def variants_for(model_type: str) -> list[str]:
     """Variants that serve the family's default side."""
-    return list_variants(decoder=True) if is_causal(model_type) else list_variants(encoder=True)
+    return variants_of_side(is_causal(model_type))
 
 
 @cache
@@ -83,16 +88,19 @@ def _accepts(variant: str, number: int, causal: bool, rotary: bool) -> bool:
     return True
 
 
-def small_options(variant: str, model_type: str, causal: bool | None = None) -> dict[str, Any]:
-    """Options under which short inputs exercise the variant on the family (a window that does not cover them, say).
+def option_sets(variant: str, model_type: str, causal: bool | None = None) -> list[dict[str, Any]]:
+    """Option sets under which short inputs exercise the variant on the family, and its defaults.
 
     `causal` is the side, by default the family's own.
     """
-    side = is_causal(model_type) if causal is None else causal
-    for number, options in enumerate(get_variant(variant).test_options):
-        if _accepts(variant, number, side, get_patcher(model_type).rotary):
-            return dict(options)
-    return {}
+    side, rotary = is_causal(model_type) if causal is None else causal, get_patcher(model_type).rotary
+    sets = enumerate(get_variant(variant).test_options)
+    return [*(dict(options) for number, options in sets if _accepts(variant, number, side, rotary)), {}]
+
+
+def small_options(variant: str, model_type: str, causal: bool | None = None) -> dict[str, Any]:
+    """The first of `option_sets`: a window that does not cover short inputs, say."""
+    return option_sets(variant, model_type, causal)[0]
 
 
 def pairs() -> list[tuple[str, str]]:
