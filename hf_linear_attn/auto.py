@@ -38,16 +38,17 @@ from hf_linear_attn.auto_config import (
     made_once,
 )
 from hf_linear_attn.config import LayerConfig, LinearAttentionConfig
+from hf_linear_attn.ops.base.packing import is_traced
 from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, describe
 from hf_linear_attn.saving import whole_folder
-from hf_linear_attn.seam.cache import check_cache, find_cache, refuse_generation, refuse_held, refuse_keys
+from hf_linear_attn.seam.cache import check_cache, check_given, find_cache, refuse_generation, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
 from hf_linear_attn.seam.extra_tokens import ExtraTokens, check_asked, fit_extra_tokens, without_extra_tokens
 from hf_linear_attn.seam.heads import choices_of, task_of, with_global_tokens
 from hf_linear_attn.seam.initialization import is_initialized, mark_initialized, refuse_lost
-from hf_linear_attn.seam.limits import check_length
+from hf_linear_attn.seam.limits import check_length, named_arguments
 from hf_linear_attn.seam.places import (
     check_layers,
     fit_config,
@@ -120,12 +121,13 @@ class LinearAttnPreTrainedModel:
         if self.config._attn_implementation != IMPLEMENTATION:
             refuse_held(given)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        refuse_keys(given, self.config.linear_attn["layers"])
+        mask = None if is_traced() else named_arguments(self, args, kwargs).get("attention_mask")
+        check_given(given, self.config.linear_attn["layers"], mask)
         outputs = without_extra_tokens(self, super().__call__(*args, **kwargs))  # type: ignore[misc]
         used = given if given is not None else _returned_cache(outputs)
         if used is not None and not (self.training and is_checkpointing(self)):  # type: ignore[attr-defined]
             # Upstream hands no cache to layers that it will recompute.
-            check_cache(used, _converted_indices(self))
+            check_cache(used, _converted_indices(self), mask)
         return outputs
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -301,3 +302,41 @@ def test_a_later_piece_of_a_prompt_that_ends_in_padding_is_refused() -> None:
     batch["attention_mask"][0, -5:] = 0
     with pytest.raises(ValueError, match="Pad on the left"):
         model.generate(**batch, max_new_tokens=3, pad_token_id=PAD, prefill_chunk_size=7)
+
+
+@pytest.mark.parametrize("variant", ["linear", "longformer", "reformer"])
+def test_a_later_mask_cannot_hide_or_show_what_a_cache_holds(variant: str) -> None:
+    model, ids = converted(variant).eval(), token_batch(length=8)["input_ids"]
+    padded, all_real = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)
+    padded[0, :3] = 0
+
+    def step(before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
+        cache = DynamicCache()
+        model(ids, attention_mask=None if before is None else before[:, :8], **cached(model, cache))
+        logits: torch.Tensor = model(ids[:, :1], attention_mask=after, **cached(model, cache)).logits
+        return logits
+
+    with torch.no_grad():
+        for before, after in ((padded, padded), (None, None), (None, all_real), (all_real, None)):
+            assert step(before, after).isfinite().all()
+        moved = padded.flip(1)
+        for before, after in ((padded, None), (padded, all_real), (None, padded), (all_real, padded), (padded, moved)):
+            with pytest.raises(ValueError, match=r"token 0 of row 0 is (no )?padding, and was (none )?when"):
+                step(before, after)
+
+
+def test_padding_of_a_cache_follows_its_rows() -> None:
+    model, ids, cache = converted("linear"), token_batch(length=8)["input_ids"], DynamicCache()
+    padded = torch.ones(2, 8, dtype=torch.long)
+    padded[0, :3] = 0
+    with torch.no_grad():
+        model(ids, attention_mask=padded, **cached(model, cache))
+        for change, rows in ((cache.reorder_cache, [1, 0]), (cache.batch_select_indices, [0, 1, 1])):
+            change(torch.tensor(rows))
+            padded = F.pad(padded[rows], (0, 1), value=1)
+            model(ids[:1, :1].expand(len(rows), -1), attention_mask=padded, **cached(model, cache))
+        with pytest.raises(ValueError, match="token 0 of row 0 is padding, and was none when"):
+            model(ids[:1, :1].expand(3, -1), attention_mask=F.pad(padded.flip(0), (0, 1)), **cached(model, cache))
+        cache.batch_select_indices(torch.tensor([0]))  # without padding
+        for mask in (None, torch.ones(1, 12)):
+            model(ids[:1, :1], attention_mask=mask, **cached(model, cache))

@@ -26,6 +26,8 @@ from transformers.cache_utils import (
 )
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
+from hf_linear_attn.ops.base.masking import is_on_host
+from hf_linear_attn.ops.base.packing import is_traced
 from hf_linear_attn.variants.base import AttentionVariant, State, VariantConfig
 
 __all__ = [
@@ -33,11 +35,11 @@ __all__ = [
     "LinearAttnCacheLayer",
     "cache_keyword",
     "check_cache",
+    "check_given",
     "find_cache",
     "prepare_cache_layer",
     "refuse_generation",
     "refuse_held",
-    "refuse_keys",
 ]
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
@@ -73,6 +75,7 @@ class LinearAttnCacheLayer(CacheLayerMixin):
         self.state: State | None = None
         self.made_by: tuple[str, VariantConfig] | None = None  # key and options of the variant whose state it is
         self.seen_tokens = 0
+        self.padding: torch.Tensor | None = None  # which of them, `[B, seen_tokens or 0]`; None where nobody looked
         self.announced = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -122,16 +125,20 @@ class LinearAttnCacheLayer(CacheLayerMixin):
         if self.state is not None:
             self.state = {name: fn(tensor) for name, tensor in self.state.items()}
 
+    def _map_rows(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._map_state(fn)
+        self.padding = None if self.padding is None else fn(self.padding)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map_state(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch `repeats` times."""
-        self._map_state(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` of the batch."""
-        self._map_state(lambda tensor: tensor[indices.to(tensor.device)])
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def offload(self) -> None:
         self._map_state(lambda tensor: tensor.to("cpu", non_blocking=True))
@@ -140,7 +147,7 @@ class LinearAttnCacheLayer(CacheLayerMixin):
         self._map_state(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
-        self.state = None
+        self.state = self.padding = None
         self.seen_tokens = 0
         self.announced = False
 
@@ -222,8 +229,10 @@ def prepare_cache_layer(
     return layer
 
 
-def check_cache(cache: Cache, layer_indices: Iterable[int]) -> None:
+def check_cache(cache: Cache, layer_indices: Iterable[int], mask: Any = None) -> None:
     """Raise unless every converted layer (by its place) keeps its state in `cache`, after a forward that used it.
+
+    Which of its tokens are padding by the forward's mask is kept for the next call (`check_given`).
 
     Raises:
         RuntimeError: naming the layer and the version of Transformers.
@@ -237,6 +246,11 @@ def check_cache(cache: Cache, layer_indices: Iterable[int]) -> None:
                 f"its place), so its tokens are lost. transformers {transformers.__version__} hands caches on in a way "
                 "that this hf_linear_attn does not know: run `hf-linear-attn doctor`, or pass use_cache=False."
             )
+    first = _first_state(cache)
+    if first is not None and first.state is not None:
+        first.padding = None
+        if not is_traced():
+            first.padding = _padding(mask, len(next(iter(first.state.values()))), first.seen_tokens)
 
 
 def refuse_generation(mode: GenerationMode, generation_config: Any) -> None:
@@ -262,17 +276,25 @@ def refuse_held(cache: Cache | None) -> None:
             layer.refuse_softmax()
 
 
-def refuse_keys(cache: Cache | None, layers: Sequence[Any]) -> None:
-    """Raise `ValueError` if `cache` holds softmax's keys of a converted layer, before any layer adds to them.
+def check_given(cache: Cache | None, layers: Sequence[Any], mask: Any) -> None:
+    """Look at what a converted model was given, before any of its layers adds to it.
 
     Args:
-        cache: what the model was given.
+        cache: the cache of its call.
         layers: per layer of the model, None where it keeps softmax.
+        mask: the attention mask, or None.
+
+    Raises:
+        ValueError: if the cache holds softmax's keys in the place of a converted layer, or if tokens that are in it are
+            padding by this mask and were not when they were read, or the other way round.
     """
-    held = [] if cache is None else _self_attention_cache(cache).layers
-    for index, (layer, converted) in enumerate(zip(held, layers, strict=False)):
+    if cache is None:
+        return
+    for index, (layer, converted) in enumerate(zip(_self_attention_cache(cache).layers, layers, strict=False)):
         if converted is not None and isinstance(layer, DynamicLayer):
             _refuse_keys(layer, index)
+    if not is_traced():
+        _check_padding(_first_state(cache), mask)
 
 
 def _refuse_keys(layer: DynamicLayer, layer_idx: int) -> None:
@@ -281,6 +303,47 @@ def _refuse_keys(layer: DynamicLayer, layer_idx: int) -> None:
             f"Layer {layer_idx} of the cache already holds {layer.get_seq_length()} tokens of keys and values that "
             "a converted layer cannot use. Start from an empty DynamicCache."
         )
+
+
+def _check_padding(layer: LinearAttnCacheLayer | None, mask: Any) -> None:
+    """Raise unless those tokens before the call are padding that were when the layer read them.
+
+    A mask that lies on a GPU, or covers other tokens than those and some new ones, is not looked at.
+    """
+    if layer is None or (held := layer.padding) is None:
+        return
+    now = _padding(mask, held.shape[0], layer.seen_tokens)
+    if now is None or now.shape == held.shape == (len(held), 0):
+        return
+    now, held = (x if x.shape[1] else x.new_zeros(len(x), layer.seen_tokens) for x in (now, held))
+    changed = (now != held).nonzero()
+    if not len(changed):
+        return
+    row, token = changed[0].tolist()
+    raise ValueError(
+        f"attention_mask: token {token} of row {row} is {'' if now[row, token] else 'no '}padding, and was "
+        f"{'' if held[row, token] else 'none '}when it was read into the cache. A state can neither leave out a token "
+        "afterwards nor take one in. Pass the mask of all tokens so far, or start from a new cache."
+    )
+
+
+def _first_state(cache: Cache) -> LinearAttnCacheLayer | None:
+    for layer in _self_attention_cache(cache).layers:
+        if isinstance(layer, LinearAttnCacheLayer):
+            return layer
+    return None
+
+
+def _padding(mask: Any, batch: int, tokens: int) -> torch.Tensor | None:
+    """Which of the first tokens are padding, bool `[B, tokens]`, `[B, 0]` if none is; None where a mask cannot tell."""
+    if mask is None:
+        return torch.zeros(batch, 0, dtype=torch.bool)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not is_on_host(mask):
+        return None
+    if mask.shape[0] != batch or mask.shape[1] < tokens:
+        return None
+    padding = ~mask[:, :tokens].bool()
+    return padding if bool(padding.any()) else padding[:, :0].clone()
 
 
 def _self_attention_cache(cache: Any) -> Cache:
