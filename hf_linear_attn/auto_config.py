@@ -13,6 +13,7 @@ from functools import cache, wraps
 from typing import Any, ClassVar, TypeVar
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from hf_linear_attn.registry import get_patcher, list_patchers
 from hf_linear_attn.seam.names import IMPLEMENTATION
@@ -31,6 +32,7 @@ __all__ = [
 
 MODEL_TYPE_PREFIX = "linear_attn_"
 
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 _MAKING = threading.RLock()
@@ -51,6 +53,13 @@ def made_once(make: Callable[[Any], T]) -> Callable[[Any], T]:
 def converted_name(name: str) -> str:
     """Class name of the converted form of the upstream class `name`."""
     return f"LinearAttn{name}"
+
+
+UNCONVERTED_BASE = (
+    "The checkpoint is not converted. An adapter that names it as its base is put on softmax attention by AutoPeftModel. "
+    "Convert again and use PeftModel.from_pretrained(model, adapter), with what the conversion added among "
+    "modules_to_save (linear_attn). Or save the converted model, load it, and add the adapter then."
+)
 
 
 class LinearAttnConfigMixin:
@@ -94,8 +103,12 @@ class LinearAttnConfigMixin:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As upstream, except that a config without `linear_attn` is an error.
 
-        An `attn_implementation` among the keywords wins, one in the dictionary is refused.
+        An `attn_implementation` among the keywords wins, one in the dictionary is refused. PEFT saves an adapter after
+        a look at the config of its base, by this class; of a checkpoint that was not converted it is the family's own.
         """
+        if config_dict.get("linear_attn") is None and config_dict.get("model_type") == cls.base_model_type:
+            logger.warning_once(UNCONVERTED_BASE)
+            return get_patcher(cls.base_model_type).config_class.from_dict(config_dict, **kwargs)
         if config_dict.get("linear_attn") is None:
             source = kwargs.get("name_or_path") or config_dict.get("name_or_path")
             raise ValueError(f"{file_of(source)}linear_attn is missing; it says which layer runs which attention.")

@@ -14,7 +14,7 @@ import torch
 from peft.utils import constants
 from transformers import AutoModel
 
-from hf_linear_attn import convert_model
+from hf_linear_attn import auto_config, convert_model
 from tests.tiny import FAMILIES, assert_bit_equal, base_model, outputs_of, representative_variants, token_batch
 
 METHODS = {
@@ -79,11 +79,36 @@ def test_an_adapter_reloads_merges_saves_and_reloads(family: str, task: str | No
     assert_bit_equal(outputs_of(AutoModel.from_pretrained(tmp_path / "merged"), batch), outputs_of(merged, batch))
 
 
+@pytest.mark.parametrize("options", [{}, {"save_embedding_layers": True}])
+def test_an_adapter_of_a_model_that_was_converted_in_memory_says_what_its_base_lacks(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT reads the config of the checkpoint that the model came from, which is not converted."""
+    base_model("bert").save_pretrained(tmp_path / "checkpoint")
+    said: list[str] = []
+    monkeypatch.setattr(auto_config.logger, "warning_once", said.append)
+
+    def new() -> Any:
+        return convert_model(AutoModel.from_pretrained(tmp_path / "checkpoint"), "hedgehog")
+
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["linear_attn"])
+    wrapped = peft.get_peft_model(new(), config)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    wrapped.save_pretrained(tmp_path / "adapter", **options)
+    assert said == ([] if options else [auto_config.UNCONVERTED_BASE])
+    again, batch = peft.PeftModel.from_pretrained(new(), tmp_path / "adapter").eval(), token_batch()
+    assert_bit_equal(outputs_of(again, batch), outputs_of(wrapped.eval(), batch))
+    assert (outputs_of(again, batch)[0] - outputs_of(new(), batch)[0]).abs().max() > 1e-3
+
+
 def test_peft_may_be_imported_after_the_conversion_and_is_never_imported_by_it() -> None:
     code = """
 import sys
 from transformers import BertConfig, BertModel
-from hf_linear_attn import convert_model
+from hf_linear_attn import auto_config, convert_model
 config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 model = convert_model(BertModel(config), "linear")
 model.config.to_dict()
