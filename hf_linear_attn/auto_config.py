@@ -56,7 +56,7 @@ def converted_name(name: str) -> str:
 
 
 UNCONVERTED_BASE = (
-    "The checkpoint is not converted. An adapter that names it as its base is put on softmax attention by AutoPeftModel. "
+    "The checkpoint is not converted. AutoPeftModel puts an adapter that names it as its base on softmax attention. "
     "Convert again and use PeftModel.from_pretrained(model, adapter), with what the conversion added among "
     "modules_to_save (linear_attn). Or save the converted model, load it, and add the adapter then."
 )
