@@ -121,7 +121,8 @@ class LinearAttnPreTrainedModel:
         if self.config._attn_implementation != IMPLEMENTATION:
             refuse_held(given)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        mask = None if is_traced() else named_arguments(self, args, kwargs).get("attention_mask")
+        by_place = len(args) > 1 and not is_traced()
+        mask = (named_arguments(self, args, kwargs) if by_place else kwargs).get("attention_mask")
         check_given(given, self.config.linear_attn["layers"], mask)
         outputs = without_extra_tokens(self, super().__call__(*args, **kwargs))  # type: ignore[misc]
         used = given if given is not None else _returned_cache(outputs)
