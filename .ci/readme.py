@@ -22,6 +22,7 @@ from hf_linear_attn.bench.speed.tables import render_performance
 from hf_linear_attn.bench.starts.tables import leading_numbers, render_overview, render_starts
 from hf_linear_attn.cli.listing import KEEPS, by_kind, exact_limit, spell_defaults
 from hf_linear_attn.compare.language_tables import language_table
+from hf_linear_attn.compare.schema import agreements
 from hf_linear_attn.measure.markdown import markdown_table as table
 from hf_linear_attn.registry import KINDS, PATCHERS, VARIANTS, VariantSpec
 
@@ -127,10 +128,10 @@ def result(path: Path) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
     meta, task, metric = data["meta"], data["task"], data["primary_metric"]
     header = [
-        "model", "tokens read", f"{metric} [95% interval]", f"against {data['baseline']}", "parameters added",
-        "s / step", "tokens / s", "peak MB", "forward time, longest",
+        "model", "tokens read", f"{metric} [95% interval]", f"against {data['baseline']}", "agrees with it",
+        "parameters added", "s / step", "tokens / s", "peak MB", "forward time, longest",
     ]  # fmt: skip
-    rows = []
+    rows, agreed = [], agreements(data)
     for row in data["rows"]:
         longest = row["forward"][-1] if row["forward"] else None
         ratio = "" if longest is None or longest["ratio"] is None else f" ({longest['ratio']:.2f}x)"
@@ -140,6 +141,7 @@ def result(path: Path) -> str:
                 f"{row['max_length']:,}",
                 interval(row["quality"][metric]),
                 interval(row["difference_to_baseline"], sign="+"),
+                f"{agreed[row['name']]:.1%}" if row["name"] in agreed else "-",
                 number(row["parameters_added"], 0),
                 number(row["seconds_per_step"], 2),
                 number(row["tokens_per_second"], 0),

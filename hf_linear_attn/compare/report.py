@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_linear_attn.compare.charts import results_png, results_svg
-from hf_linear_attn.compare.schema import check_results, summarize
+from hf_linear_attn.compare.schema import agreements, check_results, summarize
 
 __all__ = ["ReportPaths", "check_results", "render_html", "render_table", "summarize", "write_report"]
 
@@ -64,6 +64,7 @@ def render_html(results: Mapping[str, Any]) -> str:
     return environment.get_template("report.html.jinja").render(
         results=results,
         summary=summarize(results),
+        agreements=agreements(results),
         metrics=_metric_names(results),
         lengths=lengths,
         forward={row["name"]: {point["length"]: point for point in row["forward"]} for row in results["rows"]},

@@ -11,6 +11,7 @@ import pytest
 from hf_linear_attn.compare import run as module
 from hf_linear_attn.compare.report import check_results
 from hf_linear_attn.compare.run import BASELINE, compare
+from hf_linear_attn.compare.schema import agreements
 from hf_linear_attn.compare.systems import make_folds
 from hf_linear_attn.measure.bootstrap import paired_bootstrap_difference
 from hf_linear_attn.measure.methods import Method, parse_methods
@@ -67,6 +68,8 @@ def test_quality_and_difference_are_those_of_the_predictions(recipe: Recipe, tmp
     expected = paired_bootstrap_difference(correct["linear"], correct[BASELINE])
     assert rows["linear"]["difference_to_baseline"]["mean"] == pytest.approx(expected.mean)
     assert rows[BASELINE]["difference_to_baseline"] is None
+    same = np.equal(rows["linear"]["predictions"], rows[BASELINE]["predictions"])
+    assert agreements(results)["linear"] == pytest.approx(same.mean())
 
 
 def test_a_system_that_fails_is_shown_with_its_error(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from hf_linear_attn.compare.report import check_results, render_html, render_table, summarize, write_report
+from hf_linear_attn.compare.schema import agreements
 
 
 def row(name: str, variant: str, accuracy: float, difference: tuple[float, float, float] | None) -> dict:
@@ -113,6 +114,16 @@ def test_page_is_self_contained_and_escaped(results):
     xml.dom.minidom.parseString(svg)
     assert "currentColor" in svg
     assert "#010203" not in svg
+
+
+def test_page_says_how_often_a_model_agrees_with_the_baseline(results):
+    by_name = {entry["name"]: entry for entry in results["rows"]}
+    by_name["window"]["predictions"] = [0, 2, 2]
+    assert agreements(results)["window"] == 2 / 3
+    assert "truncated" not in agreements(results)
+    cells = [line.strip() for line in render_html(results).splitlines()]
+    assert cells.count("<td>66.7%</td>") == 1
+    assert cells.count("<td>100.0%</td>") == len(by_name) - 2
 
 
 def test_page_says_when_documents_are_generated_or_a_fallback(results):
