@@ -6,7 +6,9 @@ Of a system's last stage also what a forward costs, what the model writes, and w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from hf_linear_attn.compare.saved import SAVED, drop_stale_rows, saved_language_
 from hf_linear_attn.data import load_config
 from hf_linear_attn.data.tokenization import encode_leading
 from hf_linear_attn.measure.bootstrap import bootstrap_interval, bootstrap_statistic, paired_bootstrap_difference
+from hf_linear_attn.measure.curve import fit_power_law
 from hf_linear_attn.measure.methods import Method, failures, not_measured, parse_methods
 from hf_linear_attn.measure.quiet import quiet_libraries
 from hf_linear_attn.measure.rows import RowFile, about_machine
@@ -26,6 +29,7 @@ from hf_linear_attn.registry import get_patcher, list_variants
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.training.parts import variants_of
 from hf_linear_attn.training.recipe import Recipe, without_redraws
+from hf_linear_attn.training.results import TrainResult
 from hf_linear_attn.training.run import train
 from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_head, load_task, process_state
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
@@ -64,9 +68,9 @@ def compare_language(
         say: called with a line about each row.
 
     Returns:
-        `{"meta": {...}, "recipe": {...}, "documents": {...}, "rows": [...]}`, which lies in `output_dir` too, as
-        `language.json` and `language.md`, beside `language.png`, quality against cost. A system that fails has a row
-        that says why, and is tried again.
+        `{"meta": {...}, "recipe": {...}, "documents": {...}, "rows": [...], "curves": [...]}`, which lies in
+        `output_dir` too, as `language.json` and `language.md`, beside `language.png`, quality against cost. A system
+        that fails has a row that says why, and is tried again.
 
     Raises:
         ValueError: for a recipe with another last stage, an encoder, lengths that no held-out document has, prompts
@@ -285,7 +289,24 @@ class _Language:
                 "groups": {str(n): len(set(groups)) for n, groups in self.groups.items()},
             },
             "rows": list(self._with_intervals()),
+            "curves": [curve for method in self.methods if (curve := self._curve(method)) is not None],
         }
+
+    def _curve(self, method: Method) -> dict[str, Any] | None:
+        """How the divergence from the teacher fell in a system's last stage; None where that is no distillation, or
+        too short to say."""
+        recipe = self._recipe_of(method)
+        stage, done = recipe.stages[-1], TrainResult.read(recipe.output_dir)
+        if done is None or stage.kind != "distill" or stage.temperature != 1:  # type: ignore[attr-defined]
+            return None
+        last, steps = done.last, [0, *(step for step, _ in done.last.losses)]
+        share = last.tokens_seen / last.steps
+        # A loss is the mean since the one before it; in the first the rate still warms up.
+        tokens = [share * (a + b) / 2 for a, b in pairwise(steps)][1:]
+        law = fit_power_law(tokens, [loss for _, loss in last.losses][1:])
+        if law is None:
+            return None
+        return {"system": method.name, "tokens_seen": last.tokens_seen, "losses": last.losses, **asdict(law)}
 
     def _with_intervals(self) -> Iterator[dict[str, Any]]:
         parts = [part.identity for part in (*self.likelihoods, *self.of_the_last)]

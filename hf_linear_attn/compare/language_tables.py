@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_linear_attn.measure.curve import PowerLaw
 from hf_linear_attn.measure.markdown import markdown_table
 from hf_linear_attn.measure.methods import not_measured
 
 __all__ = ["language_table"]
+
+_TIMES = (10, 100)  # as many tokens, for which a curve is read
+_GOAL = 1.03  # of the teacher's perplexity: what a conversion may cost
 
 
 def language_table(results: Mapping[str, Any]) -> str:
     """Markdown tables, a line for every system and stage in each.
 
     Perplexity over the budgeted checkpoint's at every length; what was written and which pass keys were found, and what
-    a forward costs, where that was measured.
+    a forward costs, where that was measured; and what a power law through the divergence from the teacher, as it fell
+    in the last distillation, says of more tokens (e^divergence is about the ratio of the perplexities).
     """
     rows, budgeted = results["rows"], results["baseline"]
     lengths, costs, keys = (
@@ -28,7 +34,28 @@ def language_table(results: Mapping[str, Any]) -> str:
         written["likely"] = f"perplexity of the text by the checkpoint (over {budgeted})"
     written |= {("passkey_length", n): f"pass key found in {n:,} tokens" for n in keys}
     cost = {("forward_length", n): f"seconds for {n:,} tokens (over softmax's)" for n in costs}
-    return "\n\n".join(_table(rows, columns) for columns in (perplexity, written, cost) if columns)
+    tables = [_table(rows, columns) for columns in (perplexity, written, cost) if columns]
+    return "\n\n".join([*tables, *([_curve_table(results["curves"])] if results["curves"] else [])])
+
+
+def _curve_table(curves: Sequence[Mapping[str, Any]]) -> str:
+    """What the fall of the divergence from the teacher promises of more tokens."""
+    header = ["system", "tokens distilled", "divergence falls as", "e^divergence by then"]
+    header += [f"with {times} times the tokens" for times in _TIMES]
+    body = []
+    for curve in curves:
+        law, seen = PowerLaw(curve["factor"], curve["exponent"], curve["error"]), curve["tokens_seen"]
+        goal = law.tokens_for(math.log(_GOAL))
+        body.append(
+            [
+                curve["system"],
+                f"{seen:,}",
+                f"tokens^-{law.exponent:.2f} (± {law.error:.2f})",
+                *(f"{math.exp(law.at(seen * times)):.3f}" for times in (1, *_TIMES)),
+                "never" if math.isinf(goal) else f"{goal:.2g}",
+            ]
+        )
+    return markdown_table([*header, f"tokens to {_GOAL}"], body)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[Any, str]) -> str:

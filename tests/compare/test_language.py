@@ -25,6 +25,7 @@ from hf_linear_attn.compare.language import (
     compare_language,
 )
 from hf_linear_attn.compare.language_tables import language_table
+from hf_linear_attn.measure.curve import fit_power_law
 from hf_linear_attn.measure.generation import continuation_likelihoods, greedy_continuations, repeated_share
 from hf_linear_attn.measure.methods import RefusedError, parse_methods
 from hf_linear_attn.measure.perplexity import document_likelihoods
@@ -107,6 +108,25 @@ def test_every_stage_has_a_row_and_the_ratio_is_to_the_same_tokens(recipe: Recip
     assert written["rows"][0]["perplexity"] == rows[0]["perplexity"]
     assert language_table(results).count("\n") == 1 + 6
     assert (recipe.output_dir / "language.md").read_text() == language_table(results) + "\n"
+
+
+def test_a_curve_says_what_more_tokens_would_bring(recipe: Recipe) -> None:
+    assert compare_language(recipe, say=lambda _: None)["curves"] == []  # two steps are no curve
+    stages = [{**stage, "training": {"max_steps": 4, "logging_steps": 1}} for stage in recipe.to_dict()["stages"]]
+    recipe = recipe.replace(stages=stages, training={"output_dir": str(recipe.output_dir / "longer")})
+    results = compare_language(recipe, say=lambda _: None)
+    (curve,) = results["curves"]
+    losses, tokens = [loss for _, loss in curve["losses"]], curve["tokens_seen"] / 4
+    assert curve["system"] == "hedgehog"
+    law = fit_power_law([1.5 * tokens, 2.5 * tokens, 3.5 * tokens], losses[1:])
+    assert law is not None
+    assert curve["exponent"] == law.exponent
+    table = language_table(results).split("\n\n")[-1]
+    assert f"{math.exp(law.at(40 * tokens)):.3f}" in table
+    hot = recipe.replace(
+        stages=[stages[0], {**stages[1], "temperature": 2.0}], training={"output_dir": str(recipe.output_dir / "hot")}
+    )
+    assert compare_language(hot, say=lambda _: None)["curves"] == []  # its loss is of other distributions
 
 
 def test_the_checkpoints_row_is_the_unconverted_model(recipe: Recipe) -> None:
