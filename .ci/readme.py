@@ -175,16 +175,18 @@ def headline() -> str:
 
     def cells(row: dict[str, Any], more: str = "") -> list[str]:
         quality, minutes = interval(row["quality"][metric]), f"{row['train_seconds'] / 60:.0f} minutes"
-        return [f"`{row['name']}`{more}", f"{row['max_length']:,}", quality, minutes]
+        forward = f"{row['forward'][-1]['seconds']:.2f} s" if row["forward"] else "-"
+        return [f"`{row['name']}`{more}", f"{row['max_length']:,}", quality, minutes, forward]
 
     rows = [cells(row) for row in data["rows"]]
     rows.insert(1, cells(longer["rows"][0], f", {times} times the steps"))
-    rows += [[*line["name"].split(", ", 1), number(line["value"], 3), "-"] for line in data["baselines"]]
+    rows += [[*line["name"].split(", ", 1), number(line["value"], 3), "-", "-"] for line in data["baselines"]]
     picture = HEADLINE.with_suffix(".png").relative_to(ROOT).as_posix()
     parts = [
         f"**{title}.** {task['description'].rstrip('.')}. {task['test_documents']} test documents.",
-        table(["model", "tokens read", f"{metric} [95% interval]", "training, all folds"], rows),
-        f"{data['budget']['description'].split('; learning rate')[0]}. Measured on {data['meta']['device']}.",
+        table(["model", "tokens read", f"{metric} [95% interval]", "training, all folds", "a forward of as many"], rows),
+        f"{data['budget']['description'].split('; learning rate')[0]}; one row says that it had {times} times as many. "
+        f"Measured on {data['meta']['device']}.",
         f"![{title}]({picture})",
     ]
     return "\n\n".join(parts)
