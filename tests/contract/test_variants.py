@@ -1,10 +1,16 @@
-"""The contract, law by law, on every registered variant, side and set of test options."""
+"""The contract, law by law, on every registered variant, side and set of test options.
+
+`make test` runs all of it with the default options, and what is quick with the first set of others: a window that does
+not cover short inputs, say. The rest is `slow`.
+"""
 
 import pytest
 import torch
 
 from hf_linear_attn.registry import get_variant, list_variants
 from hf_linear_attn.testing import Subject, applicable_laws
+
+COSTLY = {"compile_full_graph", "export_any_length", "half_precision"}
 
 
 def _accepted(subject):
@@ -27,7 +33,9 @@ def _cases():
                 side = "decoder" if subject.is_causal else "encoder"
                 label = "-".join(f"{name}={value}" for name, value in options.items()) or "defaults"
                 for law in applicable_laws(subject):
-                    yield pytest.param(law, subject, id=f"{law.name}-{key}-{side}-{number}-{label}")
+                    further = number > 1 or (number == 1 and law.name in COSTLY)
+                    case = f"{law.name}-{key}-{side}-{number}-{label}"
+                    yield pytest.param(law, subject, marks=pytest.mark.slow if further else (), id=case)
 
 
 @pytest.mark.parametrize(("law", "subject"), list(_cases()))
