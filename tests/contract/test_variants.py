@@ -1,7 +1,6 @@
 """The contract, law by law, on every registered variant, side and set of test options.
 
-`make test` runs all of it with the default options, and what is quick with the first set of others: a window that does
-not cover short inputs, say. The rest is `slow`.
+`make test` runs all of it with the default options; the further sets are `slow`.
 """
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 
 from hf_linear_attn.registry import get_variant, list_variants
 from hf_linear_attn.testing import Subject, applicable_laws
-
-COSTLY = {"compile_full_graph", "export_any_length", "half_precision"}
 
 
 def _accepted(subject):
@@ -33,9 +30,8 @@ def _cases():
                 side = "decoder" if subject.is_causal else "encoder"
                 label = "-".join(f"{name}={value}" for name, value in options.items()) or "defaults"
                 for law in applicable_laws(subject):
-                    further = number > 1 or (number == 1 and law.name in COSTLY)
                     case = f"{law.name}-{key}-{side}-{number}-{label}"
-                    yield pytest.param(law, subject, marks=pytest.mark.slow if further else (), id=case)
+                    yield pytest.param(law, subject, marks=pytest.mark.slow if options else (), id=case)
 
 
 @pytest.mark.parametrize(("law", "subject"), list(_cases()))
