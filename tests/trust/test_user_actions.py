@@ -13,6 +13,7 @@ from tests.trust.changing import UserActions
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.slow
 def test_random_actions() -> None:
     run_state_machine_as_test(
         UserActions, settings=settings(**QUIET, derandomize=True, max_examples=8, stateful_step_count=20)
