@@ -25,7 +25,7 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install doctor constraints demo test test-oldest test-newest test-conformance test-trust test-gpu bench bench-gpu quality style notebook docs readme clean
+.PHONY: help install doctor constraints demo test test-all test-oldest test-newest test-conformance test-trust test-gpu bench bench-gpu quality style notebook docs readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -36,16 +36,20 @@ demo: $(STAMP)-demo $(STAMP)-weights ## embed long documents, converted, then tr
 	$(PY) -m hf_linear_attn demo --overwrite $(ARGS)
 
 # One thread per worker: the workers share the cores, and results do not depend on the thread count.
-test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite and the notebooks
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu and not conformance" \
-		--ignore=tests/conformance --nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
+SUITE = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) --ignore=tests/conformance
+
+test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite without its long tests and further samples
+	$(SUITE) -m "not slow and not heavy and not gpu and not conformance" tests $(ARGS)
+
+test-all: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## with them, and the notebooks
+	$(SUITE) -m "not heavy and not gpu and not conformance" --nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
 
 # PyTorch 2.11 comes with CUDA's libraries: gigabytes.
-test-oldest: ## the test-suite with the oldest PyTorch, Triton and Transformers that are allowed
-	$(MAKE) test VENV=$(VENV)-oldest TORCH=torch==2.11.0 CONSTRAINTS=$(CURDIR)/.ci/oldest.txt
+test-oldest: ## test-all with the oldest PyTorch, Triton and Transformers that are allowed
+	$(MAKE) test-all VENV=$(VENV)-oldest TORCH=torch==2.11.0 CONSTRAINTS=$(CURDIR)/.ci/oldest.txt
 
-test-newest: ## the test-suite with the newest of everything (TORCH=torch==2.13.0 leaves PyTorch where it is)
-	$(MAKE) test VENV=$(VENV)-newest TORCH=$(if $(filter command line,$(origin TORCH)),$(TORCH),torch) CONSTRAINTS=
+test-newest: ## test-all with the newest of everything (TORCH=torch==2.13.0 leaves PyTorch where it is)
+	$(MAKE) test-all VENV=$(VENV)-newest TORCH=$(if $(filter command line,$(origin TORCH)),$(TORCH),torch) CONSTRAINTS=
 
 constraints: $(STAMP)-venv ## write constraints.txt anew: the newest versions of today that go together (then run the tests)
 	$(PY) -m pip -qq install uv

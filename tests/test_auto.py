@@ -193,6 +193,7 @@ def test_a_process_without_the_plugin_gets_a_clear_error(tmp_path: Path) -> None
     assert "linear_attn" in direct.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_with_the_plugin_gets_the_same_bits(tmp_path: Path) -> None:
     model = build(BertForSequenceClassification, tiny_config("bert"))
     convert_model(model, "performer", kernel="hyperbolic").save_pretrained(tmp_path)

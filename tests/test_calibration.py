@@ -382,7 +382,6 @@ def test_a_bar_that_is_cut_off_is_closed(capfd: pytest.CaptureFixture[str]) -> N
 # ---- real weights -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_regression_helps_on_other_documents() -> None:
     calibration, held_out = documents()
     model = convert_model(minilm(), "lolcats", layers=[3], window_size=32, calibration=[calibration])
@@ -431,8 +430,7 @@ def test_what_completes_a_window_learns(case: str) -> None:
     assert window_after == pytest.approx(window_before, rel=0.03)  # the window is not what became better
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tail", ["taylor", "hedgehog"])
+@pytest.mark.parametrize("tail", ["taylor", pytest.param("hedgehog", marks=pytest.mark.slow)])
 def test_the_tail_of_a_window_learns_what_it_stands_for(tail: str) -> None:
     """On other documents, alone: nearer to softmax over the keys outside the window."""
     calibration, held_out = documents()

@@ -139,7 +139,10 @@ def small_measurement(tmp_path: Path, command: str, arguments: list[str]) -> lis
     return [*arguments, "--documents", str(documents), "--length", "32", "--test", "1", "--calibration", "1", *output]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("advise", "retrieval") else ()) for name in COMMANDS],
+)
 def test_every_example_in_the_help_runs(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

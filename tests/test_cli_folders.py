@@ -181,7 +181,6 @@ def test_a_converted_checkpoint_is_not_converted_again(tmp_path: Path) -> None:
     assert "is converted already" in result.output
 
 
-@pytest.mark.slow
 def test_train_refuses_a_folder_in_use_and_goes_on_in_one(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path)
     saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}

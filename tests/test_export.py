@@ -37,8 +37,7 @@ def test_onnxruntime_is_right_at_other_shapes(variant: str, masked: bool) -> Non
     assert largest_error(model, onnx_session(program), masked=masked) < LIMIT
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["linear", "longformer"])
+@pytest.mark.parametrize("variant", ["linear", pytest.param("longformer", marks=pytest.mark.slow)])
 def test_onnxruntime_is_right_at_other_shapes_in_short(variant: str) -> None:
     model = encoder(variant)
     assert largest_error(model, onnx_session(export(model, masked=True)), masked=True) < LIMIT

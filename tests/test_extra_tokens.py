@@ -298,7 +298,7 @@ def test_random_blocks_are_off_where_tokens_travel_and_stay_elsewhere(options: d
     assert stored == options.get("num_random_blocks")
 
 
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_one_exported_program_serves_all_lengths(masked: bool) -> None:
     model = LastHiddenState(converted()).eval()
     assert largest_error(model, export(model, masked=masked).module(), masked=masked) < 1e-4

@@ -206,8 +206,7 @@ for token, call, arguments, *_ in json.loads(sys.argv[1]):
 # Pushed models, pulled by other people
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["imported", "trusted"])
+@pytest.mark.parametrize("mode", [pytest.param("imported", marks=pytest.mark.slow), "trusted"])
 def test_a_new_process_gets_bit_equal_outputs(
     mode: str, hub: HubServer, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -337,7 +336,6 @@ loaded.push_to_hub("tester/twice", commit_message="by hand")
     assert "linear" in by_hand.data.tags
 
 
-@pytest.mark.slow
 def test_refused_pushes_say_why_and_create_nothing(tmp_path: Path) -> None:
     code = """
 import sys

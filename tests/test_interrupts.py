@@ -49,10 +49,11 @@ class Interrupt:
     [
         (lambda: base_model("bert"), "linear", {"max_length": 300, "extend": "interpolate"}),
         (lambda: base_model("distilbert"), "longformer", {"max_length": 300}),
-        (
+        pytest.param(
             lambda: causal_lm("gpt2"),
             "hedgehog",
             {"layers": "auto", "keep_softmax": 1, "calibration": [token_batch(length=16)], "calibration_steps": 1},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["bert", "distilbert", "gpt2 auto"],

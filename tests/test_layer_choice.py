@@ -240,8 +240,10 @@ def short_documents() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
     return tuple({name: x[:, :256] for name, x in batch.items()} for batch in documents())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "options"), [("hedgehog", {}), ("longformer", {"window_size": 32})])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [pytest.param("hedgehog", {}, marks=pytest.mark.slow), ("longformer", {"window_size": 32})],
+)
 def test_auto_is_better_than_chance_on_other_documents(variant: str, options: dict[str, Any]) -> None:
     """Final hidden states of MiniLM with two layers on softmax, against every other pair."""
     calibration, held_out = short_documents()

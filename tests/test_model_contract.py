@@ -19,11 +19,13 @@ from hf_linear_attn import convert_model, get_variant
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from tests.tiny import (
+    FAMILIES,
     PAD,
     VOCAB,
     assert_bit_equal,
     base_model,
     is_causal,
+    main_family,
     outputs_of,
     over,
     pairs,
@@ -207,8 +209,17 @@ def test_half_precision_stays_close(variant: str, family: str, dtype: torch.dtyp
     assert (cast - expected).norm() / expected.norm() < allowed + 0.05
 
 
+def traced(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """`over`, where a case takes seconds: `make test` runs one variant of each family and two of the main ones."""
+    main = (main_family(False), main_family(True))
+    always = [(v, family) for family in FAMILIES for v in representative_variants(family)[: 1 + (family in main)]]
+    marks = [() if case in always else pytest.mark.slow for case in cases]
+    found = [pytest.param(*case, marks=mark, id="-".join(case)) for case, mark in zip(cases, marks, strict=True)]
+    return pytest.mark.parametrize(("variant", "family"), found)
+
+
 # Every layer's graph and every encoder layer's program are laws of the contract; these are about what is around them.
-@over(REPRESENTATIVE)
+@traced(REPRESENTATIVE)
 def test_compiles_to_one_graph(variant: str, family: str) -> None:
     model = converted(variant, family)
     batch = token_batch(length=40)
@@ -220,7 +231,7 @@ def test_compiles_to_one_graph(variant: str, family: str) -> None:
     torch.testing.assert_close(hidden(compiled, **batch, **extra), expected, atol=1e-4, rtol=1e-4)
 
 
-@over([pair for pair in THOROUGH_PAIRS if pair in REPRESENTATIVE or is_causal(pair[1])])
+@traced([pair for pair in THOROUGH_PAIRS if pair in REPRESENTATIVE or is_causal(pair[1])])
 def test_exports(variant: str, family: str) -> None:
     model = converted(variant, family)
     batch = token_batch(length=24)

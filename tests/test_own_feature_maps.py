@@ -183,7 +183,6 @@ def test_what_is_no_feature_map_changes_no_model() -> None:
         assert type(model) is type(base_model("bert"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("masked", [True, False])
 def test_an_exported_encoder_is_right_at_other_shapes(registered: str, masked: bool) -> None:
     model = LastHiddenState(convert_model(base_model("bert"), "linear", feature_map=registered)).eval()

@@ -33,6 +33,7 @@ def import_in_a_new_process() -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_import_costs_less_than_a_second_more_than_transformers() -> None:
     # Processor time, and the best of three: a busy machine is not the package's fault.
     assert min(import_in_a_new_process()["seconds"] for _ in range(3)) < 1.0

@@ -104,6 +104,7 @@ def test_an_adapter_of_a_model_that_was_converted_in_memory_says_what_its_base_l
     assert (outputs_of(again, batch)[0] - outputs_of(new(), batch)[0]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_peft_may_be_imported_after_the_conversion_and_is_never_imported_by_it() -> None:
     code = """
 import sys

@@ -52,7 +52,6 @@ def hub_ids_as_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("hub_ids_as_folders")
 def test_readme_python_runs_from_top_to_bottom() -> None:
     namespace: dict[str, object] = {}
@@ -71,7 +70,6 @@ def with_python(document: str) -> bool:
 RUN_ELSEWHERE = {"README.md", "docs/usage.md", "CONTRIBUTING.md", "docs/export.md"}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("hub_ids_as_folders")
 @pytest.mark.parametrize("document", sorted({name for name in DOCUMENTS if with_python(name)} - RUN_ELSEWHERE))
 def test_python_of_a_page_runs_from_top_to_bottom(document: str) -> None:
@@ -80,7 +78,6 @@ def test_python_of_a_page_runs_from_top_to_bottom(document: str) -> None:
         exec(compile(block, f"{document}, example {number}", "exec"), namespace)
 
 
-@pytest.mark.slow
 def test_commands_of_the_first_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = "\n".join(blocks((ROOT / "docs" / "start.md").read_text(encoding="utf-8"), "bash")).splitlines()
@@ -182,7 +179,6 @@ def test_the_variant_of_contributing_computes_its_formula(contributed: dict, is_
     assert state is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_variant_of_contributing_keeps_the_contract(contributed: dict, is_causal: bool) -> None:
     assert check_variant("gated_average", is_causal) == []

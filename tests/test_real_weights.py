@@ -24,8 +24,6 @@ from transformers import (
 from hf_linear_attn import convert_model, revert_model
 from hf_linear_attn.data import resolve_model, resolve_model_kwargs
 
-pytestmark = pytest.mark.slow
-
 
 def minilm() -> BertModel:
     return AutoModel.from_pretrained(resolve_model("minilm")).eval()
@@ -185,6 +183,7 @@ def perplexity(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
         return model(input_ids=ids, labels=ids).loss.exp().item()
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_converted_decoder_follows_from_what_it_keeps() -> None:
     model, (ids, other, *_) = smollm2()
     before = perplexity(model, ids)
@@ -208,7 +207,13 @@ def test_perplexity_of_a_converted_decoder_follows_from_what_it_keeps() -> None:
     assert perplexity(model, ids) == before
 
 
-@pytest.mark.parametrize("case", [("linear", {}), ("longformer", {"window_size": 16})], ids=lambda case: case[0])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(("linear", {}), id="linear"),
+        pytest.param(("longformer", {"window_size": 16}), id="longformer", marks=pytest.mark.slow),
+    ],
+)
 def test_a_converted_decoder_generates_the_same_with_and_without_a_cache(case: tuple[str, dict[str, Any]]) -> None:
     variant, options = case
     model, (ids, *_) = smollm2()

@@ -100,7 +100,16 @@ needs_forkserver = pytest.mark.skipif(
 
 
 @needs_forkserver
-@pytest.mark.parametrize("forms", [(SINGLE, SINGLE), (SHARDED, SINGLE), (SINGLE, SHARDED), (SHARDED, SHARDED)])
+@pytest.mark.parametrize(
+    "forms",
+    [
+        (SINGLE, SINGLE),
+        *(
+            pytest.param(forms, marks=pytest.mark.slow)
+            for forms in ((SHARDED, SINGLE), (SINGLE, SHARDED), (SHARDED, SHARDED))
+        ),
+    ],
+)
 def test_a_save_that_is_killed_leaves_the_old_model_the_new_one_or_an_error(
     tmp_path: Path, forms: tuple[dict[str, Any], dict[str, Any]], processes: Any
 ) -> None:

@@ -20,8 +20,6 @@ from hf_linear_attn.cli.listing import option_notes
 from hf_linear_attn.registry import VARIANTS
 from tests.test_readme import ROOT
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -94,6 +94,10 @@ def reported(model: PreTrainedModel) -> list[str]:
     return [row.variant for row in rows]
 
 
+MAIN = (main_family(False), main_family(True))
+EACH = [pytest.param(family, marks=() if family in MAIN else pytest.mark.slow) for family in FAMILIES]
+
+
 def told(config: Any) -> list[str]:
     assert config.num_hidden_layers == len(config.linear_attn["layers"])
     return ["softmax" if layer is None else layer["variant"] for layer in config.linear_attn["layers"]]
@@ -110,7 +114,7 @@ def assert_settled(model: PreTrainedModel, expected: list[str], folder: Path) ->
 
 
 @pytest.mark.parametrize("name", SURGERIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_conversion_after_surgery_goes_by_place(family: str, name: str, tmp_path: Path) -> None:
     reference = built_with(family, SURGERIES[name])
     count = reference.config.num_hidden_layers
@@ -127,7 +131,7 @@ def test_conversion_after_surgery_goes_by_place(family: str, name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", SURGERIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_surgery_after_conversion_is_saved_as_it_stands(family: str, name: str, tmp_path: Path) -> None:
     mapping = {place: choice(family, place) for place in range(LAYERS)}
     for tell_config in (True, False) if name != "stacked" else (True,):

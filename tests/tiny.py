@@ -129,9 +129,18 @@ def thorough_pairs() -> list[tuple[str, str]]:
     return [(v, family) for v, family in pairs() if family in main or v in representative_variants(family)]
 
 
+@cache
+def _always() -> frozenset[tuple[str, str]]:
+    """Pairs that `make test` runs: the thorough ones, and two variants on every family turned decoder."""
+    decoders = [(v, family) for family in causal_families() for v in representative_variants(main_family(True))]
+    return frozenset((*thorough_pairs(), *decoders))
+
+
 def over(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
-    """Parametrizes a test over (variant, family) pairs."""
-    return pytest.mark.parametrize(("variant", "family"), cases, ids=[f"{v}-{f}" for v, f in cases])
+    """Parametrizes a test over (variant, family) pairs; those beyond the thorough ones are `slow`."""
+    marks = [() if case in _always() else pytest.mark.slow for case in cases]
+    found = [pytest.param(v, f, marks=mark, id=f"{v}-{f}") for (v, f), mark in zip(cases, marks, strict=True)]
+    return pytest.mark.parametrize(("variant", "family"), found)
 
 
 def cached(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:

@@ -89,7 +89,7 @@ def test_longformer_is_the_same_function():
         torch.testing.assert_close(ours(shape.example()), theirs(shape.example()), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [448, 1000, 1024])
+@pytest.mark.parametrize("length", [448, *(pytest.param(n, marks=pytest.mark.slow) for n in (1000, 1024))])
 @pytest.mark.parametrize("name", FLEX)
 def test_flex_masks_are_those_of_our_variants(name, length):
     """The uncompiled form, which evaluates the mask everywhere."""

@@ -1,4 +1,7 @@
-"""The contract, law by law, on every registered variant, side and set of test options."""
+"""The contract, law by law, on every registered variant, side and set of test options.
+
+`make test` runs all of it with the default options; the further sets are `slow`.
+"""
 
 import pytest
 import torch
@@ -27,7 +30,8 @@ def _cases():
                 side = "decoder" if subject.is_causal else "encoder"
                 label = "-".join(f"{name}={value}" for name, value in options.items()) or "defaults"
                 for law in applicable_laws(subject):
-                    yield pytest.param(law, subject, id=f"{law.name}-{key}-{side}-{number}-{label}")
+                    case = f"{law.name}-{key}-{side}-{number}-{label}"
+                    yield pytest.param(law, subject, marks=pytest.mark.slow if options else (), id=case)
 
 
 @pytest.mark.parametrize(("law", "subject"), list(_cases()))

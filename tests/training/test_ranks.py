@@ -77,8 +77,9 @@ def errors(done: subprocess.CompletedProcess[str]) -> set[str]:
     return {line for line in done.stderr.splitlines() if line.startswith("Error: ")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["transfer", "distill", "uptrain", "finetune"])
+@pytest.mark.parametrize(
+    "kind", ["finetune", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("transfer", "distill", "uptrain"))]
+)
 def test_two_ranks_lose_what_one_process_does_with_twice_the_batch(kind: str, tmp_path: Path) -> None:
     recipe = recipe_for(kind, tmp_path)
     done = on_two_ranks(tmp_path, recipe, sharded=False)

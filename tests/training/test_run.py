@@ -193,12 +193,20 @@ def test_a_run_that_begins_anew_takes_nothing_from_an_earlier_one(tmp_path: Path
     ("change", "message"),
     [
         ({"training": {"learning_rate": 2e-3}}, r"learning_rate=0.001 there and 0.002 here"),
-        ({"training": {"seed": 1}}, r"seed=0 there and 1 here"),
-        ({"training": {"per_device_train_batch_size": 4}}, r"per_device_train_batch_size=2 there and 4 here"),
+        pytest.param({"training": {"seed": 1}}, r"seed=0 there and 1 here", marks=pytest.mark.slow),
+        pytest.param(
+            {"training": {"per_device_train_batch_size": 4}},
+            r"per_device_train_batch_size=2 there and 4 here",
+            marks=pytest.mark.slow,
+        ),
         ({"data": {"max_train_documents": 4}}, r"documents='\w+' there and '\w+' here"),
         ({"conversion": {"variant": "linear"}}, r"conversion=.*hedgehog.* there and .*linear.* here"),
         ({"model": {"name": "other"}}, r"model=.*checkpoint.* there and .*other.* here"),
-        ({"distill": {"temperature": 2.0}}, r"Stage 2 in .*temperature=1.0 there and 2.0 here"),
+        pytest.param(
+            {"distill": {"temperature": 2.0}},
+            r"Stage 2 in .*temperature=1.0 there and 2.0 here",
+            marks=pytest.mark.slow,
+        ),
         ({"stages": [STAGES["bert"][1], STAGES["bert"][0]]}, r"stage='transfer' there and 'distill' here$"),
     ],
     ids=["rate", "seed", "batch", "data", "conversion", "model", "temperature", "order"],

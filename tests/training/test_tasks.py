@@ -159,10 +159,13 @@ CASES = [
     ("llama", "sequence_classification"),
     ("llama", "token_classification"),
 ]
+ONCE = [("bert", kind) for kind in TASKS] + [("llama", "sequence_classification")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [pytest.param(*case, marks=() if case in ONCE else pytest.mark.slow, id="-".join(case)) for case in CASES],
+)
 def test_a_converted_model_learns_the_task_and_its_metrics_are_right(family: str, kind: str, tmp_path: Path) -> None:
     trainer, task = finetune(family, kind, tmp_path)
     before = trainer.evaluate()["eval_loss"]

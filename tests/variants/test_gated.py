@@ -160,6 +160,7 @@ def test_published_memory_is_short():
     assert 16 / math.log(2) == pytest.approx(23, abs=0.1)
 
 
+@pytest.mark.slow
 @SIDES
 def test_compiles_without_a_mask_too(causal):
     """Forward and backward: gates that lie transposed in memory had views that the compiled backward refused."""

@@ -275,6 +275,7 @@ RAW = {"feature_map": "laplace", "num_features": 24}
 LEFT_OUT = {"half_precision": (FOURIER, RAW), "low_precision": (FOURIER,), "compile_full_graph": (FOURIER,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "subject"),
     [

@@ -287,6 +287,7 @@ def test_state_size_is_constant(kernel):
 TRIG = [Subject(get_variant("performer"), causal, {"kernel": "trig"}) for causal in (False, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "subject"),
     [

@@ -107,6 +107,7 @@ def test_the_chunks_of_a_bucket_do_not_depend_on_what_follows():
 SLOW = {"causality", "compile_full_graph", "linear_memory", "exact_limit"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
 def test_shared_queries_and_keys_keep_the_contract(is_causal):
     """All laws but that a row changes with its own token: the second one sees the first alone. Causality is above."""

@@ -182,6 +182,7 @@ def test_is_registered_for_both_sides():
 
 
 # Sine and cosine features make denominators of both signs: near 0, rounding the inputs changes the output at will.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "subject"),
     [
