@@ -184,7 +184,9 @@ def headline() -> str:
     picture = HEADLINE.with_suffix(".png").relative_to(ROOT).as_posix()
     parts = [
         f"**{title}.** {task['description'].rstrip('.')}. {task['test_documents']} test documents.",
-        table(["model", "tokens read", f"{metric} [95% interval]", "training, all folds", "a forward of as many"], rows),
+        table(
+            ["model", "tokens read", f"{metric} [95% interval]", "training, all folds", "a forward of as many"], rows
+        ),
         f"{data['budget']['description'].split('; learning rate')[0]}; one row says that it had {times} times as many. "
         f"Measured on {data['meta']['device']}.",
         f"![{title}]({picture})",

@@ -13,7 +13,7 @@ import transformers
 
 from hf_linear_attn.saving import to_json
 
-__all__ = ["RowFile", "about_machine"]
+__all__ = ["RowFile", "about_machine", "differences"]
 
 
 def about_machine(command: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class RowFile:
         whole = [line for line in lines if line.endswith("}")]  # an interrupted write leaves half a line
         if whole:
             found = json.loads(whole[0])
-            if changed := _differences(found, json.loads(to_json(setting))):
+            if changed := differences(found, json.loads(to_json(setting))):
                 raise ValueError(
                     f"{path} was measured under another setting: {'; '.join(changed)}. Give another --output, or "
                     "delete the file."
@@ -98,9 +98,12 @@ class RowFile:
             file.write(to_json(row) + "\n")
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """What differs between two settings, by dotted names."""
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """What differs between two settings in JSON types, by dotted names; a key that one lacks is unset there."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = {**there, **here}
-        return [x for key in keys for x in _differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))]
-    return [] if there == here else [f"{name} {there!r} there and {here!r} here"]
+        return [x for key in keys for x in differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))]
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = enumerate(zip(there, here, strict=True))
+        return [x for place, pair in pairs for x in differences(*pair, f"{name}.{place}")]
+    return [] if there == here else [f"{name}={there!r} there and {here!r} here"]

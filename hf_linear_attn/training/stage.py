@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, TrainingArguments
 
 from hf_linear_attn.checks import check_features
+from hf_linear_attn.measure.rows import differences
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.seam.trainer import CheckedTrainer, last_checkpoint
@@ -241,11 +242,9 @@ def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 def refuse_other_settings(what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise `ValueError` with the difference, if there is one."""
-    changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if changed:
+    if changed := differences(there, here):
         raise ValueError(
-            f"{what} belongs to a run with other settings, and would not end where this one does: "
-            + ", ".join(f"{name}={there.get(name)!r} there and {here.get(name)!r} here" for name in changed)
+            f"{what} belongs to a run with other settings, and would not end where this one does: {', '.join(changed)}"
         )
 
 

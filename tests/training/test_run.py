@@ -189,6 +189,16 @@ def test_a_run_that_begins_anew_takes_nothing_from_an_earlier_one(tmp_path: Path
     assert_same(expected, weights(train(recipe, resume=True).output_dir))
 
 
+def test_a_run_of_a_version_that_had_a_setting_less_goes_on(tmp_path: Path) -> None:
+    recipe = staged_recipe(tmp_path)
+    train(recipe, until_stage="transfer")
+    path = tmp_path / "run" / "stages.json"
+    stages = json.loads(path.read_text())
+    assert stages[0]["conversion"].pop("keep_softmax_by", "missing") is None
+    path.write_text(json.dumps(stages))
+    assert train(recipe, until_stage="transfer", resume=True).last.steps == 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -200,8 +210,8 @@ def test_a_run_that_begins_anew_takes_nothing_from_an_earlier_one(tmp_path: Path
             marks=pytest.mark.slow,
         ),
         ({"data": {"max_train_documents": 4}}, r"documents='\w+' there and '\w+' here"),
-        ({"conversion": {"variant": "linear"}}, r"conversion=.*hedgehog.* there and .*linear.* here"),
-        ({"model": {"name": "other"}}, r"model=.*checkpoint.* there and .*other.* here"),
+        ({"conversion": {"variant": "linear"}}, r"conversion\.variant='hedgehog' there and 'linear' here"),
+        ({"model": {"name": "other"}}, r"model\.name=.*checkpoint.* there and .*other.* here"),
         pytest.param(
             {"distill": {"temperature": 2.0}},
             r"Stage 2 in .*temperature=1.0 there and 2.0 here",
