@@ -52,7 +52,7 @@ def _curve_table(curves: Sequence[Mapping[str, Any]]) -> str:
                 f"{seen:,}",
                 f"tokens^-{law.exponent:.2f} (± {law.error:.2f})",
                 *(f"{math.exp(law.at(seen * times)):.3f}" for times in (1, *_TIMES)),
-                "never" if math.isinf(goal) else f"{goal:.2g}",
+                "never" if math.isinf(goal) else f"{float(f'{goal:.2g}'):,.0f}",
             ]
         )
     return markdown_table([*header, f"tokens to {_GOAL}"], body)
