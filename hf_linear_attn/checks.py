@@ -42,7 +42,7 @@ def check_model(model: Any) -> None:
     Raises:
         TypeError: for something else than a Transformers model.
         ValueError: for an unknown family, or a model that is converted, compiled, sharded, quantized, packed, on the
-            meta device or wrapped by PEFT.
+            meta device, wrapped by PEFT, or made to look both ways where its attention looks back.
     """
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(model, "_compiled_call_impl", None):
         raise ValueError("The model is compiled. Convert it first, then call torch.compile on the result.")
@@ -62,6 +62,18 @@ def check_model(model: Any) -> None:
     patcher = get_patcher(model.config.model_type)
     _check_parts(patcher, model)
     _check_projections(patcher, model)
+    _check_direction(patcher, model)
+
+
+def _check_direction(patcher: ModelPatcher, model: Any) -> None:
+    asked = patcher.is_causal(model.config)
+    for place, _, module in patcher.self_attentions(model):
+        if bool(module.is_causal) != asked:
+            raise ValueError(
+                f"The attention of layer {place} was built with is_causal={module.is_causal}, and the config asks for "
+                f"{asked}. Allowed: a {type(model).__name__} whose attention and config agree on what a token sees; "
+                "a decoder that was made to look both ways cannot be converted."
+            )
 
 
 def _where_it_is(model: Any) -> str:
@@ -314,12 +326,28 @@ def check_regression(calibration: Any, steps: Any, lr: Any) -> None:
         raise ValueError(f"calibration_steps={steps} needs calibration, a list of batches to train on.")
 
 
+def _check_value(name: str, value: Any) -> None:
+    """Raise `ValueError` for an entry of a calibration batch that the model cannot read."""
+    where = f"{name} of a calibration batch"
+    if name == "use_cache":
+        raise ValueError(f"{where}: calibration runs without a cache. Leave it out.")
+    if not isinstance(value, torch.Tensor | bool | None):
+        raise ValueError(
+            f'{where} is a {type(value).__name__}; allowed: a tensor (return_tensors="pt" makes a tokenizer give them).'
+        )
+    ndim = {"input_ids": 2, "inputs_embeds": 3}.get(name)
+    if ndim is not None and (value is None or isinstance(value, bool) or value.ndim != ndim or not value.numel()):
+        given = value if isinstance(value, bool | None) else f"shape {tuple(value.shape)}"
+        raise ValueError(f"{where} has {given}; allowed: [batch, tokens{', width' * (ndim - 2)}], none of them 0.")
+
+
 def check_batches(calibration: Iterable[Mapping[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
     """The batches without their labels.
 
     Raises:
-        ValueError: for something else than a list of mappings, none at all, a batch of nothing but padding, or token
-            ids that a model with so many embeddings does not have.
+        ValueError: for something else than a list of mappings, none at all, values that are no tensors, ids or
+            embeddings of another shape, values that are not finite, a batch of nothing but padding, or token ids that a
+            model with so many embeddings does not have.
     """
     if isinstance(calibration, str) or not isinstance(calibration, Iterable):
         raise ValueError(f"calibration={calibration!r}; allowed: a list of batches, argument names to tensors each.")
@@ -329,9 +357,14 @@ def check_batches(calibration: Iterable[Mapping[str, Any]], vocab_size: int) -> 
     for batch in calibration:
         if not isinstance(batch, Mapping):
             raise ValueError(f"A calibration batch must map argument names to tensors, got {type(batch).__name__}.")
+        for name, value in batch.items():
+            _check_value(name, value)
         mask = batch.get("attention_mask")
         if isinstance(mask, torch.Tensor) and not bool(mask.any()):
             raise ValueError("A calibration batch holds nothing but padding (its attention_mask is all 0).")
+        embeds = batch.get("inputs_embeds")
+        if embeds is not None and not bool((embeds if mask is None else embeds[mask.bool()]).isfinite().all()):
+            raise ValueError("inputs_embeds of a calibration batch has values that are not finite.")
         ids = batch.get("input_ids")
         if isinstance(ids, torch.Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise ValueError(

@@ -30,6 +30,7 @@ from hf_linear_attn import auto
 from hf_linear_attn.data.companions import checkpoint_folder, find_companions
 from hf_linear_attn.data.models import load_config, load_tokenizer, named_errors
 from hf_linear_attn.model_card import GENERATED_MARKER, find_base_model, known_license, model_card
+from hf_linear_attn.saving import stale_weights
 
 __all__ = ["auto_map_for", "load_converted", "prepare_for_hub", "push_to_hub", "save_and_push"]
 
@@ -72,10 +73,12 @@ def push_to_hub(
     tags: Sequence[str] | str | None = None,
     folder: str | Path | None = None,
     card_only: bool = False,
+    saving: Mapping[str, Any] | None = None,
 ) -> CommitInfo:
     """Upload a converted model with its card and loader, in one commit; creates the repository if there is none.
 
-    A push that is interrupted leaves the revision that was there.
+    A push that is interrupted leaves the revision that was there. Weights of an earlier push in another form (a single
+    file where the new ones are shards) go with it.
 
     The arguments from `commit_message` to `tags` are those of Transformers' `push_to_hub`.
 
@@ -95,6 +98,7 @@ def push_to_hub(
         folder: where the model was saved: its tokenizer and what else of a checkpoint lies there (a sentence encoder's
             modules, a chat template) go along, and its training into the card. By default the model goes alone.
         card_only: upload the card and nothing else, to a repository that holds the model.
+        saving: more arguments of `save_pretrained`, such as `state_dict` and `variant`.
 
     Returns:
         The commit, as Transformers' `push_to_hub` does.
@@ -118,7 +122,7 @@ def push_to_hub(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    existing = _existing_card(repo_id, token)
+    existing = _existing_card(repo_id, revision, api)
     base_model = base_model or _base_model_on_hub(model, repo_id, existing, api)
     if license is None:
         license = known_license(base_model, token, online=True) or known_license(model.name_or_path)
@@ -132,11 +136,13 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as place:
         companions = None if folder is None else find_companions(str(folder))
         with checkpoint_folder(Path(place), companions, None) as stage:
-            model.save_pretrained(stage, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+            model.save_pretrained(stage, **{"max_shard_size": max_shard_size, **(saving or {})})  # type: ignore[arg-type]
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)
         prepare_for_hub(model, place, existing_card=existing, **facts)
-        return api.upload_folder(folder_path=place, **commit)
+        new = [str(path.relative_to(place)) for path in Path(place).rglob("*") if path.is_file()]
+        stale = stale_weights(api.list_repo_files(repo_id, revision=revision), new)
+        return api.upload_folder(folder_path=place, delete_patterns=stale or None, **commit)
 
 
 def load_converted(folder: str | Path) -> PreTrainedModel:
@@ -165,14 +171,13 @@ def save_and_push(model: PreTrainedModel, save_directory: str | Path, *args: Any
     Raises:
         As `save_pretrained` and `push_to_hub`.
     """
+    kwargs |= dict(zip(list(inspect.signature(PreTrainedModel.save_pretrained).parameters)[2:], args, strict=False))
     names = inspect.signature(push_to_hub).parameters.keys() - {"model", "max_shard_size", "token"}
     options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
     repo_id = options.pop("repo_id", Path(save_directory).name)
-    model.save_pretrained(save_directory, *args, **kwargs)
-    for name in ("max_shard_size", "token"):  # these concern both
-        if name in kwargs:
-            options[name] = kwargs[name]
-    push_to_hub(model, repo_id, **options)
+    model.save_pretrained(save_directory, **kwargs)
+    if kwargs.pop("is_main_process", True):  # the others have nothing to push
+        push_to_hub(model, repo_id, token=kwargs.get("token"), saving=kwargs, **options)
 
 
 def prepare_for_hub(
@@ -244,12 +249,13 @@ def _training_of(folder: str | Path | None) -> Mapping[str, Any] | None:
     return None if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
 
 
-def _existing_card(repo_id: str, token: bool | str | None) -> ModelCard | None:
+def _existing_card(repo_id: str, revision: str | None, api: HfApi) -> ModelCard | None:
     try:
-        # Shown to be malformed by the Hub itself when it is uploaded; not a reason to fail here.
-        return ModelCard.load(repo_id, token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
+        path = api.hf_hub_download(repo_id, "README.md", revision=revision)
     except EntryNotFoundError:
         return None
+    # Shown to be malformed by the Hub itself when it is uploaded; not a reason to fail here.
+    return ModelCard.load(path, ignore_metadata_errors=True)
 
 
 def _may_be_replaced(card: ModelCard) -> bool:

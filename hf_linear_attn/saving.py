@@ -15,20 +15,20 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-__all__ = ["saved_at", "to_json", "whole_folder", "write_json"]
+__all__ = ["saved_at", "stale_weights", "to_json", "whole_folder", "write_json"]
 
 # Loading starts with one of these: taken away first, put back last.
 _ENTRIES = ("config.json", "adapter_config.json")
 _STAGE = ".saving-"
 # model.safetensors, model-00001-of-00002.safetensors, model.safetensors.index.json, and the same with a variant's name
 _WEIGHTS = re.compile(
-    r"(?P<stem>[^.]+?)(?P<variant>\.[^.]+?)?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?P<index_variant>\.[^.]+)?\.json)?"
+    r"(?P<stem>[^.]+?)(?P<variant>\..+?)?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?P<index_variant>\..+)?\.json)?"
 )
 
 
@@ -52,7 +52,7 @@ def whole_folder(folder: str | os.PathLike[str], replaces: Callable[[str], bool]
     fresh = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{platform.node()}-{os.getpid()}-", dir=target))
+    stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{_processes()}-{os.getpid()}-", dir=target))
     try:
         yield stage
         _take_places(stage, target, replaces)
@@ -65,8 +65,7 @@ def whole_folder(folder: str | os.PathLike[str], replaces: Callable[[str], bool]
 def _take_places(stage: Path, target: Path, replaces: Callable[[str], bool] | None) -> None:
     new = sorted(str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file())
     entries = [name for name in new if name in _ENTRIES]
-    weights = {key for key in map(_weights_key, new) if key is not None}
-    stale = [name for name in _files(target) if name not in new and _weights_key(name) in weights]
+    stale = stale_weights(_files(target), new)
     if replaces is not None and new:
         stale += [name for name in _files(target) if name not in new and name not in stale and replaces(name)]
     for name in new:
@@ -80,6 +79,18 @@ def _take_places(stage: Path, target: Path, replaces: Callable[[str], bool] | No
     for folder in {(target / name).parent for name in stale} - {target}:
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def stale_weights(present: Iterable[str], new: Iterable[str]) -> list[str]:
+    """Which of the present files are weights that would be read with new ones, or instead of them.
+
+    Args:
+        present: names of files in a checkpoint, relative to it.
+        new: names of the files that are written into it.
+    """
+    new = set(new)
+    weights = {key for key in map(_weights_key, new) if key is not None}
+    return [name for name in present if name not in new and _weights_key(name) in weights]
 
 
 def _files(folder: Path) -> list[str]:
@@ -101,14 +112,25 @@ def _remove_abandoned(folder: Path) -> None:
     """Remove what killed processes of this machine were writing."""
     if os.name != "posix":  # elsewhere signal 0 is not a question
         return
-    for path in folder.glob(f"{_STAGE}{platform.node()}-*"):
-        pid = path.name.removeprefix(f"{_STAGE}{platform.node()}-").partition("-")[0]
+    for path in folder.glob(f"{_STAGE}*"):
+        where, _, process = path.name.removeprefix(_STAGE).rpartition("-")[0].rpartition("-")
+        pid = process if where == _processes() else ""  # names of machines have dashes and digits too
+        if not pid.isdigit():
+            continue
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
             shutil.rmtree(path)
         except PermissionError:  # it lives, and is someone else's
             continue
+
+
+def _processes() -> str:
+    """What tells apart processes of the same number: their machine, and on Linux the container that counts them."""
+    try:
+        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return platform.node()
 
 
 def saved_at(name: str) -> str | None:

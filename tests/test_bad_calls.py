@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,10 @@ BAD_CONVERSIONS: list[dict[str, Any]] = [
     *({"extend": x} for x in (None, 7, "stretch", ["tile"])),
     *({"calibration": x} for x in (7, True, "text", [], [7], ["text"], {}, [[1]], 0.5)),
     *({"calibration": [{"input_ids": torch.tensor([[5, x]])}]} for x in (-1, tiny.VOCAB, 10**9)),
+    *({"calibration": [{"input_ids": x}]} for x in ([[5, 6]], np.array([[5, 6]]), "5", None, True)),
+    *({"calibration": [{"input_ids": torch.zeros(x, dtype=torch.long)}]} for x in ((4,), (2, 0), (1, 1, 4))),
+    *({"calibration": [{"inputs_embeds": torch.full(x, math.nan)}]} for x in ((1, 4, 32), (4, 32))),
+    {"calibration": [{**tiny.token_batch(), "use_cache": False}]},
     *({"calibration": [tiny.token_batch()], "calibration_steps": x} for x in (-1, 1.5, True, "3", None, math.nan)),
     *({"calibration": [tiny.token_batch()], "calibration_lr": x} for x in (0, -1, True, "3", None, math.nan, math.inf)),
     *({"calibration_steps": 3}, {"backend": 7}, {"backend": "cuda"}, {"backend": ["torch"]}),
@@ -47,6 +52,15 @@ def test_bad_conversions_are_sentences(call: dict[str, Any]) -> None:
     assert model.config.to_dict() == config
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoder_that_looks_both_ways_is_a_sentence(family: str) -> None:
+    model = tiny.base_model(family)
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match=r"is_causal=True, and the config asks for False"):
+        convert_model(model, "linear")
+    assert not type(model).__name__.startswith("LinearAttn")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

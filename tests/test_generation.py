@@ -159,6 +159,12 @@ def test_caches_that_would_be_wrong_are_refused() -> None:
         model(input_ids=ids, **cached(model, StaticCache(config=model.config, max_cache_len=32)))
     with pytest.raises(ValueError, match="DynamicCache"):
         model.generate(input_ids=ids, cache_implementation="static", max_new_tokens=3)
+    with pytest.raises(ValueError, match="The cache is offloaded"):
+        model.generate(input_ids=ids, cache_implementation="offloaded", max_new_tokens=3)
+    offloaded = DynamicCache()
+    offloaded.offloading = True  # what the constructor sets, beside a stream of a GPU
+    with pytest.raises(ValueError, match="The cache is offloaded"):
+        model(input_ids=ids, **cached(model, offloaded))
 
 
 @pytest.mark.parametrize(

@@ -289,8 +289,10 @@ from tests.tiny import build, tiny_config
 os.chdir(sys.argv[1])
 plain = build(BertModel, tiny_config("bert"))
 plain.push_to_hub("tester/base")
-def upload_card(text, repo):  # ModelCard.push_to_hub would ask the public Hub whether it is valid
-    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo, commit_message="card")
+def upload_card(text, repo, revision=None):  # ModelCard.push_to_hub would ask the public Hub whether it is valid
+    HfApi().upload_file(
+        path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo, commit_message="card", revision=revision
+    )
 
 upload_card("---\\nlicense: mit\\n---\\nThe base.", "tester/base")
 model = convert_model(BertModel.from_pretrained("tester/base"), "linear")
@@ -308,19 +310,30 @@ with torch.no_grad():
 loaded.push_to_hub("tester/twice", commit_message="reloaded")
 upload_card("---\\ntags:\\n- mine\\n---\\nWritten by hand.", "tester/twice")
 loaded.push_to_hub("tester/twice", commit_message="by hand")
+upload_card("---\\ntags: []\\n---\\nOf the branch.", "tester/twice", "trained")
+loaded.push_to_hub("tester/twice", commit_message="by hand on a branch", revision="trained")
+loaded.push_to_hub("tester/twice", commit_message="in shards", max_shard_size="20KB")
+zeros = {name: torch.zeros_like(x) for name, x in model.state_dict().items()}
+save = dict(state_dict=zeros, push_to_hub=True, repo_id="tester/zeros", max_shard_size="1GB")
+model.save_pretrained("zeros", False, **save)
+assert not HfApi().repo_exists("tester/zeros")  # the main process alone pushes
+model.save_pretrained("zeros", **save)
+pushed = type(model).from_pretrained("tester/zeros").state_dict()
+assert pushed.keys() == zeros.keys() and not any(x.any() for x in pushed.values())
 """
     with run_hub_server() as hub:
         done = client(hub, tmp_path / "home", code, str(tmp_path), token="hf_tester")
         repo = hub.repos["tester/twice"]
-        assert done.stdout.split()[-1] == repo.branches["trained"][-1].oid
+        trained = repo.branches["trained"][-3]
+        assert done.stdout.split()[-1] == trained.oid
         cards: dict[str, Any] = {
             commit.message: ModelCard(commit.files["README.md"].content.decode())
             for history in repo.branches.values()
             for commit in history
             if "README.md" in commit.files
         }
-        weights = [commit.files["model.safetensors"].oid for commit in repo.branches["main"][1:]]
-    assert weights[0] != weights[1] == repo.branches["trained"][-1].files["model.safetensors"].oid
+        weights = [commit.files["model.safetensors"].oid for commit in repo.branches["main"][1:3]]
+    assert weights[0] != weights[1] == trained.files["model.safetensors"].oid
     assert cards["Upload LinearAttnBertModel"].data.base_model == "tester/base"
     assert cards["Upload LinearAttnBertModel"].data.license == "mit", "inherited from the base model's card"
     assert "long-documents" in cards["second"].data.tags
@@ -334,6 +347,11 @@ loaded.push_to_hub("tester/twice", commit_message="by hand")
     assert GENERATED_MARKER not in by_hand.content
     assert by_hand.data.tags[0] == "mine"
     assert "linear" in by_hand.data.tags
+    assert "Of the branch." in cards["by hand on a branch"].text
+    files = repo.branches["main"][-1].files
+    shards = {name for name in files if name.endswith(".safetensors")}
+    assert shards == set(json.loads(files["model.safetensors.index.json"].content)["weight_map"].values())
+    assert len(shards) > 1
 
 
 def test_refused_pushes_say_why_and_create_nothing(tmp_path: Path) -> None:

@@ -243,6 +243,34 @@ def test_two_processes_may_save_the_same_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_only_what_a_dead_process_of_this_machine_was_writing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.node", lambda: "rack-a-4711")
+    with whole_folder(tmp_path) as stage:
+        here = stage.name.removeprefix(".saving-").rsplit("-", 2)[0]
+    dead = 2**22 + 1  # no process has this number
+    others = [f".saving-{name}-abc" for name in (f"rack-{dead}", f"rack-a-4711-b-{dead}", "rack-a-4711-b", "x")]
+    others.append(f".saving-{here}-{os.getpid()}-abc")  # it lives
+    for name in (*others, f".saving-{here}-{dead}-abc"):
+        (tmp_path / name).mkdir()
+    with whole_folder(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+@pytest.mark.parametrize("variant", ["fp16", "v1.0"])
+def test_weights_of_a_variant_replace_those_of_its_earlier_save_alone(tmp_path: Path, variant: str) -> None:
+    converted(0).save_pretrained(tmp_path)
+    converted(1).save_pretrained(tmp_path, variant=variant)
+    new = converted(2)
+    new.save_pretrained(tmp_path, variant=variant, max_shard_size="4KB")
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not (tmp_path / f"model.{variant}.safetensors").exists()
+    again = type(new).from_pretrained(tmp_path, variant=variant)
+    assert torch.equal(outputs(again), outputs(new))
+
+
 def test_json_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")

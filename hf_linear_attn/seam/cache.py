@@ -51,6 +51,10 @@ CROP_MESSAGE = (
     "prompt lookup and other methods that roll a cache back need softmax attention "
     '(model.set_attn_implementation("sdpa")) and a new cache.'
 )
+OFFLOADED_MESSAGE = (
+    "The cache is offloaded: it would move a layer's state to the CPU before the converted layer reads it. Leave "
+    "cache_implementation unset; a state of constant size needs no offloading."
+)
 
 
 class LinearAttnCacheLayer(CacheLayerMixin):
@@ -267,6 +271,8 @@ def refuse_generation(mode: GenerationMode, generation_config: Any) -> None:
             f"cache_implementation={generation_config.cache_implementation!r}: converted layers work with a "
             "DynamicCache. Leave cache_implementation unset."
         )
+    if generation_config.cache_implementation == "offloaded":
+        raise ValueError(OFFLOADED_MESSAGE)
 
 
 def refuse_held(cache: Cache | None) -> None:
@@ -285,11 +291,13 @@ def check_given(cache: Cache | None, layers: Sequence[Any], mask: Any) -> None:
         mask: the attention mask, or None.
 
     Raises:
-        ValueError: if the cache holds softmax's keys in the place of a converted layer, or if tokens that are in it are
-            padding by this mask and were not when they were read, or the other way round.
+        ValueError: if the cache is offloaded, or holds softmax's keys in the place of a converted layer, or if tokens
+            that are in it are padding by this mask and were not when they were read, or the other way round.
     """
     if cache is None:
         return
+    if getattr(_self_attention_cache(cache), "offloading", False):
+        raise ValueError(OFFLOADED_MESSAGE)
     for index, (layer, converted) in enumerate(zip(_self_attention_cache(cache).layers, layers, strict=False)):
         if converted is not None and isinstance(layer, DynamicLayer):
             _refuse_keys(layer, index)
