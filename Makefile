@@ -25,7 +25,7 @@ STAMP := $(VENV)/.stamp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install doctor constraints demo test test-oldest test-newest test-conformance test-trust test-gpu bench bench-gpu quality style notebook docs readme clean
+.PHONY: help install doctor constraints demo test test-oldest test-newest test-conformance test-trust test-gpu bench bench-gpu quality style notebooks docs readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -38,7 +38,7 @@ demo: $(STAMP)-demo $(STAMP)-weights ## embed long documents, converted, then tr
 # One thread per worker: the workers share the cores, and results do not depend on the thread count.
 test: $(STAMP)-dev $(STAMP)-weights $(STAMP)-decoder-weights ## the test-suite and the notebooks
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not heavy and not gpu and not conformance" \
-		--ignore=tests/conformance --nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
+		--ignore=tests/conformance --ignore=notebooks/06_embedder.ipynb --nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
 
 # PyTorch 2.11 comes with CUDA's libraries: gigabytes.
 test-oldest: ## the test-suite with the oldest PyTorch, Triton and Transformers that are allowed
@@ -57,8 +57,9 @@ constraints: $(STAMP)-venv ## write constraints.txt anew: the newest versions of
 doctor: $(STAMP)-dev ## whether the installed Transformers is one that converted models can trust
 	$(PY) -m hf_linear_attn doctor
 
-test-conformance: $(STAMP)-dev $(STAMP)-conformance ## same weights, same inputs, beside other people's implementations
+test-conformance: $(STAMP)-dev $(STAMP)-conformance $(STAMP)-weights ## same weights, same inputs, beside other people's implementations
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/bench/test_peers.py $(ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks/06_embedder.ipynb
 
 test-trust: $(STAMP)-dev ## random sequences of user actions beside a reference (hours; TRUST_SEED, TRUST_EXAMPLES)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m heavy tests/trust $(ARGS)
@@ -83,8 +84,8 @@ style: $(STAMP)-dev ## fix what ruff can fix, and format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-notebook: $(STAMP)-dev $(STAMP)-weights ## run the notebooks only
-	OMP_NUM_THREADS=$(WORKERS) $(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks $(ARGS)
+notebooks: $(STAMP)-dev $(STAMP)-conformance $(STAMP)-weights ## run the notebooks and keep what they print and draw (ARGS=01: one)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) .ci/notebooks.py $(ARGS)
 
 docs: $(STAMP)-dev ## the documentation as a folder of pages, site/: warnings are errors, nothing is fetched
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
