@@ -165,7 +165,8 @@ def convert_command(
 @app.command("train")
 def train_command(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe file, see recipes/README.md, or labeled documents: a table or a folder.")
+        Path,
+        typer.Argument(help="A recipe file, see recipes/README.md, or a table of labeled documents, .jsonl or .csv."),
     ],
     changes: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where this recipe's run was cut off.")] = False,
@@ -177,7 +178,7 @@ def train_command(
 ) -> None:
     """Train one model as a recipe says; `accelerate launch -m hf_linear_attn train ...` for many processes.
 
-    Documents in the place of a recipe make a classifier of up to 4,096 tokens, MiniLM with a window, in outputs/<name>.
+    A table in the place of a recipe makes a classifier of up to 4,096 tokens, MiniLM with a window, in outputs/<name>.
 
     Examples:
 
@@ -402,5 +403,5 @@ def _load_recipe(path: Path, changes: list[str] | None) -> Recipe:
     for key, value in wanted.items():
         if "." not in key and value is not None:
             raise ValueError(f"--set takes SECTION.KEY=VALUE (or SECTION=null), got {key}={value}")
-    read = Recipe.for_documents if path.is_dir() or path.suffix in FORMATS else Recipe.from_yaml
+    read = Recipe.for_documents if path.suffix in FORMATS else Recipe.from_yaml
     return read(path).replace_at(wanted)
