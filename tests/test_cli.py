@@ -155,6 +155,8 @@ def test_every_example_in_the_help_runs(
         assert arguments[0] == command
         if command in ("train", "compare", "demo"):
             arguments += small_settings(tmp_path)
+        if command == "train" and "--resume" not in arguments:  # all write to one folder
+            arguments.append("--overwrite")
         if command == "demo":
             arguments += ["--embedders", small_embedders(tmp_path)]
         if command in ("report", "analyze", "methods", "bench", "retrieval", "advise"):

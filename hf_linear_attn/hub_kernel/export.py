@@ -1,4 +1,4 @@
-"""The folder that Hugging Face's `kernels` library loads: a build for each backend, its metadata, and a card.
+"""The folder that Hugging Face's `kernels` library loads: a build for each backend, its metadata, a card, the license.
 
 All builds hold the same files, which run Triton kernels on GPUs and plain PyTorch elsewhere. Layout and metadata are
 those of the library's "Kernel requirements". The name that a build is loaded under, and that PyTorch registers its
@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ _MODULES = {"hub_kernel.surface": "", "hub_kernel.layers": "layers"}
 _NAME = "hf-linear-attn"
 _LICENSE = "Apache-2.0"
 _METADATA = "metadata.json"
+_LICENSE_FILE = "LICENSE"
 
 
 def export_kernels(folder: str | Path, version: int | None = None) -> list[Path]:
     """Write the package's ops as a kernel of the Hub, without what they do not need.
 
-    A build that an earlier export wrote is replaced as a whole; every other file of the folder stays, and so does a
-    card that was written by hand.
+    A build that an earlier export wrote is replaced as a whole; every other file of the folder stays, and so do a card
+    that was written by hand and a LICENSE that is there.
 
     Args:
         folder: made if it is not there.
@@ -55,6 +57,7 @@ def export_kernels(folder: str | Path, version: int | None = None) -> list[Path]
         ValueError: for a negative version, a build in `folder` that holds anything but what an export wrote, or a
             module of the package that cannot stand without it. Nothing is written then.
         FileExistsError: if `folder` is a file.
+        FileNotFoundError: if the installed package has lost its license, which a copy of its code must go with.
     """
     version = int(__version__.partition(".")[0]) if version is None else version
     if version < 0:
@@ -63,18 +66,28 @@ def export_kernels(folder: str | Path, version: int | None = None) -> list[Path]
     builds = {backend: folder / "build" / f"torch-{backend}" for backend in BACKENDS}
     for build in builds.values():
         _check_replaceable(build)
-    sources = standalone_sources(_PACKAGE, _MODULES)
+    sources, license_text = standalone_sources(_PACKAGE, _MODULES), _license_text()
     with whole_folder(folder) as stage, tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as replaced:
         for backend in BACKENDS:
             _write_build(stage / backend, sources, backend, version)
         if _card_is_ours(folder / "README.md"):
             _card(version).save(stage / "README.md")
+        if not (folder / _LICENSE_FILE).exists():
+            (stage / _LICENSE_FILE).write_text(license_text, encoding="utf-8", newline="\n")
         (folder / "build").mkdir(exist_ok=True)
         for backend, build in builds.items():
             if build.exists():
                 os.rename(build, Path(replaced) / backend)
             os.rename(stage / backend, build)
     return list(builds.values())
+
+
+def _license_text() -> str:
+    """The package's license, as its wheel carries it beside the metadata."""
+    text = metadata.distribution(_NAME).read_text(f"licenses/{_LICENSE_FILE}")
+    if text is None:
+        raise FileNotFoundError(f"The installed {_NAME} has no licenses/{_LICENSE_FILE} in its metadata: reinstall it.")
+    return text
 
 
 def _write_build(build: Path, sources: dict[str, str], backend: str, version: int) -> None:

@@ -338,6 +338,42 @@ class Recipe:
         return cls.from_dict(read_yaml(path))
 
     @classmethod
+    def for_documents(cls, source: str | Path) -> Recipe:
+        """A classifier of long documents, from labeled documents alone: MiniLM with a window, its last layer trained.
+
+        What trains is what `recipes/minilm/sotu_demo.yaml` trains, at its rates, on documents of up to 4,096 tokens.
+
+        Args:
+            source: as `data.source`: a file of rows with `text` and `label`, or a folder. The model goes to
+                `outputs/<its name>`.
+        """
+        return cls.from_dict(
+            {
+                "model": {"name": "minilm", "kwargs": {"attention_probs_dropout_prob": 0.0}},
+                "data": {"source": str(source)},
+                "conversion": {"variant": "longformer", "options": {"window_size": 128}},
+                "training": {
+                    "output_dir": f"outputs/{Path(source).stem}",
+                    "num_train_epochs": 4,
+                    "per_device_train_batch_size": 4,
+                    "learning_rate": 5e-4,
+                    "lr_scheduler_type": "linear",
+                    "warmup_steps": 0.1,
+                    "weight_decay": 0.01,
+                    "bf16": "auto",
+                },
+                "stages": [
+                    {
+                        "stage": "finetune",
+                        "trainable": "last_layers:1",
+                        "head_learning_rate": 1e-3,
+                        "max_length": 4096,
+                    }
+                ],
+            }
+        )
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
         """Build from nested mappings, as strictly as `from_yaml`."""
         return build_strictly(cls, data, "recipe")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -115,7 +116,7 @@ def test_an_earlier_export_goes_as_a_whole(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(export, "standalone_sources", lambda package, moved: {"__init__.py": "y = 2\n"})
     export_kernels(tmp_path)
     builds = {f"build/torch-{backend}/{name}" for backend in BACKENDS for name in ("__init__.py", "metadata.json")}
-    assert {*content(tmp_path)} == {*builds, "README.md", "notes.txt"}
+    assert {*content(tmp_path)} == {*builds, "LICENSE", "README.md", "notes.txt"}
 
 
 @pytest.mark.parametrize("mine", ["ops/mine.py", "__init__.py"], ids=["added", "changed"])
@@ -161,6 +162,22 @@ def test_a_card_of_ones_own_stays(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     export_kernels(tmp_path, version=3)
     assert card.read_text() == own
     assert f"{card} was written by hand and stays as it is." in caplog.text
+
+
+def test_the_license_goes_along_and_another_one_stays(tmp_path: Path) -> None:
+    export_kernels(tmp_path / "fresh")
+    assert content(tmp_path / "fresh")["LICENSE"] == (Path(__file__).parents[2] / "LICENSE").read_bytes()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "LICENSE").write_text("their own terms")
+    export_kernels(tmp_path / "theirs")
+    assert content(tmp_path / "theirs")["LICENSE"] == b"their own terms"
+
+
+def test_a_package_without_its_license_exports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", lambda self, name: None)
+    with pytest.raises(FileNotFoundError, match="has no licenses/LICENSE in its metadata"):
+        export_kernels(tmp_path / "kernel")
+    assert not (tmp_path / "kernel").exists()
 
 
 def test_an_error_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
