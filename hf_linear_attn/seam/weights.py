@@ -53,7 +53,8 @@ def check_weights(
         shape, is_float = held[short]
         if shape != tuple(tensor.shape) and (_VARIANT in name or not ignore_mismatched_sizes):
             problems.append(f"{name} is {list(shape)}, the config asks for {list(tensor.shape)}")
-            resized += [] if _VARIANT in name else problems[-1:]
+            if _VARIANT not in name:
+                resized.append(problems[-1])
         elif _VARIANT in name and is_float != tensor.is_floating_point():
             problems.append(f"{name} holds {'floats' if is_float else 'integers'}")
     if missing:
