@@ -66,8 +66,28 @@ test-conformance: $(STAMP)-dev $(STAMP)-conformance $(STAMP)-weights ## same wei
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/bench/test_peers.py $(ARGS)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks/06_embedder.ipynb
 
-test-trust: $(STAMP)-dev ## random sequences of user actions beside a reference (hours; TRUST_SEED, TRUST_EXAMPLES)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m heavy tests/trust $(ARGS)
+# A stage is a run of pytest that leaves a report; one that passed is not run again until the code changes.
+TRUST := outputs/trust
+TRUST_STAGES := $(addprefix $(TRUST)/,without.xml with.xml linear.xml longformer.xml actions.xml numerics.xml faults.xml)
+TRUST_PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) --junitxml=$@
+FAULTS := tests/test_saving.py tests/training/test_safety.py tests/test_push.py tests/test_interrupts.py \
+	tests/test_threads.py tests/test_damaged_checkpoints.py tests/test_security.py
+
+test-trust: $(TRUST_STAGES) ## others' tests, random user actions, faults, numerics, for recipes/trust (TRUST_SEED, TRUST_EXAMPLES)
+	$(PY) .ci/trust.py $(TRUST)
+
+$(TRUST_STAGES): $(STAMP)-dev $(STAMP)-sources $(shell find hf_linear_attn tests/trust -name '*.py')
+
+# Without our settings and conftest.py. What fails without the plugin is upstream's: trust.py compares the first two.
+$(TRUST)/without.xml $(TRUST)/with.xml $(TRUST)/linear.xml $(TRUST)/longformer.xml: $(TRUST)/%.xml:
+	@mkdir -p $(TRUST)
+	TRUST_SOURCES=$(VENV)/sources $(if $(filter linear longformer,$*),TRUST_METHOD=$* )$(TRUST_PYTEST) --noconftest \
+		-c /dev/null --rootdir=. $(if $(filter with,$*),-p hf_linear_attn) tests/trust/others/transformers_models.py \
+		$(if $(filter with%,$*),|| [ $$? = 1 ])
+
+$(TRUST)/actions.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_user_actions.py $(ARGS)
+$(TRUST)/numerics.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_long_numerics.py $(ARGS)
+$(TRUST)/faults.xml: $(STAMP)-weights $(STAMP)-decoder-weights ; $(TRUST_PYTEST) -m "not heavy and not gpu" $(FAULTS) $(ARGS)
 
 test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make test-gpu PYTHON=python3
 	$(PYTHON) .ci/gpu.py test $(ARGS)
@@ -121,6 +141,14 @@ $(STAMP)-package: $(STAMP)-torch pyproject.toml
 $(STAMP)-demo $(STAMP)-dev $(STAMP)-conformance $(STAMP)-bench: $(STAMP)-%: $(STAMP)-torch pyproject.toml
 	@echo "Installing hf-linear-attn[$*]"
 	@$(PIP) install -e '.[$*]'
+	@touch $@
+
+# Transformers' own tests are in its source distribution alone.
+$(STAMP)-sources: $(STAMP)-dev
+	@echo "Unpacking the tests of Transformers"
+	@$(PIP) download --no-deps --no-build-isolation --no-binary transformers --dest $(VENV)/sources \
+		transformers==$$($(PY) -c 'from importlib.metadata import version; print(version("transformers"))')
+	@for file in $(VENV)/sources/*.tar.gz; do tar -C $(VENV)/sources -xzf $$file; done
 	@touch $@
 
 $(STAMP)-weights: $(STAMP)-venv

@@ -34,6 +34,7 @@ PAGES = (
     "docs/results.md",
     "docs/performance.md",
     "docs/when_not.md",
+    "docs/trust.md",
 )
 RESULTS = ROOT / "recipes" / "results"
 HEADLINE = RESULTS / "minilm_sotu_long.json"
@@ -44,6 +45,7 @@ SHARINGS = METHODS / "sharing" / "methods.json"
 SPECTRUM = ROOT / "recipes" / "minilm" / "results" / "spectrum" / "analysis.json"
 EMBEDDERS = ROOT / "recipes" / "minilm" / "results"
 LANGUAGE = ROOT / "recipes" / "smollm2" / "results" / "language.json"
+TRUST = ROOT / "recipes" / "trust" / "results.json"
 TIMES = ROOT / ".ci" / "times.json"
 PICTURES = {
     "": "cost of a token", "_peers": "other implementations", "_generation": "generation",
@@ -386,6 +388,35 @@ def times() -> str:
     return f"Installation included: {', '.join(each)}." if each else ""
 
 
+def trust() -> str:
+    """What `make test-trust` found."""
+    if not TRUST.is_file():
+        return "`make test-trust` finds it on your machine."
+    data = json.loads(TRUST.read_text(encoding="utf-8"))
+    versions, ends = " ".join(f"{name} {v}," for name, v in data["versions"].items()), ("passed", "skipped", "failed")
+    stages = [
+        [f"`{name}`", *(f"{stage[end]:,}" for end in ends), number(stage["seconds"], 0, 1 / 60)]
+        for name, stage in data["stages"].items()
+    ]
+    same = "the same" if not data["differ_with_plugin"] else f"others: {', '.join(data['differ_with_plugin'])}"
+    excluded = [[name, why, str(n)] for name, whys in data["excluded"].items() for why, n in whys.items()]
+    numerics, actions = data["numerics"], ", ".join(f"{count:,} {what}" for what, count in data["actions"].items())
+    scales = list(dict.fromkeys(scale for found in numerics.values() for scale in found))
+    errors = [[name, *(found.get(scale, "-") for scale in scales)] for name, found in numerics.items()]
+    return "\n\n".join(
+        [
+            f"{data['machine']}, {versions} {data['hours']} hours. Made by `{data['command']}`.",
+            table(["stage", *ends, "minutes"], stages),
+            f"With the plugin imported, the results of Transformers' tests are {same}. Random actions: {actions}.",
+            table(["converted to", "not run as it is, because it", "tests"], excluded),
+            "Numerics: error of the worst token, and what is allowed.",
+            table(["method", *scales], errors),
+            "Licenses of what is installed with all extras:",
+            table(["license", "packages"], [[kind, ", ".join(names)] for kind, names in data["licenses"].items()]),
+        ]
+    )
+
+
 def pictures() -> None:
     """Draw every committed picture anew from the results file beside it; nothing is measured."""
     from hf_linear_attn.bench.speed.pictures import draw_bench
@@ -417,6 +448,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "pays": pays,
     "chunks": chunks,
     "times": times,
+    "trust": trust,
 }
 
 

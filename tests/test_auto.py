@@ -166,6 +166,17 @@ def test_a_base_checkpoint_may_get_a_new_head(tmp_path: Path) -> None:
         assert torch.equal(classifier.bert(**token_batch())[0], model(**token_batch())[0])
 
 
+def test_a_head_of_another_size_is_upstreams_error_or_starts_anew(tmp_path: Path) -> None:
+    """Found by Transformers' common tests: scripts catch its `RuntimeError`."""
+    convert_model(BertForSequenceClassification(tiny_config("bert")), "linear").save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"classifier\.weight is \[2, 32\].*\[7, 32\].*ignore_mismatched_sizes=True"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=7)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    held = load_file(tmp_path / "model.safetensors")
+    kept = {name for name, value in model.state_dict().items() if torch.equal(value, held[name])}
+    assert set(held) - kept == {"classifier.weight", "classifier.bias"}
+
+
 def test_switched_to_softmax_while_saving_reloads_as_converted(tmp_path: Path) -> None:
     model = convert_model(base_model("bert"), "linear")
     converted = outputs_of(model, token_batch())

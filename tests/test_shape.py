@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
@@ -22,12 +23,14 @@ TOP_LEVEL = {
     "LICENSE",
     "Makefile",
     "README.md",
+    "SECURITY.md",
     "constraints.txt",
     "docs",
     "hf_linear_attn",
     "mkdocs.yml",
     "model_cards",
     "notebooks",
+    "noxfile.py",
     "pyproject.toml",
     "recipes",
     "tests",
@@ -93,6 +96,13 @@ def test_every_folder_of_code_is_a_package() -> None:
     """Setuptools leaves out a folder without `__init__.py`, and the installed package lacks it silently."""
     folders = {path.parent for path in repository_files() if path.suffix == ".py" and path.parts[0] == "hf_linear_attn"}
     assert {str(folder) for folder in folders if not (ROOT / folder / "__init__.py").is_file()} == set()
+
+
+def test_nightly_jobs_run_sessions_that_exist() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())["jobs"]
+    text = "\n".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    sessions = re.findall(r"^@nox[^@]*?^def (\w+)", (ROOT / "noxfile.py").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r'nox -s "(\w+)', text)) == set(sessions) == {"suite", "nightly"}
 
 
 def test_spelling_is_american() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate.utils import set_seed
 from datasets import concatenate_datasets
 
@@ -382,7 +383,7 @@ class _Comparison:
             )
         if recipe.evaluation.forward_lengths:
             notes.append("Forward times are of one document in fp32, the models taking turns.")
-        versions = {"torch": torch.__version__, "transformers": __import__("transformers").__version__}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return {
             "meta": {
                 "title": self.title,

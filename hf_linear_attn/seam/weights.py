@@ -11,10 +11,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["check_weights"]
+__all__ = ["MisfitError", "check_weights"]
 
 _VARIANT = ".linear_attn."
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class MisfitError(ValueError, RuntimeError):
+    """The weights of a checkpoint are not those of its config: a `RuntimeError` upstream, a `ValueError` here."""
 
 
 def check_weights(
@@ -29,8 +33,9 @@ def check_weights(
         ignore_mismatched_sizes: whether the checkpoint's own weights may differ in shape; the variants' may not.
 
     Raises:
-        ValueError: naming the tensors whose shape or kind (float, integer) differs, the variants' tensors that are
-            missing, or the file that cannot be read.
+        MisfitError: naming the tensors whose shape or kind (float, integer) differs, the variants' tensors that are
+            missing.
+        ValueError: naming the file that cannot be read.
     """
     held = _described(state_dict, files)
     if held is None:
@@ -38,7 +43,7 @@ def check_weights(
     prefix = f"{model.base_model_prefix}."
     held = {name.removeprefix(prefix): entry for name, entry in held.items()}
     tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
-    missing, problems = [], []
+    missing, problems, resized = [], [], []
     for name, tensor in model.state_dict().items():
         short = name.removeprefix(prefix)
         if short not in held:
@@ -48,14 +53,19 @@ def check_weights(
         shape, is_float = held[short]
         if shape != tuple(tensor.shape) and (_VARIANT in name or not ignore_mismatched_sizes):
             problems.append(f"{name} is {list(shape)}, the config asks for {list(tensor.shape)}")
+            if _VARIANT not in name:
+                resized.append(problems[-1])
         elif _VARIANT in name and is_float != tensor.is_floating_point():
             problems.append(f"{name} holds {'floats' if is_float else 'integers'}")
     if missing:
         problems.insert(0, f"missing keys: {', '.join(missing)}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        more += ". ignore_mismatched_sizes=True starts what differs anew" if problems == resized else ""
         source = files[0] if files else "the given state_dict"
-        raise ValueError(f"The weights in {source} do not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}.")
+        raise MisfitError(
+            f"The weights in {source} do not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}."
+        )
 
 
 def _described(

@@ -14,7 +14,7 @@ from hf_linear_attn.testing.contract import Subject, law
 from hf_linear_attn.testing.tools import cast, dense_softmax, draw, floats
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext
 
-__all__ = ["half_precision"]
+__all__ = ["SCALES", "errors_of", "half_precision", "rounded_once_more"]
 
 LENGTH, HEAD_DIM = 1030, 64
 NAMES = ("output", "gradient of query", "gradient of key", "gradient of value")
@@ -48,12 +48,12 @@ def half_precision(subject: Subject) -> None:
         inputs, softmax, softmax_errors = _softmax(context, what)
         doubles = cast(inputs, torch.float64)
         expected = _evaluate(_attend(exact), doubles)
-        is_softmax = _errors(expected[:1], softmax[:1], softmax)[0] < 1e-6
-        errors = _errors(_evaluate(_attend(half), inputs), expected, softmax)
+        is_softmax = errors_of(expected[:1], softmax[:1], softmax)[0] < 1e-6
+        errors = errors_of(_evaluate(_attend(half), inputs), expected, softmax)
         more, unit = [0.0] * len(NAMES), torch.finfo(dtype).eps / 2
         limits = [factor * max(error, unit) for factor, error in zip(FACTORS, softmax_errors, strict=True)]
         if not is_softmax and any(error > limit for error, limit in zip(errors, limits, strict=True)):
-            more = _errors(_evaluate(_attend(exact), _rounded_once_more(doubles, unit)), expected, softmax)
+            more = errors_of(_evaluate(_attend(exact), rounded_once_more(doubles, unit)), expected, softmax)
         fits = [x.abs().amax() <= torch.finfo(dtype).max for x in expected]
         for name, error, limit, extra, in_range in zip(NAMES, errors, limits, more, fits, strict=True):
             allowed = limit + extra if in_range else float("inf")
@@ -73,7 +73,7 @@ def _softmax(context: LayerContext, what: str) -> tuple[AttentionInputs, list[to
         q, k, v = call.query, call.key, call.value
         return F.scaled_dot_product_attention(q, k, v, is_causal=call.is_causal, scale=call.scaling)
 
-    return inputs, expected, _errors(_evaluate(kernel, inputs), expected, expected)
+    return inputs, expected, errors_of(_evaluate(kernel, inputs), expected, expected)
 
 
 def _attend(module: AttentionVariant) -> Attention:
@@ -91,7 +91,7 @@ def _evaluate(attention: Attention, inputs: AttentionInputs) -> list[torch.Tenso
     return [output.detach(), *zeros]
 
 
-def _errors(actual: list[torch.Tensor], expected: list[torch.Tensor], softmax: list[torch.Tensor]) -> list[float]:
+def errors_of(actual: list[torch.Tensor], expected: list[torch.Tensor], softmax: list[torch.Tensor]) -> list[float]:
     """Of the worst token, relative to its norm or, where that is smaller, to the root mean square over all tokens.
 
     Gradients that vanish where softmax's do not are as good as 0: there it is the mean over softmax's.
@@ -106,7 +106,7 @@ def _errors(actual: list[torch.Tensor], expected: list[torch.Tensor], softmax: l
     return found
 
 
-def _rounded_once_more(inputs: AttentionInputs, unit: float) -> AttentionInputs:
+def rounded_once_more(inputs: AttentionInputs, unit: float) -> AttentionInputs:
     """Every number off by up to `unit` of itself, either way."""
     generator = torch.Generator().manual_seed(3)
     return floats(inputs, lambda x: x * (1 + unit * (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1)))

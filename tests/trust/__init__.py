@@ -1,1 +1,1 @@
-"""Random sequences of what users do, beside a reference that recomputes every answer from the weights."""
+"""Random sequences of user actions beside a reference, other people's tests, and long numerics: `make test-trust`."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import RuleBasedStateMachine, invariant
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -84,6 +84,7 @@ class User(RuleBasedStateMachine):
     """One model, what was done to it, and the answers it owes."""
 
     refused: ClassVar[Counter[str]] = Counter()  # what was refused in this process, and how often
+    tried: ClassVar[Counter[str]] = Counter()  # sequences and actions in this process
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +97,12 @@ class User(RuleBasedStateMachine):
         self.tokens_per_call = dict(packing.CALL_TOKENS)
         packing.CALL_TOKENS["cpu"] = 1  # short rows have buckets of their own too
 
+    @invariant()
+    def _count(self) -> None:
+        self.tried["actions"] += 1
+
     def teardown(self) -> None:
+        self.tried["sequences"] += 1
         packing.CALL_TOKENS.update(self.tokens_per_call)
         self.folder.cleanup()
 

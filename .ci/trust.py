@@ -1,0 +1,109 @@
+"""What `make test-trust` found, from the reports of its stages: `python .ci/trust.py outputs/trust` writes RESULTS.
+
+A stage is one run of pytest; its report, `<stage>.xml`, is JUnit's. `without`, `with` and one for each method are runs
+of the same tests of Transformers: without the plugin, with it imported, on converted models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter, defaultdict
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "trust" / "results.json"
+PACKAGES = ("torch", "transformers", "peft", "hypothesis", "pytest", "triton")
+CONVERTED = ("linear", "longformer")  # stages of Transformers' tests on models of these methods
+OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One stage: its counts, seconds, outcome of every test, reasons of what was skipped, recorded properties."""
+    suite = ET.parse(path).getroot().find("testsuite")
+    outcomes, reasons, properties = {}, Counter(), defaultdict(dict)
+    for case in suite.iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        ends = {OUTCOMES[child.tag]: child for child in case if child.tag in OUTCOMES}  # of its subtests too
+        outcomes[name] = next((end for end in ("failed", "skipped") if end in ends), "passed")
+        if outcomes[name] == "skipped":
+            reasons[ends["skipped"].get("message")] += 1
+        for one in case.iter("property"):
+            properties[case.get("name")][one.get("name")] = one.get("value")
+    counts = Counter(outcomes.values())
+    return {
+        "seconds": round(float(suite.get("time"))),
+        "counts": {kind: counts[kind] for kind in ("passed", "skipped", "failed")},
+        "outcomes": outcomes,
+        "reasons": dict(reasons.most_common()),
+        "properties": {name: dict(found) for name, found in properties.items()},
+    }
+
+
+def licenses() -> dict[str, list[str]]:
+    """License -> what is installed under it of this package's dependencies and theirs, its own extras included."""
+    extras = distribution("hf-linear-attn").metadata.get_all("Provides-Extra")
+    wanted, found, seen = [("hf-linear-attn", extra) for extra in extras], defaultdict(set), set()
+    while wanted:
+        name, extra = wanted.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            meta = distribution(name).metadata
+        except PackageNotFoundError:  # an extra that is not installed
+            continue
+        if name != "hf-linear-attn":
+            stated = [line.rpartition(" :: ")[2] for line in meta.get_all("Classifier") or [] if "License ::" in line]
+            text = meta.get("License-Expression") or ", ".join(stated) or meta.get("License") or "not stated"
+            found[text.strip().splitlines()[0]].add(name)
+        for needed in map(Requirement, distribution(name).requires or []):
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                wanted += [(canonicalize_name(needed.name), extra) for extra in needed.extras or {""}]
+    return {kind: sorted(names) for kind, names in sorted(found.items())}
+
+
+def differing(stages: dict[str, Any]) -> list[str]:
+    """Tests of Transformers that end otherwise once the plugin is imported, or are there in one run alone."""
+    without, with_plugin = (stages[name]["outcomes"] for name in ("without", "with"))
+    return sorted(test for test in without | with_plugin if without.get(test) != with_plugin.get(test))
+
+
+def main() -> None:
+    """Read the stages in the folder that the command line names, and write RESULTS; a difference is an error."""
+    stages = {path.stem: read(path) for path in sorted(Path(sys.argv[1]).glob("*.xml"))}
+    upstream = stages["without"]["reasons"]
+    actions = Counter()
+    for found in stages["actions"]["properties"].values():
+        actions.update({name: int(count) for name, count in found.items()})
+    results = {
+        "command": "make test-trust",
+        "machine": f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in PACKAGES},
+        "hours": round(sum(stage["seconds"] for stage in stages.values()) / 3600, 2),
+        "stages": {name: {**stage["counts"], "seconds": stage["seconds"]} for name, stage in stages.items()},
+        "differ_with_plugin": differing(stages),
+        "excluded": {
+            name: {reason: n for reason, n in stages[name]["reasons"].items() if reason not in upstream}
+            for name in CONVERTED
+        },
+        "actions": actions,
+        "numerics": {name[name.index("[") + 1 : -1]: found for name, found in stages["numerics"]["properties"].items()},
+        "licenses": licenses(),
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if results["differ_with_plugin"]:
+        sys.exit(f"With the plugin imported these end otherwise: {', '.join(results['differ_with_plugin'])}.")
+
+
+if __name__ == "__main__":
+    main()

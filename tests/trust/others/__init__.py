@@ -1,0 +1,1 @@
+"""Other people's tests, from the source distributions of their packages."""
