@@ -89,7 +89,7 @@ def tiles_for(
     """
     features, values = block_of(num_features), block_of(head_dim)
     widest, hopper = max(features, values), shared_bytes >= _HOPPER
-    stages = 2 if shared_bytes >= _AMPERE else 1
+    stages = 2 if shared_bytes >= _AMPERE else 1  # 3 on Hopper: with two, nothing is loaded while a chunk is computed
     if precision != "bf16":
         tokens, wide, stages = 32, 32, 1
         if hopper:
@@ -100,7 +100,7 @@ def tiles_for(
             tokens, wide = 16, 16
     elif not is_causal:
         wide = 64 if stages == 2 else 32
-        return Tiles(64, min(values, wide), min(features, wide), 8, stages)
+        return Tiles(64, min(values, wide), min(features, wide), 8, 3 if hopper else stages)
     elif not hopper:
         tokens, wide = 32, 32 if backward else 64
         if widest > 64:
@@ -111,12 +111,14 @@ def tiles_for(
         tokens, wide = 64, 32 if backward or has_decay else 64
     else:
         tokens, wide = 32 if has_decay and not backward else 64, 16
+    if hopper and precision == "bf16" and (widest <= 128 or num_features == features):  # masks take registers
+        stages = 3
     return Tiles(tokens, min(values, wide), min(features, 2 * wide if widest > 128 else wide), 8, stages)
 
 
-def sums_tiles_for(num_features: int, head_dim: int, precision: str) -> Tiles:
+def sums_tiles_for(num_features: int, head_dim: int, precision: str, shared_bytes: int) -> Tiles:
     """The configuration of the sums, which hold nothing but one state."""
-    tokens, stages = (64, 2) if precision == "bf16" else (32, 1)
+    tokens, stages = (64, 3 if shared_bytes >= _HOPPER else 2) if precision == "bf16" else (32, 1)
     return Tiles(tokens, min(block_of(head_dim), 64), min(block_of(num_features), 64), 8, stages)
 
 
