@@ -36,7 +36,7 @@ SPILLS = {
     ("block_sparse_dx_kernel", "long_short"): 31,
     ("block_sparse_fwd_kernel", "long_short"): 4,
     ("linear_attention_bwd_kernel", "taylor"): 53,
-    ("linear_attention_fwd_kernel", "taylor"): 288,
+    ("linear_attention_fwd_kernel", "taylor"): 284,
 }
 
 
@@ -73,17 +73,14 @@ def test_where_a_value_is_read_is_named() -> None:
 
 
 def test_the_plain_kernel_reads_and_writes_what_the_layout_says() -> None:
-    """relu features, no weights: two passes over keys and values, one over queries and outputs, states of segments."""
-    batch, heads, length, dim = 8, 12, 1024, 64
-    trace, _ = trace_layer("linear", LayerShape(batch, length, heads * dim, heads, True), {"variance_reducer": False})[
-        "forward"
-    ]
-    sums, scan, forward = trace.launches
-    state, segments = 4 * (dim * dim + dim), 4  # of 256 tokens, so that 132 processors have three programs each
+    """Without weights, cut into segments: keys and values twice, queries and outputs once, states of segments."""
+    batch, heads, length, dim = 1, 12, 4096, 64
+    shape = LayerShape(batch, length, heads * dim, heads, True)
+    trace, _ = trace_layer("linear", shape, {"variance_reducer": False})["forward"]
+    state, segments = 4 * (dim * dim + dim), 16  # of 256 tokens: 132 processors could have three programs each
     tokens, rows = 2 * dim * length, 4 * length  # bytes of a head's queries, and of its denominators
-    per_head = [step.bytes / (batch * heads) for step in (sums, scan, forward)]
     total = 4 * segments  # log-decays of segments, which stand in where there are none
-    assert per_head == [
+    assert [step.bytes / heads for step in trace.launches] == [
         2 * tokens + segments * state + total,
         2 * segments * state,
         4 * tokens + rows + (segments + 1) * state,

@@ -217,9 +217,12 @@ def _states(
     """The state before each segment (of all keys if bidirectional), and the segments."""
     batch, heads, k_len = k.shape[:3]
     programs = batch * heads * -(-v.shape[-1] // tiles.values)
-    count, size = config.segments_for(k_len, programs, tiles, processors, has_decay=decay is not None)
-    if options.is_causal and count == 1:
-        return *before, count, size
+    if options.is_causal:
+        count, size = config.forward_segments_for(k_len, programs, tiles, processors)
+        if count == 1:
+            return *before, count, size
+    else:
+        count, size = config.segments_for(k_len, programs, tiles, processors, has_decay=False)
     lengths = (q.shape[2], k_len)
     state, vector, total = _segment_sums(
         *(k, v, scale, None, decay, options, lengths, (count, size)), reverse=False, guard=scale is not None

@@ -18,6 +18,7 @@ __all__ = [
     "device_limits",
     "dot_constants",
     "forward_constants",
+    "forward_segments_for",
     "precision_of",
     "segments_for",
     "step_constants",
@@ -37,6 +38,10 @@ DELTA_ROWS = 32
 _LEAST_SEGMENT = 256
 _LONGEST_DECAY_SEGMENT = 512
 _PROGRAMS_PER_PROCESSOR = 3  # below that many, sequences are cut
+# The causal forward pass of so many programs, or of so few tokens, is not cut: sums of segments read keys and values a
+# second time, and two more launches take longer than a short sequence. By a model of time, on no GPU yet.
+_ENOUGH_PROGRAMS = 96
+_SHORT = 2048
 
 _HOPPER = 200_000  # bytes of shared memory: that much and tensor cores read their operands from it
 _AMPERE = 150_000
@@ -131,6 +136,13 @@ def segments_for(length: int, programs: int, tiles: Tiles, processors: int, *, h
     chunks = -(-length // tiles.tokens)
     size = -(-chunks // min(wanted, chunks))
     return -(-chunks // size), size * tiles.tokens
+
+
+def forward_segments_for(length: int, programs: int, tiles: Tiles, processors: int) -> tuple[int, int]:
+    """Likewise for the causal forward pass, decay or not: one, and so one launch, where that is enough or short."""
+    if programs >= _ENOUGH_PROGRAMS or length <= _SHORT:
+        return 1, -(-length // tiles.tokens) * tiles.tokens
+    return segments_for(length, programs, tiles, processors, has_decay=False)
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:
