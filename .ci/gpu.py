@@ -3,8 +3,9 @@
     python .ci/gpu.py test
     python .ci/gpu.py bench
 
-`test` runs the tests marked `gpu`, then a small script under compute-sanitizer's memcheck where that is on PATH; with
-OUT set, `gpu-tests.xml` and `gpu-memcheck.txt` are written to that folder. `bench` measures recipes/bench/gpu.yaml into
+`test` runs the tests marked `gpu`, those of the kernels first, then a small script under compute-sanitizer's memcheck
+where that is on PATH; with OUT set, `gpu-tests.txt` (as results come), `gpu-tests.xml` and `gpu-memcheck.txt` are
+written to that folder. `bench` measures recipes/bench/gpu.yaml into
 recipes/bench/results, goes on where an earlier run stopped, and copies what it wrote to OUT if that is set. Nothing is
 installed and no connection opened; further arguments go to pytest or to the bench.
 Exit status: 0 all went well, 1 something failed, 2 something that is needed is missing.
@@ -13,11 +14,13 @@ Exit status: 0 all went well, 1 something failed, 2 something that is needed is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,14 +68,21 @@ def missing(action: str) -> list[str]:
     return found
 
 
+def marked_tests() -> list[str]:
+    """Files with a test marked `gpu`, the kernels' first. Others may import what that machine lacks."""
+    files = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
+    return [path.as_posix() for path in sorted(files, key=lambda path: ("kernels" not in path.parts, path))]
+
+
 def run_tests(out: Path | None, arguments: list[str]) -> int:
     """Exit status of pytest over the tests marked `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=10", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-v", "--durations=10", "-p", "no:cacheprovider"]
+    command += marked_tests()
     if importlib.util.find_spec("pytest_timeout") is None:  # pyproject.toml sets its option, tests have its mark
         command += ["-o", "addopts=-ra"]
     if out is not None:
         command.append(f"--junitxml={out / 'gpu-tests.xml'}")
-    return _run([*command, *arguments], TEST_SECONDS)
+    return _run([*command, *arguments], TEST_SECONDS, log=None if out is None else out / "gpu-tests.txt")
 
 
 def run_memcheck(out: Path | None) -> int:
@@ -101,13 +111,23 @@ def run_bench(out: Path | None, arguments: list[str]) -> int:
     return status
 
 
-def _run(command: list[str], seconds: int, **variables: str) -> int:
+def _run(command: list[str], seconds: int, log: Path | None = None, **variables: str) -> int:
+    """Exit status of a command; what it prints goes to `log` as well, a line at a time: a lease may end at any."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
-    try:
-        return subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
+    with contextlib.nullcontext() if log is None else log.open("w") as file:
+        pipe = None if file is None else subprocess.PIPE
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, text=True)
+        late = threading.Timer(seconds, process.kill)
+        late.start()
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            print(line, end="", flush=True, file=file)
+        status = process.wait()
+        late.cancel()
+    if late.finished.is_set() and status < 0:
         print(f"Stopped after {seconds} s: {' '.join(command[:4])} ...", file=sys.stderr)
         return 1
+    return status
 
 
 def main() -> int:

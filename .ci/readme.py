@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_linear_attn.bench.kernels.tables import render_overview as render_kernels_overview
 from hf_linear_attn.bench.retrieval.tables import about, measured_lengths, render_headline, verdict
 from hf_linear_attn.bench.retrieval.tables import render_overview as render_overview_of_retrieval
 from hf_linear_attn.bench.speed.recipe import BenchRecipe
@@ -248,6 +249,14 @@ def performance() -> str:
     return "\n\n".join(parts)
 
 
+def kernels() -> str:
+    """What `hf-linear-attn bench --kernels` counted: launches, operators and bytes of each pass at one length."""
+    path = BENCH / "results" / "kernels.json"
+    overview = render_kernels_overview(json.loads(path.read_text(encoding="utf-8")))
+    tables = path.with_suffix(".md").relative_to(ROOT).as_posix()
+    return f"{overview}\n\nOther lengths, and what each kernel compiles to: [{tables}]({tables})."
+
+
 def pays() -> str:
     """How many methods are as fast as SDPA at a length, and the fastest: whole models of the bench on a CPU."""
     data = json.loads((BENCH / "results" / "cpu.json").read_text(encoding="utf-8"))
@@ -445,6 +454,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "spectrum": spectrum,
     "guide": guide,
     "performance": performance,
+    "kernels": kernels,
     "pays": pays,
     "chunks": chunks,
     "times": times,

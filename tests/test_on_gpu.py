@@ -1,6 +1,6 @@
 """What a converted model waits for on a GPU: the CPU should run ahead of it, and CUDA graphs capture a step.
 
-`tests.on_gpu` has tensors of the CPU that say they lie on a GPU, and note where a value is read.
+`testing.on_gpu` has tensors of the CPU that say they lie on a GPU, and note where a value is read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="the extra [triton] is not installed")
 
 from hf_linear_attn import convert_model, set_backend
 from hf_linear_attn.ops.base import packing
+from hf_linear_attn.ops.base.memo import known_zero
 from hf_linear_attn.registry import get_patcher
-from tests.on_gpu import OnGpu, Watched, gpu, move
+from hf_linear_attn.testing.on_gpu import OnGpu, Watched, gpu, move
 from tests.tiny import (
     base_model,
     cached,
@@ -145,6 +146,18 @@ def test_a_mask_that_is_not_read_says_the_same(variant: str, family: str, side: 
         full = model(**_moved({**batch, "attention_mask": torch.ones_like(batch["input_ids"])}), **options)[0]
     torch.testing.assert_close(found.values, expected, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(full.values, every, atol=1e-4, rtol=1e-3)
+
+
+def test_a_buffer_is_looked_at_twice_at_most() -> None:
+    """Distributed training copies buffers in every step: a third look would be one in every step."""
+    buffer = OnGpu(torch.zeros(3))
+    seen = []
+    for _ in range(4):
+        with Watched() as watched:
+            known = [known_zero(buffer), known_zero(buffer)]
+        seen.append((known, len(watched.reads)))
+        buffer.copy_(OnGpu(torch.zeros(3)))
+    assert seen == [([True, True], 1)] * 2 + [([False, False], 0)] * 2
 
 
 def test_a_mask_on_the_cpu_is_read_there_and_regroups_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What `bench` and `retrieval` call: read the recipe, measure, draw, save. No terminal here."""
+"""What `bench` and `retrieval` call: read the recipe, measure or count, draw, save. No terminal here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hf_linear_attn.bench.retrieval.recipe import RetrievalRecipe
     from hf_linear_attn.bench.speed.recipe import BenchRecipe
 
-__all__ = ["load_bench_recipe", "run_bench", "run_retrieval", "show_retrieval"]
+__all__ = ["count_kernels", "load_bench_recipe", "run_bench", "run_retrieval", "show_retrieval"]
 
 _SHIPPED = {"cpu": "cpu.yaml", "cuda": "gpu.yaml"}
 
@@ -56,6 +56,22 @@ def run_bench(
     return results, output / f"{slug}.md", draw_bench(results, output / f"{slug}.png") if measured else []
 
 
+def count_kernels(output: Path, only: list[str] | None, command: str, say: Any) -> Path:
+    """Count what layers make a GPU do and compile it; write kernels.json and .md.
+
+    Returns:
+        the tables.
+    """
+    from hf_linear_attn.bench.kernels.run import measure_kernels
+    from hf_linear_attn.bench.kernels.tables import render_kernels
+
+    results = measure_kernels(only, command, say)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "kernels.json").write_text(_lines_of_rows(results), encoding="utf-8")
+    (output / "kernels.md").write_text(render_kernels(results), encoding="utf-8")
+    return output / "kernels.md"
+
+
 def run_retrieval(recipe: RetrievalRecipe, output: Path, fresh: bool, command: str, say: Any) -> dict[str, Any]:
     """Measure what is missing; write retrieval.json, .md and .png beside the rows.
 
@@ -85,6 +101,9 @@ def show_retrieval(results: dict[str, Any]) -> str:
 
 def _lines_of_rows(results: dict[str, Any]) -> str:
     """JSON with one line for each row, so that a difference between two runs can be read."""
-    head = to_json({name: value for name, value in results.items() if name != "rows"}, indent=1)
-    rows = ",\n".join(f"  {to_json(row)}" for row in results["rows"])
-    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
+    lists = [name for name in ("kernels", "rows") if name in results]
+    text = to_json({name: value for name, value in results.items() if name not in lists}, indent=1)[:-2]
+    for name in lists:
+        rows = ",\n".join(f"  {to_json(row)}" for row in results[name])
+        text += f',\n "{name}": [\n{rows}\n ]'
+    return text + "\n}\n"

@@ -43,16 +43,29 @@ def bench_command(
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads (default: the recipe's).")] = None,
     variants: Variants = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured into this folder.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Count what layers make a GPU do, without one, instead of timing.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Speed and memory of everything, beside what else a user would run. Goes on where it was cut off.
 
-    Models, single layers, other people's layers of the same methods, and generation, all taking turns.
+    Models, single layers, other people's layers of the same methods, and generation, all taking turns. With --kernels
+    launches, operators and bytes of each method that kernels serve, and what the kernels compile to (minutes).
 
-    Example:
+    Examples:
 
         hf-linear-attn bench recipes/bench/smoke.yaml
+
+        hf-linear-attn bench --kernels --variants linear
     """
+    if kernels:
+        with plain_errors():
+            given = {"a recipe": recipe, "--device": device, "--threads": threads, "--fresh": fresh or None}
+            if extra := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"--kernels measures nothing, so it takes no {extra[0].removeprefix('a ')}")
+            _count_kernels(output, names(variants, "--variants"), overwrite)
+        return
     with plain_errors():
         need_extra("bench", "bench", ("matplotlib", "yaml"))  # what it is compared with may be missing
         from hf_linear_attn.cli.bench_actions import load_bench_recipe, run_bench
@@ -74,6 +87,17 @@ def bench_command(
     # Too little memory is a result, and so is what other people's code cannot do.
     if any(row["kind"] != "peer" and "key" in row and row["failure"] != "out of memory" for row in failed):
         raise typer.Exit(code=1)
+
+
+def _count_kernels(output: Path, only: list[str] | None, overwrite: bool) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("--kernels compiles with Triton, the extra [triton], and it cannot be found")
+    from hf_linear_attn.cli.bench_actions import count_kernels
+
+    check_output(output, overwrite)
+    table = count_kernels(output, only, " ".join(["hf-linear-attn", *sys.argv[1:]]), typer.echo)
+    typer.echo(f"Tables: {table}")
+    typer.echo(f"Numbers: {table.with_suffix('.json')}")
 
 
 @app.command("retrieval")

@@ -1,10 +1,11 @@
 """What the shipped kernels compile to, without a GPU: registers, shared memory, spills and tensor-core instructions.
 
-    python -m hf_linear_attn.kernels.inspection --output recipes/bench/results/kernels.json
+    python -m hf_linear_attn.kernels.inspection --output outputs/kernels.json
 
 Every `Launch` that a module of this package names in `shipped_launches()` is compiled for each target. The exit
 status is 1 when a default configuration does not compile, spills, needs more shared memory than the target has, or
 says that it uses tensor cores and none show in its code. Needs Triton, which brings the compilers and disassemblers.
+`hf-linear-attn bench --kernels` inspects what the layers of each method launch instead (`launch_as_called`).
 
 Sources of the limits: CUDA C programming guide, "Technical specifications per compute capability" (opt-in shared
 memory per block); AMD CDNA3 instruction set architecture, "Local data share".
@@ -13,6 +14,7 @@ memory per block); AMD CDNA3 instruction set architecture, "Local data share".
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import inspect
 import json
@@ -31,7 +33,17 @@ from typing import Any
 
 from hf_linear_attn.kernels.launch import Launch
 
-__all__ = ["TARGETS", "Inspection", "Target", "inspect_launch", "kernel_modules", "main", "problems_of"]
+__all__ = [
+    "TARGETS",
+    "Inspection",
+    "Target",
+    "inspect_launch",
+    "kernel_modules",
+    "launch_as_called",
+    "main",
+    "problems_of",
+    "sources",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,10 @@ class Inspection:
         spills: instructions that access local memory (NVIDIA) or registers spilled (AMD).
         stack_bytes: local memory of a thread.
         tensor_cores: number of instructions by kind.
+        instructions: of the whole kernel, NVIDIA only.
+        load_waits: in loops, how many asynchronous copies may still be under way after each wait for some: 0 hides
+            none of them behind the products of a chunk. NVIDIA only.
+        dot_waits: in loops, waits for tensor cores that let no product run on. Hopper only.
         problems: what a default configuration must not show.
     """
 
@@ -92,6 +108,9 @@ class Inspection:
     spills: int | None = None
     stack_bytes: int | None = None
     tensor_cores: Mapping[str, int] = field(default_factory=dict)
+    instructions: int | None = None
+    load_waits: Sequence[int] = ()
+    dot_waits: int | None = None
     problems: Sequence[str] = ()
 
 
@@ -102,6 +121,45 @@ def kernel_modules() -> list[str]:
     entries = {name: getattr(importlib.import_module(name), _ENTRY, None) for name in names}
     # Not where it is only imported from another module.
     return [name for name, entry in entries.items() if entry is not None and entry.__module__ == name]
+
+
+def sources() -> dict[str, str]:
+    """A digest of the source of all kernels, by folder of this package: what a report was made of."""
+    from triton.runtime.jit import JITFunction
+
+    package = importlib.import_module("hf_linear_attn.kernels")
+    found: dict[str, dict[str, str]] = {}
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, JITFunction) and value.fn.__module__ == module.name:
+                found.setdefault(module.name.split(".")[2], {})[name] = inspect.getsource(value.fn)
+    texts = {folder: "\n".join(text for _, text in sorted(texts.items())) for folder, texts in found.items()}
+    return {folder: hashlib.sha256(text.encode()).hexdigest()[:16] for folder, text in sorted(texts.items())}
+
+
+def launch_as_called(kernel: Any, arguments: Mapping[str, Any], name: str) -> Launch:
+    """The configuration that a call of a `triton.jit` function compiles to.
+
+    Args:
+        kernel: the function.
+        arguments: of the call, by name, with the compiler's options among them.
+        name: what to call it in reports.
+    """
+    kernel = _jit_function(kernel)
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            constants[parameter.name] = value
+        elif hasattr(value, "dtype"):
+            signature[parameter.name] = f"*{_TYPES[str(value.dtype).removeprefix('torch.')]}"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+            signature[parameter.name] = ("i32" if abs(value) < 1 << 31 else "i64") + ":16" * aligned
+    given = {option: arguments.get(option, default) for option, default in (("num_warps", 4), ("num_stages", 3))}
+    return Launch(kernel, name, signature, constants, **given, uses_dot=False)
 
 
 def inspect_launch(launch: Launch, target: str) -> Inspection:
@@ -203,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _ENTRY = "shipped_launches"
+_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "bool": "i1"}
+_TYPES |= {"int32": "i32", "int64": "i64"}
 
 
 def _launches(module: str) -> list[Launch]:
@@ -251,7 +311,7 @@ def _signature(kernel: Any, launch: Launch) -> tuple[dict[str, str], dict[tuple[
     return signature, attributes
 
 
-def _read_cubin(compiled: Any) -> tuple[str, dict[str, int]]:
+def _read_cubin(compiled: Any) -> tuple[str, dict[str, Any]]:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -262,11 +322,30 @@ def _read_cubin(compiled: Any) -> tuple[str, dict[str, int]]:
             for flag in ("--dump-resource-usage", "-sass")
         )
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    looped = _in_loops(compiled.asm["ttgir"])
+    waits = [int(number) for line in looped for number in re.findall(r"ttg\.async_wait .*\{num = (\d+)", line)]
     return code.stdout, {
         "registers": numbers["REG"],
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code.stdout, re.MULTILINE)),
+        "load_waits": waits,
+        "dot_waits": sum("warp_group_dot_wait" in line and "pendings = 0" in line for line in looped),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code.stdout)),
         "stack_bytes": numbers["STACK"] + numbers["LOCAL"],
     }
+
+
+def _in_loops(ttgir: str) -> list[str]:
+    """The lines of Triton's code that stand in a loop, once each: a body is indented deeper than its loop."""
+    found, depth = [], None
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if depth is not None and indent <= depth:
+            depth = None
+        if depth is not None:
+            found.append(line)
+        elif "scf.for" in line or "scf.while" in line:
+            depth = indent
+    return found
 
 
 def _read_amdgcn(compiled: Any) -> tuple[str, dict[str, int]]:

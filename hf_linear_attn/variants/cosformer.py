@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_linear_attn.ops.base.masking import real_token_rank
+from hf_linear_attn.ops.base.memo import known_zero
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
@@ -130,6 +131,8 @@ class CosformerAttention(AttentionVariant):
         if not self.config.variance_reducer:
             return self._features(x, rank)
         features = self._features(x - self.key_center.to(x.dtype)[:, None], rank)
+        if known_zero(self.query_mean):  # as without calibration: all keys weigh the same
+            return features
         return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling)
 
     def _features(self, x: torch.Tensor, rank: torch.Tensor) -> maps.Features:

@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 
+from hf_linear_attn.ops.base.memo import known_zero
 from hf_linear_attn.ops.features import shift_invariant
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ScaledMap, weighted_by_mean_logit
 from hf_linear_attn.ops.features.named import feature_width
@@ -154,7 +155,8 @@ class LinearAttention(FeatureMapVariant):
             )
 
     def feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
-        query_mean = self.query_mean if self.config.variance_reducer else None
+        # Where it is all 0, as without calibration, all keys weigh the same: no weight is computed.
+        query_mean = None if not self.config.variance_reducer or known_zero(self.query_mean) else self.query_mean
         if self.config.draws_features:
             features = partial(self._features, scaling=scaling)
             return partial(features, side="query"), partial(features, side="key")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.base.memo import known_zero
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
 from hf_linear_attn.ops.features import maps
 from hf_linear_attn.ops.starts import calibration as measure
@@ -111,7 +112,7 @@ class T2RAttention(FeatureMapVariant):
             features = _features(x, weight, bias)
             return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling) if reduces else features
 
-        reduces = self.config.variance_reducer
+        reduces = self.config.variance_reducer and not known_zero(self.query_mean)  # without calibration it is 0
         q_map = maps.ParametricMap(_features, (self.query_weight, self.query_bias))
         return q_map, maps.ParametricMap(key_features, (self.key_weight, self.key_bias))
 

@@ -73,7 +73,7 @@ def _segment_sums(
     state, vector = _float(b, batch, heads, count, features, dim), _float(b, batch, heads, count, features)
     total = _float(b, batch, heads, count)
     precision = config.precision_of(b.dtype, c.dtype)
-    tiles = config.sums_tiles_for(features, dim, precision)
+    tiles = config.sums_tiles_for(features, dim, precision, config.device_limits(b.device)[0])
     constants = config.sums_constants(
         features,
         dim,
@@ -181,14 +181,24 @@ def forward(
             HAS_DECAY=decay is not None,
             **config.dot_constants(precision),
         )
+        keys, values = (k, v) if options.is_causal else (q, q)  # read by the sums alone
         _launch(
             fwd.linear_attention_fwd_kernel,
             batch * heads * count * -(-dim // tiles.values),
             constants,
             tiles,
-            *(q, k, v, out, den, _or(scale, den), _or(keep, den), _or(decay, den), _or(state, den), _or(vector, den)),
-            *(last, last_vector, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(_or(scale, den))),
-            *(options.q_multiplier, options.k_multiplier, heads, q_len, k_len, count, size),
+            *(q, keys, values, out, den, _or(scale, den), _or(keep, den), _or(decay, den)),
+            *(
+                _or(state, den),
+                _or(vector, den),
+                last,
+                last_vector,
+                *_strides(q),
+                *_strides(keys),
+                *_strides(values),
+                *_strides(out),
+            ),
+            *(*_strides(_or(scale, den)), options.q_multiplier, options.k_multiplier, heads, q_len, k_len, count, size),
         )
     return out, den, last, last_vector
 
@@ -207,9 +217,12 @@ def _states(
     """The state before each segment (of all keys if bidirectional), and the segments."""
     batch, heads, k_len = k.shape[:3]
     programs = batch * heads * -(-v.shape[-1] // tiles.values)
-    count, size = config.segments_for(k_len, programs, tiles, processors, has_decay=decay is not None)
-    if options.is_causal and count == 1:
-        return *before, count, size
+    if options.is_causal:
+        count, size = config.forward_segments_for(k_len, programs, tiles, processors)
+        if count == 1:
+            return *before, count, size
+    else:
+        count, size = config.segments_for(k_len, programs, tiles, processors, has_decay=False)
     lengths = (q.shape[2], k_len)
     state, vector, total = _segment_sums(
         *(k, v, scale, None, decay, options, lengths, (count, size)), reverse=False, guard=scale is not None

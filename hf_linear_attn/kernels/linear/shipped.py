@@ -65,7 +65,7 @@ def _launches(target: str, dtype: str, features: int, dim: int, options: str) ->
         config.tiles_for(features, dim, precision, _TARGETS[target], is_causal=causal, backward=which, has_decay=decay)
         for which in (False, True)
     )
-    sums = config.sums_tiles_for(features, dim, precision)
+    sums = config.sums_tiles_for(features, dim, precision, _TARGETS[target])
 
     def launch(kernel: Any, which: str, tiles: config.Tiles, constants: dict[str, Any], **settings: Any) -> Launch:
         constants = {**constants, **settings}

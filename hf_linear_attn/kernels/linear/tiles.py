@@ -18,6 +18,7 @@ __all__ = [
     "device_limits",
     "dot_constants",
     "forward_constants",
+    "forward_segments_for",
     "precision_of",
     "segments_for",
     "step_constants",
@@ -37,6 +38,10 @@ DELTA_ROWS = 32
 _LEAST_SEGMENT = 256
 _LONGEST_DECAY_SEGMENT = 512
 _PROGRAMS_PER_PROCESSOR = 3  # below that many, sequences are cut
+# The causal forward pass of so many programs, or of so few tokens, is not cut: sums of segments read keys and values a
+# second time, and two more launches take longer than a short sequence. By a model of time, on no GPU yet.
+_ENOUGH_PROGRAMS = 96
+_SHORT = 2048
 
 _HOPPER = 200_000  # bytes of shared memory: that much and tensor cores read their operands from it
 _AMPERE = 150_000
@@ -89,7 +94,7 @@ def tiles_for(
     """
     features, values = block_of(num_features), block_of(head_dim)
     widest, hopper = max(features, values), shared_bytes >= _HOPPER
-    stages = 2 if shared_bytes >= _AMPERE else 1
+    stages = 2 if shared_bytes >= _AMPERE else 1  # 3 on Hopper: with two, nothing is loaded while a chunk is computed
     if precision != "bf16":
         tokens, wide, stages = 32, 32, 1
         if hopper:
@@ -100,7 +105,7 @@ def tiles_for(
             tokens, wide = 16, 16
     elif not is_causal:
         wide = 64 if stages == 2 else 32
-        return Tiles(64, min(values, wide), min(features, wide), 8, stages)
+        return Tiles(64, min(values, wide), min(features, wide), 8, 3 if hopper else stages)
     elif not hopper:
         tokens, wide = 32, 32 if backward else 64
         if widest > 64:
@@ -111,12 +116,14 @@ def tiles_for(
         tokens, wide = 64, 32 if backward or has_decay else 64
     else:
         tokens, wide = 32 if has_decay and not backward else 64, 16
+    if hopper and precision == "bf16" and (widest <= 128 or num_features == features):  # masks take registers
+        stages = 3
     return Tiles(tokens, min(values, wide), min(features, 2 * wide if widest > 128 else wide), 8, stages)
 
 
-def sums_tiles_for(num_features: int, head_dim: int, precision: str) -> Tiles:
+def sums_tiles_for(num_features: int, head_dim: int, precision: str, shared_bytes: int) -> Tiles:
     """The configuration of the sums, which hold nothing but one state."""
-    tokens, stages = (64, 2) if precision == "bf16" else (32, 1)
+    tokens, stages = (64, 3 if shared_bytes >= _HOPPER else 2) if precision == "bf16" else (32, 1)
     return Tiles(tokens, min(block_of(head_dim), 64), min(block_of(num_features), 64), 8, stages)
 
 
@@ -129,6 +136,13 @@ def segments_for(length: int, programs: int, tiles: Tiles, processors: int, *, h
     chunks = -(-length // tiles.tokens)
     size = -(-chunks // min(wanted, chunks))
     return -(-chunks // size), size * tiles.tokens
+
+
+def forward_segments_for(length: int, programs: int, tiles: Tiles, processors: int) -> tuple[int, int]:
+    """Likewise for the causal forward pass, decay or not: one, and so one launch, where that is enough or short."""
+    if programs >= _ENOUGH_PROGRAMS or length <= _SHORT:
+        return 1, -(-length // tiles.tokens) * tiles.tokens
+    return segments_for(length, programs, tiles, processors, has_decay=False)
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:

@@ -59,7 +59,8 @@ def launch_options(target: str, kernel: str, head_dim: int, dtype: torch.dtype) 
     elif dtype == torch.float32:
         options = {"num_warps": 8, "num_stages": 1}
     else:
-        options = {"num_warps": 8, "num_stages": 3 if kernel == "fwd" and head_dim <= 64 else 2}
+        deep = head_dim <= 64 and (kernel == "fwd" or (target == "sm_90" and kernel in ("dq", "dkv")))
+        options = {"num_warps": 8, "num_stages": 3 if deep else 2}
     step = 64 if target == "sm_90" and not _has_wide_masks(head_dim) else 32
     if dtype == torch.float32:
         step = 32 if head_dim <= 64 else 16

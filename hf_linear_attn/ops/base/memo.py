@@ -1,4 +1,4 @@
-"""Lists that follow from lengths and settings alone, kept from call to call."""
+"""What is kept from call to call: lists that follow from lengths and settings alone, and whether a buffer is all 0."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["kept_lists"]
+__all__ = ["kept_lists", "known_zero"]
 
 _KEPT_LISTS = 64
 _kept: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 _lock = threading.Lock()
 T = TypeVar("T")
+
+_looked: Any = WeakTensorKeyDictionary()
+_MOST_LOOKS = 2  # at a buffer on a GPU, which the CPU waits for: who changes it in every step gets no third
 
 
 def kept_lists(key: tuple[object, ...], device: torch.device, build: Callable[[], T]) -> T:
@@ -43,3 +47,23 @@ def kept_lists(key: tuple[object, ...], device: torch.device, build: Callable[[]
         while len(_kept) > _KEPT_LISTS:
             _kept.popitem(last=False)
     return made
+
+
+def known_zero(buffer: torch.Tensor) -> bool:
+    """Whether all of a buffer is 0, by a look at it when it is new or was changed in place.
+
+    False where nobody may look: in a graph that is compiled, traced, captured or transformed, under a fake tensor mode,
+    and after a few changes on a GPU. So what is skipped where this is True must be the same computation for zeros.
+    """
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(torch.empty(0)) is not torch.Tensor
+    if tracing or buffer.is_meta or buffer.is_inference() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    present = buffer._version, buffer.untyped_storage().data_ptr()
+    seen, zero, looks = _looked.get(buffer, (None, False, 0))
+    if seen != present:
+        on_gpu = buffer.device.type == "cuda"
+        if on_gpu and (looks == _MOST_LOOKS or torch.cuda.is_current_stream_capturing()):
+            return False
+        zero, looks = not bool(buffer.detach().any()), looks + 1
+        _looked[buffer] = present, zero, looks
+    return zero

@@ -5,6 +5,7 @@ Without a GPU the kernels are interpreted (float32 and float16 only); tests mark
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ def _cut(monkeypatch: pytest.MonkeyPatch, tokens: int, segments: int) -> None:
     monkeypatch.setattr(config, "tiles_for", small)
     monkeypatch.setattr(config, "sums_tiles_for", lambda *args: config.Tiles(32, 16, 16, 8, 1))
     monkeypatch.setattr(config, "segments_for", cut)
+    monkeypatch.setattr(config, "forward_segments_for", functools.partial(cut, has_decay=False))
 
 
 def _phi(x: torch.Tensor, feature_map: str, multiplier: float) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Lists that are made once."""
+"""Lists that are made once, and buffers that are looked at once."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_linear_attn.ops.base import memo
-from hf_linear_attn.ops.base.memo import kept_lists
+from hf_linear_attn.ops.base.memo import kept_lists, known_zero
 
 CPU = torch.device("cpu")
 
@@ -74,3 +74,36 @@ def test_another_stream_waits_for_the_lists_and_the_cpu_does_not(monkeypatch):
         kept_lists(("a",), torch.device("cuda"), build)
     assert len(made) == 1
     assert waits == [("second", "event of first")] * 2
+
+
+def test_a_buffer_is_looked_at_when_it_is_new_or_changed_in_place():
+    buffer = torch.zeros(2, 3)
+    assert known_zero(buffer)
+    buffer[1, 2] = 1
+    assert not known_zero(buffer)
+    buffer.zero_()
+    assert known_zero(buffer)
+    buffer.data = torch.ones(2, 3)
+    assert not known_zero(buffer)
+    assert known_zero(torch.zeros(0))
+
+
+def test_a_buffer_that_is_saved_says_nothing_of_the_look():
+    buffer = torch.zeros(2)
+    known_zero(buffer)
+    assert vars(buffer) == {}
+
+
+def test_nobody_looks_where_values_are_not_known():
+    def look(x):
+        return x + 1 if known_zero(x) else x + 2
+
+    zeros = torch.zeros(2)
+    assert torch.equal(look(zeros), zeros + 1)
+    assert torch.equal(torch.compile(look, backend="eager", fullgraph=True)(zeros), zeros + 2)
+    assert torch.equal(torch.vmap(look)(zeros), zeros + 2)
+    assert not known_zero(torch.zeros(2, device="meta"))
+    with FakeTensorMode():
+        assert not known_zero(torch.zeros(2))
+    with torch.inference_mode():
+        assert not known_zero(torch.zeros(2))

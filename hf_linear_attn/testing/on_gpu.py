@@ -3,32 +3,35 @@
 `OnGpu` is a tensor on the CPU that calls itself one of `cuda:0`, in Python, and so are all tensors that are computed
 from it or made on its device: code goes the ways that it goes on a GPU. `Watched` notes where a value is read: by
 `.item()` and all that calls it, by a copy to the CPU, or by an operator whose result has a size that depends on values
-(`nonzero`, an index that is a mask, `unique`). Kernels are launched and do nothing.
+(`nonzero`, an index that is a mask, `unique`). Kernels are launched and do nothing. A subclass of `Watched` hears of
+all that a GPU would run: launches, and PyTorch's operators, also those between the launches of one of ours.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
-import pytest
 import torch
 from torch import nn
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-import hf_linear_attn
-
 __all__ = ["OnGpu", "Watched", "gpu", "move"]
+
+M = TypeVar("M", bound=nn.Module)
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-_PACKAGE = str(Path(hf_linear_attn.__file__).parent)
+_HERE = str(Path(__file__))
+_PACKAGE = str(Path(__file__).parents[1])
 
 # Operators that read a value, or whose result has as many elements as values say. A check of a factorization reads too.
 _READS = {
@@ -48,8 +51,8 @@ _TO_HOST = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"
 class OnGpu(torch.Tensor):
     """A tensor of the CPU, `values`, that says it lies on `cuda:0`."""
 
-    values: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    values: torch.Tensor  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> OnGpu:
@@ -66,14 +69,16 @@ class OnGpu(torch.Tensor):
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.values.untyped_storage()
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"OnGpu({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "hf_linear_attn":  # what Python does around the launches is watched as well
-            with Watched(Watched.now.reads if Watched.now else None):  # a mode is off in what it calls
+            with copy.copy(Watched.now) if Watched.now else Watched():  # a mode is off in what it calls
                 return OPDEFS[func.name().partition(".")[0]]._init_fn(*args, **kwargs)
         name = func.overloadpacket.__name__
         masks = [x for x in (args[1] if name in ("index", "index_put", "index_put_") else ()) if x is not None]
@@ -81,6 +86,8 @@ class OnGpu(torch.Tensor):
         if name in _READS or sized or any(x.dtype in (torch.bool, torch.uint8) for x in masks):
             Watched.note(f"aten.{name}")
         result = func(*_values(args), **_values(kwargs))
+        if Watched.now is not None:
+            Watched.now.computed(func, args, kwargs, result)
         return tree_map_only(torch.Tensor, _on_gpu, result)
 
 
@@ -113,6 +120,19 @@ class Watched(TorchFunctionMode):
         Watched.now = self.outer
         super().__exit__(*args)
 
+    def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """An operator of PyTorch ran on such tensors."""
+
+    def made(self, name: str, result: torch.Tensor) -> None:
+        """The function of this name made a tensor there, of nothing or of one of the CPU."""
+
+    def launched(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A `triton.jit` function was launched."""
+
+    def making(self, name: str) -> AbstractContextManager[Any]:
+        """Where the function of this name makes a tensor."""
+        return nullcontext()
+
     @classmethod
     def note(cls, how: str) -> None:
         if cls.now is not None:
@@ -135,8 +155,15 @@ class Watched(TorchFunctionMode):
             self.note("a copy from the CPU")
         args = tuple(CPU if _is_device(x) else x for x in args)
         kwargs = {key: CPU if _is_device(x) else x for key, x in kwargs.items()}
-        result = func(*args, **kwargs)
-        return _on_gpu(result) if target.type == "cuda" and isinstance(result, torch.Tensor) else result
+        with self.making(name) if target.type == "cuda" else nullcontext():
+            result = func(*args, **kwargs)
+        if target.type != "cuda" or not isinstance(result, torch.Tensor):
+            return result
+        if isinstance(result, OnGpu):
+            return result
+        self.made(name, result)
+        trains = result.is_leaf and result.requires_grad
+        return OnGpu(result.detach()).requires_grad_() if trains else OnGpu(result)
 
 
 def _is_device(x: Any) -> bool:
@@ -154,7 +181,7 @@ def _place(frame: FrameType | None) -> str:
     other = "?"
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if file.startswith(_PACKAGE):
+        if file.startswith(_PACKAGE) and file != _HERE:
             return f"{file[len(_PACKAGE) + 1 : -3]}:{name}"
         if other == "?" and "/transformers/" in file:
             other = f"transformers {Path(file).stem}:{name}"
@@ -162,7 +189,7 @@ def _place(frame: FrameType | None) -> str:
     return other
 
 
-def move(model: nn.Module) -> nn.Module:
+def move(model: M) -> M:
     """Parameters and buffers of a model to the GPU, in place."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -182,15 +209,23 @@ def gpu() -> Iterator[None]:
     from hf_linear_attn.ops.base import backend, memo
 
     backend._load_kernels()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memo, "_kept", type(memo._kept)())  # by device: a real one must not meet lists of this one
-        patch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
-        patch.setattr(backend, "_gpu_refusal", lambda index: None)
-        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        patch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        if Watched.now is not None:
+            Watched.now.launched(self, args, kwargs)
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (memo, "_kept", type(memo._kept)()),  # by device: a real one must not meet lists of this one
+            (JITFunction, "run", run),
+            (backend, "_gpu_refusal", lambda index: None),
+            (torch.cuda, "device", lambda device: nullcontext()),
+            (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            (torch.cuda, "get_device_properties", lambda device: _Properties),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (torch.cuda, "current_stream", lambda device=None: _Stream),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield
 
 
