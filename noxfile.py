@@ -38,13 +38,13 @@ def make(session: nox.Session, target: str, python: str, transformers: str, torc
 @nox.parametrize("python_version", ["3.10", "3.12", "3.13"])
 @nox.parametrize(("transformers", "torch"), MATRIX)
 def suite(session: nox.Session, transformers: str, torch: str, python_version: str) -> None:
-    """The test-suite and the notebooks: `make test`."""
-    make(session, "test", python_version, transformers, torch)
+    """The whole test-suite and the notebooks: `make test-all`."""
+    make(session, "test-all", python_version, transformers, torch)
 
 
 @nox.session(venv_backend="none")
 @nox.parametrize("transformers", ["newest", "main"])
-@nox.parametrize("target", ["doctor", "test"])
+@nox.parametrize("target", ["doctor", "test-all"])
 def nightly(session: nox.Session, target: str, transformers: str) -> None:
-    """`make doctor` and `make test` under the newest of everything, and under Transformers' main."""
+    """`make doctor` and `make test-all` under the newest of everything, and under Transformers' main."""
     make(session, target, "3.12", transformers, "newest")

@@ -441,24 +441,11 @@ def pictures() -> None:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "headline": headline,
-    "short": short,
-    "variants": variants,
-    "options": options,
-    "families": families,
-    "results": results,
-    "language": language,
-    "embedders": embedders,
-    "methods": methods,
-    "sharings": sharings,
-    "spectrum": spectrum,
-    "guide": guide,
-    "performance": performance,
-    "kernels": kernels,
-    "pays": pays,
-    "chunks": chunks,
-    "times": times,
-    "trust": trust,
+    section.__name__: section
+    for section in (
+        *(headline, short, variants, options, families, results, language, embedders, methods, sharings, spectrum),
+        *(guide, performance, kernels, pays, chunks, times, trust),
+    )
 }
 
 
