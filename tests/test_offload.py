@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, EncoderDecoderModel
 
 from hf_linear_attn import convert_model, list_variants
-from tests.tiny import base_model, main_family, small_options, token_batch
+from tests.tiny import base_model, causal_lm, main_family, small_options, token_batch
 
 ENCODERS, DECODERS = list_variants(encoder=True), list_variants(decoder=True)
 SIDES = [pytest.param(variant, False, id=f"{variant}-encoder") for variant in ENCODERS]
@@ -24,6 +27,11 @@ def converted(variant: str, causal: bool = False) -> Any:
     model = base_model(main_family(causal))
     convert_model(model, variant, **small_options(variant, main_family(causal)))
     return model
+
+
+def layers_on_disk(model: Any, prefix: str = "") -> dict[str, str]:
+    """A device map with the stack of layers on disk and the rest on the CPU."""
+    return {prefix + name: "disk" if name in ("encoder", "h") else "cpu" for name, _ in model.named_children()}
 
 
 @torch.no_grad()
@@ -47,3 +55,27 @@ def test_global_tokens_of_a_call(count: int) -> None:
     expected = outputs(model, global_attention_mask=marks)
     cpu_offload(model, torch.device("cpu"))
     torch.testing.assert_close(outputs(model, global_attention_mask=marks), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "causal"), SIDES)
+def test_layers_on_disk_give_the_same(variant: str, causal: bool, tmp_path: Path) -> None:
+    model = converted(variant, causal)
+    model.save_pretrained(tmp_path)
+    where = {"device_map": layers_on_disk(model), "offload_folder": str(tmp_path / "offload")}
+    again = AutoModel.from_pretrained(tmp_path, **where)
+    assert all(x.is_meta for name, x in again.named_parameters() if ".linear_attn." in name or ".query." in name)
+    torch.testing.assert_close(outputs(again), outputs(model), atol=1e-5, rtol=0)
+
+
+def test_a_weight_that_is_on_no_disk_is_refused(tmp_path: Path) -> None:
+    """The load of a composite reports it and draws it anew, so that only the part can tell."""
+    encoder = converted("hedgehog")
+    model = EncoderDecoderModel(encoder=encoder, decoder=causal_lm("bert", is_decoder=True, add_cross_attention=True))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    del held["encoder.encoder.layer.1.attention.self.linear_attn.query_weight"]
+    save_file(held, file, metadata={"format": "pt"})
+    places = {**layers_on_disk(encoder, "encoder."), "decoder": "cpu"}
+    with pytest.raises(ValueError, match=r"LinearAttnBertModel: missing keys: encoder\.layer\.1\S+query_weight\."):
+        EncoderDecoderModel.from_pretrained(tmp_path, device_map=places, offload_folder=str(tmp_path / "offload"))
