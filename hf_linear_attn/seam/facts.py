@@ -309,7 +309,8 @@ def _tied_weights() -> None:
 @_fact("loading")
 def _loading() -> None:
     """`from_pretrained(output_loading_info=True)` says which weights were missing and unexpected, and calls
-    `_init_weights` for every module that the checkpoint did not fill, whose tensors lack `_is_hf_initialized`."""
+    `_init_weights` for every module that the checkpoint did not fill, whose tensors lack `_is_hf_initialized` and have
+    left the meta device."""
     model: Any = tiny_model(_decoder(), decoder=True)
     initialized: list[nn.Module] = []
 
@@ -320,7 +321,7 @@ def _loading() -> None:
 
         def _init_weights(self, module: nn.Module) -> None:
             flags = [getattr(tensor, "_is_hf_initialized", False) for tensor in module.parameters()]
-            if flags and not all(flags):
+            if flags and not all(flags) and not any(tensor.is_meta for tensor in module.parameters()):
                 initialized.append(module)
             super()._init_weights(module)
 

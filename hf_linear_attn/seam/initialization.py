@@ -26,7 +26,7 @@ def mark_initialized(module: nn.Module) -> None:
 
 
 def is_initialized(module: nn.Module) -> bool:
-    """Whether every tensor of `module` came from a checkpoint or was marked."""
+    """Whether every tensor of `module` came from a checkpoint, offloaded ones among them, or was marked."""
     return all(_is_marked(tensor) for tensor in chain(module.parameters(), module.buffers()))
 
 
@@ -43,4 +43,5 @@ def refuse_lost(model: nn.Module, variant: nn.Module) -> None:
 
 
 def _is_marked(tensor: torch.Tensor) -> bool:
-    return getattr(tensor, _MARK, False)
+    # A load leaves on the meta device what it offloads to disk; what the checkpoint lacks has left it by now.
+    return tensor.is_meta or getattr(tensor, _MARK, False)

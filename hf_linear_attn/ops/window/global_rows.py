@@ -14,21 +14,27 @@ from hf_linear_attn.ops.window.attention import at_least_two, attend_projected
 
 __all__ = ["affine", "check_hidden", "check_marks", "keep_old", "rows_over_all", "rows_over_first"]
 
+# Length of the basis: the sum of a row's weight and a large bias rounds off little of the weight. A power of two.
+_BASIS = 256.0
+
 
 def affine(layer: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, C]` and bias `[out]` of a linear layer, as its forward applies them.
 
-    A wrapper around the layer (LoRA, say) adds to its weight without changing it, and a quantized weight knows little
-    but to be multiplied, so anything else than a plain `nn.Linear` is asked what it does to the basis of its input.
+    A wrapper around the layer (LoRA, say) adds to its weight without changing it, a quantized weight knows little but
+    to be multiplied, and an offloaded one comes only when the layer runs. So anything else than a plain `nn.Linear`
+    whose weight is at hand is asked what it does to the basis of its input.
 
     Args:
         layer: maps `[..., C]` to `[..., out]`, affinely.
         like: a tensor `[..., C]` of the input's dtype and device.
     """
-    if type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, torch.Tensor):
+    plain = nn.Parameter, torch.Tensor
+    if type(layer) is nn.Linear and type(layer.weight) in plain and layer.weight.device == like.device:
         return layer.weight, layer.bias
     bias = layer(like.new_zeros(1, like.shape[-1]))
-    return (layer(torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)) - bias).t(), bias[0]
+    basis = _BASIS * torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    return (layer(basis) - bias).t() / _BASIS, bias[0]
 
 
 def check_hidden(q_len: int, token_mask: torch.Tensor | None, k_len: int, count: int, marked: bool) -> None:

@@ -28,6 +28,17 @@ def test_weight_and_bias_are_what_the_layer_applies(make):
     torch.testing.assert_close(x @ weight.mT + bias, layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_large_bias_leaves_of_a_wrapped_weight_what_the_dtype_can_hold(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16)
+    nn.init.normal_(layer.weight, std=0.04)
+    nn.init.constant_(layer.bias, 1.0)
+    found, bias = affine(nn.Sequential(layer.to(dtype)), torch.zeros(1, 16, dtype=dtype))
+    assert torch.equal(bias, layer.bias)
+    torch.testing.assert_close(found, layer.weight, rtol=0, atol=0.2 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_over_all_tokens(padded, causal):
