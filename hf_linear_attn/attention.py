@@ -204,6 +204,8 @@ def linear_attention_forward(
 
     if of_layer is None:
         attend = partial(_softmax, dropout=dropout, sliding_window=sliding_window)
+        # Upstream's window counts places, the padding between tokens among them.
+        regroups = regroups and (sliding_window is None or plan.packed or not plan.has_holes)
     else:
         _warn_of_dropout(dropout)
         if cache_layer is not None and not is_traced():

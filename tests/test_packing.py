@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -379,6 +380,23 @@ def test_regrouped_padding_changes_nothing(variant: str, family: str, monkeypatc
         for a, b in zip(*grads, strict=True):
             scale = max(1.0, b.abs().max().item())
             torch.testing.assert_close(a / scale, b / scale, atol=5e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_sliding_window_of_softmax_counts_places_as_upstream(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "PAYING_SHARE", 10.0)
+    used = {"use_sliding_window": True, "max_window_layers": 0} if family == "qwen2" else {}
+    model: Any = base_model(family, sliding_window=5, **used)
+    upstream = copy.deepcopy(model)
+    convert_model(model, "memory", layers=[1])
+    for side in ("right", "left", "holes"):
+        batch = ragged(side)
+        real = batch["attention_mask"].bool()
+        assert with_sequence_plan(model, (), batch)["linear_attn_plan"].buckets
+        given = {**batch, "position_ids": (real.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
+        found, expected = (m(**given, output_hidden_states=True).hidden_states[1][real] for m in (model, upstream))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -83,6 +83,7 @@ class SequencePlan:
         token_real: bool `[B * T]`, False for padding of the batch; None without.
         slot_real: bool `[S]`, False for padding of the buckets; None without.
         last_real: whether the last token of every row is real; None where that was not looked at.
+        has_holes: whether padding stands between tokens of a sequence, so that its places in a bucket are others.
     """
 
     packed: bool = False
@@ -92,6 +93,7 @@ class SequencePlan:
     token_real: torch.Tensor | None = None
     slot_real: torch.Tensor | None = None
     last_real: bool | None = True
+    has_holes: bool = False
 
 
 def is_traced() -> bool:
@@ -372,10 +374,19 @@ def _plan(
         index.append(token.flatten())
         real.append(here.flatten())
         total += rows * width
-    token_real = None
+    token_real, has_holes = None, False
     if order is not None:
+        has_holes = bool((order[begin + lengths - 1] - order[begin] >= lengths).any())
         token_real = torch.zeros(tokens, dtype=torch.bool)
         token_real[order] = True
         token_real = token_real.to(device)
     slot_real = None if all(bucket.real is None for bucket in buckets) else torch.cat(real).to(device)
-    return SequencePlan(packed, tuple(buckets), torch.cat(index).to(device), slot.to(device), token_real, slot_real)
+    return SequencePlan(
+        packed,
+        tuple(buckets),
+        torch.cat(index).to(device),
+        slot.to(device),
+        token_real,
+        slot_real,
+        has_holes=has_holes,
+    )
