@@ -30,7 +30,7 @@ def affine(layer: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         like: a tensor `[..., C]` of the input's dtype and device.
     """
     plain = nn.Parameter, torch.Tensor
-    if type(layer) is nn.Linear and type(layer.weight) in plain and layer.weight.is_meta == like.is_meta:
+    if type(layer) is nn.Linear and type(layer.weight) in plain and not layer.weight.is_meta:
         return layer.weight, layer.bias
     bias = layer(like.new_zeros(1, like.shape[-1]))
     basis = _BASIS * torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
