@@ -83,11 +83,15 @@ def export_kernels(folder: str | Path, version: int | None = None) -> list[Path]
 
 
 def _license_text() -> str:
-    """The package's license, as its wheel carries it beside the metadata."""
-    text = metadata.distribution(_NAME).read_text(f"licenses/{_LICENSE_FILE}")
-    if text is None:
+    """The package's license, as its wheel carries it beside the metadata, or a clone beside the package."""
+    installed = (found.read_text(f"licenses/{_LICENSE_FILE}") for found in metadata.distributions(name=_NAME))
+    text = next(filter(None, installed), None)
+    if text is not None:
+        return text
+    beside = _PACKAGE.parent / _LICENSE_FILE
+    if not (_PACKAGE.parent / "pyproject.toml").is_file() or not beside.is_file():
         raise FileNotFoundError(f"The installed {_NAME} has no licenses/{_LICENSE_FILE} in its metadata: reinstall it.")
-    return text
+    return beside.read_text(encoding="utf-8")
 
 
 def _write_build(build: Path, sources: dict[str, str], backend: str, version: int) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -175,6 +176,12 @@ def test_the_license_goes_along_and_another_one_stays(tmp_path: Path) -> None:
 
 def test_a_package_without_its_license_exports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", lambda self, name: None)
+    (tmp_path / "kernel_of_a_clone").mkdir()
+    export_kernels(tmp_path / "kernel_of_a_clone")
+    installed = tmp_path / "site-packages" / export._PACKAGE.name
+    shutil.copytree(export._PACKAGE, installed, ignore=shutil.ignore_patterns("__pycache__"))
+    (installed.parent / "LICENSE").write_text("of another package")
+    monkeypatch.setattr(export, "_PACKAGE", installed)
     with pytest.raises(FileNotFoundError, match="has no licenses/LICENSE in its metadata"):
         export_kernels(tmp_path / "kernel")
     assert not (tmp_path / "kernel").exists()
