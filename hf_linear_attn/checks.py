@@ -335,10 +335,10 @@ def _check_value(name: str, value: Any) -> None:
         raise ValueError(
             f'{where} is a {type(value).__name__}; allowed: a tensor (return_tensors="pt" makes a tokenizer give them).'
         )
-    ndim = {"input_ids": 2, "inputs_embeds": 3}.get(name)
-    if ndim is not None and (value is None or isinstance(value, bool) or value.ndim != ndim or not value.numel()):
+    fewest = {"input_ids": 2, "inputs_embeds": 3}.get(name)  # multiple choice has one dimension more
+    if fewest is not None and (value is None or isinstance(value, bool) or value.ndim < fewest or not value.numel()):
         given = value if isinstance(value, bool | None) else f"shape {tuple(value.shape)}"
-        raise ValueError(f"{where} has {given}; allowed: [batch, tokens{', width' * (ndim - 2)}], none of them 0.")
+        raise ValueError(f"{where} has {given}; allowed: [batch, tokens{', width' * (fewest - 2)}], none of them 0.")
 
 
 def check_batches(calibration: Iterable[Mapping[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
