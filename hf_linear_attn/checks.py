@@ -358,12 +358,15 @@ def check_batches(calibration: Iterable[Mapping[str, Any]], vocab_size: int) -> 
         if not isinstance(batch, Mapping):
             raise ValueError(f"A calibration batch must map argument names to tensors, got {type(batch).__name__}.")
         for name, value in batch.items():
-            _check_value(name, value)
+            if name != "labels":
+                _check_value(name, value)
         mask = batch.get("attention_mask")
         if isinstance(mask, torch.Tensor) and not bool(mask.any()):
             raise ValueError("A calibration batch holds nothing but padding (its attention_mask is all 0).")
         embeds = batch.get("inputs_embeds")
-        if embeds is not None and not bool((embeds if mask is None else embeds[mask.bool()]).isfinite().all()):
+        if embeds is not None and isinstance(mask, torch.Tensor) and mask.shape == embeds.shape[:-1]:
+            embeds = embeds[mask.bool()]
+        if embeds is not None and not bool(embeds.isfinite().all()):
             raise ValueError("inputs_embeds of a calibration batch has values that are not finite.")
         ids = batch.get("input_ids")
         if isinstance(ids, torch.Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:

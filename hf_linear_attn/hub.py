@@ -140,7 +140,7 @@ def push_to_hub(
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)
         prepare_for_hub(model, place, existing_card=existing, **facts)
-        new = [str(path.relative_to(place)) for path in Path(place).rglob("*") if path.is_file()]
+        new = [path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()]
         stale = stale_weights(api.list_repo_files(repo_id, revision=revision), new)
         return api.upload_folder(folder_path=place, delete_patterns=stale or None, **commit)
 

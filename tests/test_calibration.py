@@ -316,6 +316,12 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 # ---- what is computed, and what is told --------------------------------------------------------------------------
 
 
+def test_labels_of_any_kind_are_left_out() -> None:
+    model = base_model("bert")
+    convert_model(model, "linear", calibration=[{**token_batch(), "labels": [0, 1]}])
+    assert model.conversion_report.rows[0].output_error is not None
+
+
 def test_what_no_layer_receives_is_not_computed() -> None:
     """A head, and what comes after the last converted layer."""
     model, batches = causal_lm("llama", num_hidden_layers=3), [token_batch()]

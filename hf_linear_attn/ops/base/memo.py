@@ -50,7 +50,8 @@ def kept_lists(key: tuple[object, ...], device: torch.device, build: Callable[[]
 
 
 def known_zero(buffer: torch.Tensor) -> bool:
-    """Whether all of a buffer is 0, by a look at it when it is new or was changed in place.
+    """Whether all of a buffer is 0: on a CPU by a look in every call, elsewhere when it is new or was changed in place
+    (PyTorch does not tell of a write through `.data`).
 
     False where nobody may look: in a graph that is compiled, traced, captured or transformed, under a fake tensor mode,
     and after a few changes on a GPU. So what is skipped where this is True must be the same computation for zeros.
@@ -58,6 +59,8 @@ def known_zero(buffer: torch.Tensor) -> bool:
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(torch.empty(0)) is not torch.Tensor
     if tracing or buffer.is_meta or buffer.is_inference() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
+    if buffer.device.type == "cpu":  # a look costs less than it takes to remember one
+        return not bool(buffer.detach().any())
     present = buffer._version, buffer.untyped_storage().data_ptr()
     seen, zero, looks = _looked.get(buffer, (None, False, 0))
     if seen != present:
