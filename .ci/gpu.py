@@ -3,11 +3,11 @@
     python .ci/gpu.py test
     python .ci/gpu.py bench
 
-`test` runs the tests marked `gpu`, those of the kernels first, then a small script under compute-sanitizer's memcheck
-where that is on PATH; with OUT set, `gpu-tests.txt` (as results come), `gpu-tests.xml` and `gpu-memcheck.txt` are
-written to that folder. `bench` measures recipes/bench/gpu.yaml into
-recipes/bench/results, goes on where an earlier run stopped, and copies what it wrote to OUT if that is set. Nothing is
-installed and no connection opened; further arguments go to pytest or to the bench.
+`test` runs the tests marked `gpu` in twelve processes, in bfloat16 and those of the kernels first, then a small script
+under compute-sanitizer's memcheck where that is on PATH; with OUT set, `gpu-tests.txt` (as results come),
+`gpu-tests-0.xml` and so on, and `gpu-memcheck.txt` are written to that folder. `bench` measures recipes/bench/gpu.yaml
+into recipes/bench/results, goes on where an earlier run stopped, and copies what it wrote to OUT if that is set.
+Nothing is installed and no connection opened; further arguments go to pytest or to the bench.
 Exit status: 0 all went well, 1 something failed, 2 something that is needed is missing.
 """
 
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,7 @@ NEEDED = {
     "bench": ("torch", "triton", "transformers", "typer", "rich", "yaml", "matplotlib"),
 }
 TEST_SECONDS = 400
+PROCESSES = 12
 MEMCHECK_SECONDS = 100
 BENCH_SECONDS = 570  # the recipe's own limit comes first; this one is for a call that hangs
 # One launch of each pass at lengths that end inside a tile. Gradients too: most addresses are computed there.
@@ -40,6 +42,8 @@ from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 from hf_linear_attn.kernels.sparse.launch import tiles_for
 from hf_linear_attn.kernels.gated.op import gated_linear_attention
 from hf_linear_attn.kernels.linear.op import linear_attention
+from hf_linear_attn.ops.features.maps import ScaledMap
+from hf_linear_attn.ops.linear.attention import feature_map_attention
 from hf_linear_attn.ops.window.csr import window_csr
 q, k, v = (torch.rand(1, 2, 100, 40, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 decay = (-torch.rand(1, 2, 100, 40, device="cuda")).requires_grad_()
@@ -50,6 +54,10 @@ for is_causal in (True, False):
     given = {"log_decay": decay[..., 0]} if is_causal else {}
     o, den, kv, z = linear_attention(q, k, v, key_scale=scale, is_causal=is_causal, feature_map="elu", **given)
     (o.float().sum() + den.sum() + kv.sum() + z.sum()).backward()
+with torch.no_grad():  # features inside the kernels
+    elu = ScaledMap("elu", 1.0), ScaledMap("elu", 1.0, torch.rand(2, 40, device="cuda"))
+    for is_causal in (True, False):
+        feature_map_attention(q, k, v, *elu, is_causal=is_causal, backend="triton")
 lists = window_csr(100, 100, 9, 0, q.device, tiles=tiles_for(q.dtype, 40))
 o, lse = block_sparse_attention(q, k, v, lists, scaling=0.2)
 (o.float().sum() + lse.sum()).backward()
@@ -74,15 +82,28 @@ def marked_tests() -> list[str]:
     return [path.as_posix() for path in sorted(files, key=lambda path: ("kernels" not in path.parts, path))]
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Tests as they should run: bfloat16 first, which models on a GPU have, float32 last; else as they are given."""
+    last = ["bf16", "fp16", "fp32"]
+    return sorted(names, key=lambda name: next((i for i, dtype in enumerate(last) if dtype in name), 0))
+
+
 def run_tests(out: Path | None, arguments: list[str]) -> int:
-    """Exit status of pytest over the tests marked `gpu`."""
-    command = [sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-v", "--durations=10", "-p", "no:cacheprovider"]
-    command += marked_tests()
+    """Exit status of pytest over the tests marked `gpu`, in `PROCESSES` processes: each waits for its compiler most."""
+    command = [sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("pytest_timeout") is None:  # pyproject.toml sets its option, tests have its mark
         command += ["-o", "addopts=-ra"]
-    if out is not None:
-        command.append(f"--junitxml={out / 'gpu-tests.xml'}")
-    return _run([*command, *arguments], TEST_SECONDS, log=None if out is None else out / "gpu-tests.txt")
+    listing = [*command, "--collect-only", "-q", *marked_tests(), *arguments]
+    listed = subprocess.run(listing, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    names = in_order(line for line in listed.stdout.splitlines() if "::" in line)
+    if listed.returncode or not names:
+        print(listed.stdout + listed.stderr, file=sys.stderr)
+        return 1
+    commands = []
+    for number in range(min(PROCESSES, len(names))):
+        report = [] if out is None else [f"--junitxml={out / f'gpu-tests-{number}.xml'}"]
+        commands.append([*command, "-v", "--durations=3", *report, *names[number::PROCESSES]])
+    return _run(commands, TEST_SECONDS, log=None if out is None else out / "gpu-tests.txt")
 
 
 def run_memcheck(out: Path | None) -> int:
@@ -95,7 +116,7 @@ def run_memcheck(out: Path | None) -> int:
     if out is not None:
         command += ["--log-file", str(out / "gpu-memcheck.txt")]
     # PyTorch's own allocator hides accesses between tensors: every tensor gets an allocation of its own.
-    return _run([*command, sys.executable, "-c", MEMCHECK], MEMCHECK_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return _run([[*command, sys.executable, "-c", MEMCHECK]], MEMCHECK_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def run_bench(out: Path | None, arguments: list[str]) -> int:
@@ -104,30 +125,46 @@ def run_bench(out: Path | None, arguments: list[str]) -> int:
     where = RESULTS.relative_to(ROOT)  # not absolute: the results say which command made them
     files = [str(where.parent / "gpu.yaml"), "--output", str(where), "--overwrite"]
     command = [sys.executable, "-m", "hf_linear_attn", "bench", *files]
-    status = _run([*command, *arguments], BENCH_SECONDS)
+    status = _run([[*command, *arguments]], BENCH_SECONDS)
     for path in sorted(RESULTS.iterdir()) if out is not None else ():
         if path.stat().st_mtime >= begin:
             shutil.copy(path, out)
     return status
 
 
-def _run(command: list[str], seconds: int, log: Path | None = None, **variables: str) -> int:
-    """Exit status of a command; what it prints goes to `log` as well, a line at a time: a lease may end at any."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
+def _environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
+
+
+def _run(commands: list[list[str]], seconds: int, log: Path | None = None, **variables: str) -> int:
+    """0 if all commands, side by side, go well, else 1 or the status of the only one.
+
+    What they print goes to `log` as well, a line at a time: a lease may end at any.
+    """
+
+    def copy(lines: Iterable[str]) -> None:
+        for line in lines:
+            with lock:
+                print(line, end="", flush=True)
+                print(line, end="", flush=True, file=file)
+
+    lock = threading.Lock()
     with contextlib.nullcontext() if log is None else log.open("w") as file:
-        pipe = None if file is None else subprocess.PIPE
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, text=True)
-        late = threading.Timer(seconds, process.kill)
-        late.start()
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            print(line, end="", flush=True, file=file)
-        status = process.wait()
+        given = {"cwd": ROOT, "env": _environment(**variables), "text": True}
+        given["stdout"] = None if file is None else subprocess.PIPE
+        processes = [subprocess.Popen(command, **given) for command in commands]
+        readers = [threading.Thread(target=copy, args=(process.stdout or (),)) for process in processes]
+        late = threading.Timer(seconds, lambda: [process.kill() for process in processes])
+        for thread in (late, *readers):
+            thread.start()
+        for reader in readers:
+            reader.join()
+        statuses = [process.wait() for process in processes]
         late.cancel()
-    if late.finished.is_set() and status < 0:
-        print(f"Stopped after {seconds} s: {' '.join(command[:4])} ...", file=sys.stderr)
+    if late.finished.is_set() and min(statuses) < 0:
+        print(f"Stopped after {seconds} s: {' '.join(commands[0][:4])} ...", file=sys.stderr)
         return 1
-    return status
+    return statuses[0] if len(statuses) == 1 else int(any(statuses))
 
 
 def main() -> int:

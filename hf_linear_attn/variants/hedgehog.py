@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops.features import softmax_map as maps
-from hf_linear_attn.ops.features.maps import ParametricMap
+from hf_linear_attn.ops.features.maps import KeyWeights, Spelled, SpelledMap, TokenMap
 from hf_linear_attn.ops.starts import calibration as measure
 from hf_linear_attn.ops.starts.attention_rows import attended_share, attention_cross_entropy
 from hf_linear_attn.registry import register_variant
@@ -116,10 +116,13 @@ class HedgehogAttention(FeatureMapVariant):
             scaling=inputs.scaling,
         )
 
-    def feature_maps(self, scaling: float) -> tuple[ParametricMap, ParametricMap]:
-        q_map = partial(maps.softmax_map, form=self.form, exp_form=maps.KEY_CENTROIDS)
-        k_map = partial(maps.softmax_map, form=self.form, exp_form=maps.QUERY_CENTROIDS)
-        return (
-            ParametricMap(q_map, (self.query_weight, self.query_bias)),
-            ParametricMap(k_map, (self.key_weight, self.key_bias)),
-        )
+    def feature_maps(self, scaling: float) -> tuple[SpelledMap, SpelledMap]:
+        queries = self.query_weight, self.query_bias, maps.KEY_CENTROIDS
+        return self._map(*queries), self._map(self.key_weight, self.key_bias, maps.QUERY_CENTROIDS)
+
+    def _map(self, weight: torch.Tensor, bias: torch.Tensor, exp_form: int) -> SpelledMap:
+        def spelled() -> Spelled:
+            return TokenMap("softmax", 1.0, weight.mT, None, bias, self.form, exp_form), KeyWeights()
+
+        function = partial(maps.softmax_map, form=self.form, exp_form=exp_form)
+        return SpelledMap(function, (weight, bias), spelled=spelled)

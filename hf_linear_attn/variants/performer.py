@@ -130,19 +130,23 @@ class PerformerAttention(FeatureMapVariant):
         query, key = partial(self._query_features, scaling=scaling), partial(self._key_features, scaling=scaling)
         if self.config.kernel in ("relu", "trig"):
             return query, key
+        spelled = [partial(self._spelled, side, scaling) for side in ("query", "key")]
         rest = partial(self._key_rest, scaling=scaling)
-        q_map = maps.ExponentialMap(query, partial(self._exponent, "query", scaling))
-        return q_map, maps.ExponentialMap(key, partial(self._exponent, "key", scaling), rest)
+        return maps.ExponentialMap(query, spelled[0]), maps.ExponentialMap(key, spelled[1], rest)
 
-    def _exponent(self, side: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """W `[H or 1, D, F]` and b `[H, F]` of exp(x W + b)."""
-        weight, bias = self.omega.float().mT[None] * scaling**0.5, None
+    def _spelled(self, side: str, scaling: float) -> maps.Spelled:
+        """The map of a side in tensors; directions in float32."""
+        weight, center, mean, square = self.omega.float().mT[None], None, None, None
         if self.config.variance_reducer:
-            weight = self.get_buffer(f"{side}_map").float() @ weight
-            bias = -(self.get_buffer(f"{side}_mean").float()[:, None] @ weight)[:, 0]
-        if self.config.kernel == "positive":
-            return weight, bias
-        return torch.cat([weight, -weight], -1), None if bias is None else torch.cat([bias, -bias], -1)
+            center, balance = self.get_buffer(f"{side}_mean"), self.get_buffer(f"{side}_map")
+            weight = balance.float() @ weight
+            mean, square = self.query_mean, balance
+        elif side == "key":
+            square = torch.eye(self.context.head_dim, device=weight.device)[None]
+        if self.config.kernel == "hyperbolic":
+            weight = torch.cat([weight, -weight], -1)
+        token_map = maps.TokenMap("exp", scaling**0.5, weight, center)
+        return token_map, maps.KeyWeights(scaling, mean, square) if side == "key" else maps.KeyWeights()
 
     def _query_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
         x = x.to(accumulation_dtype(x.dtype))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -112,9 +113,14 @@ class T2RAttention(FeatureMapVariant):
             features = _features(x, weight, bias)
             return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling) if reduces else features
 
+        def spelled(weight: torch.Tensor, bias: torch.Tensor, weights: maps.KeyWeights) -> maps.Spelled:
+            return maps.TokenMap("projected_relu", weight=weight.mT, bias=bias), weights
+
         reduces = self.config.variance_reducer and not known_zero(self.query_mean)  # without calibration it is 0
-        q_map = maps.ParametricMap(_features, (self.query_weight, self.query_bias))
-        return q_map, maps.ParametricMap(key_features, (self.key_weight, self.key_bias))
+        weights = maps.KeyWeights(scaling, self.query_mean) if reduces else maps.KeyWeights()
+        queries, keys = (self.query_weight, self.query_bias), (self.key_weight, self.key_bias)
+        q_map = maps.SpelledMap(_features, queries, spelled=partial(spelled, *queries, maps.KeyWeights()))
+        return q_map, maps.SpelledMap(key_features, keys, spelled=partial(spelled, *keys, weights))
 
     def _signed(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows; -rows] `[..., D, D]` cut or filled up to f rows."""

@@ -14,7 +14,7 @@ import torch
 
 from hf_linear_attn import convert_model, get_variant, set_backend
 from hf_linear_attn.kernels.sparse import op as block_sparse
-from hf_linear_attn.ops.features.maps import ExponentialMap, ScaledMap
+from hf_linear_attn.ops.features.maps import ExponentialMap, KeyWeights, ScaledMap, TokenMap
 from hf_linear_attn.ops.linear.attention import feature_map_attention
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.testing.contract import Subject
@@ -59,10 +59,14 @@ def _backend(subject: Subject) -> str:
     return "triton"
 
 
-def _attend(module: Any, inputs: AttentionInputs) -> dict[str, torch.Tensor]:
-    """Output, without the rows of padding, and the gradients of inputs and parameters."""
+def _attend(module: Any, inputs: AttentionInputs, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Output, without the rows of padding, and the gradients of inputs and parameters.
+
+    With `dtype` under autocast; the backward pass is outside of it, as PyTorch asks: inside it rounds products itself.
+    """
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("query", "key", "value")}
-    output = module(dataclasses.replace(inputs, **leaves))[0]
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        output = module(dataclasses.replace(inputs, **leaves))[0]
     assert inputs.token_mask is not None
     output = output.masked_fill(~inputs.token_mask[:, None, :, None], 0)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
@@ -85,12 +89,22 @@ def test_training_is_that_of_the_same_numbers_in_float32(subject: Subject, dtype
     given = _of_projections(exact, dtype, rotary=subject.is_causal)
     module.backend = "torch"
     wanted = _attend(module, floats(given, lambda x: x.float()))
-    with torch.autocast("cpu", dtype=dtype):
-        twin = _errors(_attend(module, given), wanted)
-        module.backend = _backend(subject)
-        found = _errors(_attend(module, given), wanted)
+    twin = _errors(_attend(module, given, dtype), wanted)
+    module.backend = _backend(subject)
+    found = _errors(_attend(module, given, dtype), wanted)
     too_far = {k: (error, twin[k]) for k, error in found.items() if error > max(TOLERANCE[dtype], 2 * twin[k])}
     assert not too_far, f"relative errors, and those of plain PyTorch: {too_far}"
+
+
+@pytest.mark.parametrize("key", ["long_short", "linear", "lolcats", "nystromformer", "reformer"])
+def test_a_backward_pass_of_our_own_is_not_rounded_where_autocast_is_on(key: str) -> None:
+    """In a loop that calls `loss.backward()` under autocast, float16 does not hold what hides a key."""
+    module = Subject(get_variant(key), False, {}).build(dtype=torch.float32, trained=True)
+    given = _of_projections(draw(module.context, LENGTH, batch=1, dtype=torch.float32), torch.float16, rotary=False)
+    leaves = {name: getattr(given, name).detach().requires_grad_() for name in ("query", "key", "value")}
+    with torch.autocast("cpu", dtype=torch.float16):
+        module(dataclasses.replace(given, **leaves))[0].float().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves.values())
 
 
 @pytest.mark.parametrize(("subject", "dtype"), [case for case in _cases() if case.values[0].decodes])
@@ -115,16 +129,24 @@ def test_decoding_is_that_of_the_same_numbers_in_float32(subject: Subject, dtype
     assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("exponential", [False, True], ids=["weight", "exponent"])
-def test_what_a_map_computes_for_the_kernels_is_not_rounded(exponential: bool) -> None:
+def test_what_a_map_computes_for_the_kernels_is_not_rounded(exponential: bool, trains: bool) -> None:
     """Log weights about 128: half precision would round them by up to .06, and so change weights by as much."""
     q, k, v = (1 + 0.1 * torch.randn(1, 2, 9, 16).half() for _ in range(3))
+    q.requires_grad_(trains)
     weight, mean = torch.randn(2, 16, 24), torch.full((2, 16), 8.0)
     q_map: Any = ScaledMap("elu", 1.0)
     k_map: Any = ScaledMap("elu", 1.0, mean)
     if exponential:
-        q_map = ExponentialMap(lambda x: (x, None), lambda: (weight @ torch.eye(24), None))
-        k_map = dataclasses.replace(q_map, rest=lambda x: (mean[:, None] @ x.float().mT)[..., 0, :])
+        q_map, k_map = (
+            ExponentialMap(
+                lambda x: (x, None),
+                lambda weights=weights: (TokenMap("exp", weight=weight @ torch.eye(24)), weights),
+                lambda x: (mean[:, None] @ x.float().mT)[..., 0, :],
+            )
+            for weights in (KeyWeights(), KeyWeights(1.0, mean))
+        )
 
     def attend() -> torch.Tensor:
         return feature_map_attention(q, k, v, q_map, k_map, is_causal=True, backend="triton")[0]

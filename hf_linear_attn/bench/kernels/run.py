@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import torch
@@ -37,8 +38,12 @@ def served(only: Sequence[str] | None = None) -> list[tuple[str, bool]]:
     return [pair for pair in found if only is None or pair[0] in only]
 
 
-def count_passes(key: str, is_causal: bool, length: int) -> list[tuple[dict[str, Any], Trace]]:
+def count_passes(
+    key: str, is_causal: bool, length: int, *, calibrated: bool = False
+) -> list[tuple[dict[str, Any], Trace]]:
     """A row of the result for each pass of a layer with the default options in bfloat16, and its trace.
+
+    With `calibrated` those that weights of keys change alone.
 
     Bytes and their floor are of a token and head; of a decode step, of a head. The floor of a forward pass is query,
     key and value read once and the output written; of a backward pass these three and the output's gradient read and
@@ -46,13 +51,17 @@ def count_passes(key: str, is_causal: bool, length: int) -> list[tuple[dict[str,
     """
     shape = LayerShape(**SHAPE, length=length, is_causal=is_causal)
     rows = []
-    for name, (trace, state_bytes) in trace_layer(key, shape).items():
+    traces = trace_layer(key, shape, calibrated=calibrated)
+    others = trace_layer(key, shape) if calibrated else {}
+    for name, (trace, state_bytes) in traces.items():
+        if calibrated and [step.name for step in trace.steps] == [step.name for step in others[name][0].steps]:
+            continue
         per = shape.batch * shape.num_heads * (1 if name == "decode" else length)
         times = 2 if get_variant(key).state == "constant" else 1
         token = shape.head_dim * 2
         floor = {"forward": 4 * token, "backward": 7 * token, "decode": times * state_bytes / per}[name]
         row = {
-            "method": key,
+            "method": f"{key}, calibrated" if calibrated else key,
             "side": "decoder" if is_causal else "encoder",
             "pass": name,
             "length": length,
@@ -94,8 +103,8 @@ def measure_kernels(only: Sequence[str] | None, command: str, say: Callable[[str
     found: dict[tuple[str, str, int, int], tuple[Any, set[str]]] = {}
     for key, is_causal in served(only):
         say(f"{key}, {'decoder' if is_causal else 'encoder'}")
-        for length in LENGTHS:
-            for row, trace in count_passes(key, is_causal, length):
+        for length, calibrated in product(LENGTHS, (False, True)):
+            for row, trace in count_passes(key, is_causal, length, calibrated=calibrated):
                 rows.append(row)
                 for step in trace.launches:
                     assert step.launch is not None

@@ -18,7 +18,8 @@ def _about(results: Mapping[str, Any]) -> str:
     meta, model = results["meta"], results["meta"]["model"]
     return (
         f"One layer between its projections, batch {meta['batch']}, {meta['num_heads']} heads of "
-        f"{meta['hidden_size'] // meta['num_heads']}, {meta['dtype']}, default options, no mask, without calibration; "
+        f"{meta['hidden_size'] // meta['num_heads']}, {meta['dtype']}, default options, no mask, without "
+        "calibration but where a row says so; "
         f"torch {meta['torch']}, triton {meta['triton']}. Made by `{meta['command']}`, on a CPU: counted, not "
         "measured. A launch or operator moves each of its tensors once. *x floor*: bytes over those of an attention's "
         "inputs and outputs (and gradients) moved once; of a decode step, over those of its state. *Model*: the larger "

@@ -126,7 +126,12 @@ def count(call: Callable[[], Any], fake: FakeTensorMode) -> tuple[Any, Trace]:
 
 
 def trace_layer(
-    key: str, shape: LayerShape, options: dict[str, Any] | None = None, dtype: torch.dtype = torch.bfloat16
+    key: str,
+    shape: LayerShape,
+    options: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    calibrated: bool = False,
 ) -> dict[str, tuple[Trace, int]]:
     """The passes of one layer of a variant between its projections: its second call of each, when lists are kept.
 
@@ -135,6 +140,7 @@ def trace_layer(
         shape: of the layer; `decode` is one token after `shape.length` of them.
         options: that differ from the defaults.
         dtype: of tokens and parameters.
+        calibrated: keys have weights, as calibration may give them; changes nothing in a variant without `query_mean`.
 
     Returns:
         a trace for `"forward"` (without gradients), `"backward"`, and for `"decode"` where a decoder keeps a state;
@@ -143,7 +149,10 @@ def trace_layer(
     Raises:
         ValueError: for a variant that does not serve this side, or a bad option.
     """
-    module = move(build_variant(shape, key, options or {}).to(dtype))
+    module = build_variant(shape, key, options or {}).to(dtype)
+    if calibrated and "query_mean" in dict(module.named_buffers()):
+        module.get_buffer("query_mean").fill_(1)
+    module = move(module)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     given, found = _inputs(shape, shape.length, dtype, fake), dict[str, tuple[Trace, int]]()
     with gpu(), warnings.catch_warnings():

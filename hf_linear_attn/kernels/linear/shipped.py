@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from hf_linear_attn.kernels.launch import Launch
-from hf_linear_attn.kernels.linear import bwd, fwd
+from hf_linear_attn.kernels.linear import bwd, fwd, mapped
 from hf_linear_attn.kernels.linear import exp_features as exp
 from hf_linear_attn.kernels.linear import tiles as config
+from hf_linear_attn.kernels.linear.maps import KINDS
 
 __all__ = ["shipped_launches"]
 
@@ -20,6 +21,7 @@ _TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _INPUTS = ("q", "k", "v", "out", "b", "c", "d_out", "d_q", "d_k", "d_v", "x", "features")
 _INTEGERS = ("heads", "q_length", "k_length", "segments", "segment_length", "batch_heads", "steps", "length")
+_MASKS = ("mask", "q_mask", "k_mask")
 
 # (dtype, F, D, options): the everyday calls, then the largest tiles with everything on.
 _CASES: Sequence[tuple[str, int, int, str]] = (
@@ -34,6 +36,15 @@ _CASES: Sequence[tuple[str, int, int, str]] = (
     ("fp16", 64, 64, "causal scale decay elu"),
     ("fp32", 64, 64, "causal scale decay elu"),
 )
+# (dtype, kind of map, F): with all weights of keys that a variant of this kind has.
+_MAPPED_CASES: Sequence[tuple[str, str, int]] = (
+    ("bf16", "elu", 64),
+    ("bf16", "projected_relu", 128),
+    ("bf16", "softmax", 128),
+    ("bf16", "exp", 256),
+    ("fp16", "softmax", 128),
+    ("fp32", "elu", 64),
+)
 
 
 def shipped_launches() -> list[Launch]:
@@ -46,6 +57,8 @@ def shipped_launches() -> list[Launch]:
     for target in _TARGETS:
         for case in _CASES:
             launches += _launches(target, *case)
+        for dtype, kind, features in _MAPPED_CASES:
+            launches += _mapped_launches(target, dtype, kind, features)
         launches += [replace(launch, is_default=False) for launch in _launches(target, "fp32", 128, 64, "causal")]
         launches += _small_launches(target)
     return launches
@@ -88,6 +101,42 @@ def _launches(target: str, dtype: str, features: int, dim: int, options: str) ->
     yield launch(fwd.linear_attention_sums_kernel, "sums", sums, constants, factor_token=1)
 
 
+def _mapped_launches(target: str, dtype: str, kind: str, features: int) -> Iterator[Launch]:
+    """The kernels that compute features, of 64 coordinates and values: causal, bidirectional, and sums of keys."""
+    precision = config.precision_of(_DTYPES[dtype], is_amd=target.startswith("gfx"))
+    is_projection = kind not in ("elu", "relu")
+    common = {
+        **{"D": 64, "F": features, "C": 64, "BD": 64, "BF": config.block_of(features)},
+        **{"K_KIND": KINDS[kind], "K_EXP_FORM": 2},
+        **{"HAS_CENTER": kind == "exp", "HAS_BIAS": is_projection and kind != "exp"},
+        **{"HAS_MEAN": kind != "softmax", "HAS_SQUARE": kind == "exp"},
+        **config.dot_constants(precision),
+    }
+    query = {"Q_KIND": KINDS[kind], "Q_EXP_FORM": 1, "HAS_Q_MASK": False, "HAS_K_MASK": False}
+    for kernel, which, constants in (
+        (mapped.mapped_attention_kernel, "causal", {"CAUSAL": True, "HAS_STATE": False, **query}),
+        (mapped.mapped_attention_kernel, "bidirectional", {"CAUSAL": False, "HAS_STATE": True, **query}),
+        (mapped.mapped_sums_kernel, "sums", {"HAS_MASK": False}),
+    ):
+        given = 64, features, 64, precision, _TARGETS[target]
+        tiles = config.mapped_tiles_for(*given, is_causal=which == "causal", length=4096)
+        if tiles is None:
+            continue
+        constants = {**common, **constants, "BT": tiles.tokens, "BC": tiles.values}
+        yield Launch(
+            kernel,
+            f"{which} {dtype} {kind} F{features} {target}",
+            _signature(kernel, dtype, constants),
+            constants,
+            tiles.num_warps,
+            tiles.num_stages,
+            # Of 256 features 22 registers spill, and a tenth of the bytes move that features in memory would.
+            is_default=features <= 128 or which != "causal",
+            uses_dot=tiles.tokens >= 64,  # fewer fill no warp group
+            targets=(target,),
+        )
+
+
 def _small_launches(target: str) -> Iterator[Launch]:
     """Kernels around the passes, and the exponential features."""
 
@@ -125,10 +174,14 @@ def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, 
             continue
         if name in _INPUTS:
             types[name] = f"*{dtype}"
-        elif name.endswith(("_batch", "_head", "_token")):
+        elif name in _MASKS:
+            types[name] = "*i1"
+        elif name.endswith("_form"):
+            types[name] = "*i64"
+        elif name.endswith(("_batch", "_head", "_token", "_dim", "_feature")):
             types[name] = "i32:16"
         elif name in _INTEGERS:
             types[name] = "i32"
         else:
-            types[name] = "fp32" if name.endswith("multiplier") else "*fp32"
+            types[name] = "fp32" if name.endswith(("multiplier", "scaling")) else "*fp32"
     return types

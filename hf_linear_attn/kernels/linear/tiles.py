@@ -19,6 +19,7 @@ __all__ = [
     "dot_constants",
     "forward_constants",
     "forward_segments_for",
+    "mapped_tiles_for",
     "precision_of",
     "segments_for",
     "step_constants",
@@ -42,6 +43,8 @@ _PROGRAMS_PER_PROCESSOR = 3  # below that many, sequences are cut
 # second time, and two more launches take longer than a short sequence. By a model of time, on no GPU yet.
 _ENOUGH_PROGRAMS = 96
 _SHORT = 2048
+
+_LARGEST_PROJECTION = 64 * 256  # elements
 
 _HOPPER = 200_000  # bytes of shared memory: that much and tensor cores read their operands from it
 _AMPERE = 150_000
@@ -125,6 +128,43 @@ def sums_tiles_for(num_features: int, head_dim: int, precision: str, shared_byte
     """The configuration of the sums, which hold nothing but one state."""
     tokens, stages = (64, 3 if shared_bytes >= _HOPPER else 2) if precision == "bf16" else (32, 1)
     return Tiles(tokens, min(block_of(head_dim), 64), min(block_of(num_features), 64), 8, stages)
+
+
+def mapped_tiles_for(
+    head_dim: int,
+    num_features: int,
+    width: int,
+    precision: str,
+    shared_bytes: int,
+    *,
+    is_causal: bool,
+    length: int,
+) -> Tiles | None:
+    """The configuration of the kernels that compute features from tokens; None where they do not fit without spills.
+
+    Args:
+        head_dim: of queries and keys.
+        num_features: F.
+        width: of values.
+        precision, shared_bytes, is_causal: as for `tiles_for`.
+        length: of the queries.
+    """
+    dim, features, values = block_of(head_dim), block_of(num_features), block_of(width)
+    widest, hopper = max(dim, features, values), shared_bytes >= _HOPPER
+    # Two projections stay in shared memory, in two parts each or in float32; elsewhere they would be in registers.
+    if shared_bytes < _AMPERE or dim * features > _LARGEST_PROJECTION or (widest > 64 and not hopper):
+        return None
+    stages, wide = 1, 64
+    if precision == "bf16":
+        tokens = 16 if widest > 128 and is_causal else 64 if widest <= 64 else 32
+        tokens, stages = (tokens, 3) if hopper else (16, 2)
+    elif precision == "tf32" and widest <= 128:
+        tokens = 32 if hopper else 16
+    elif widest <= 64:
+        tokens, wide = 16, 32
+    else:
+        return None
+    return Tiles(16 if length <= 16 else tokens, min(values, wide), features, 8, stages)
 
 
 def segments_for(length: int, programs: int, tiles: Tiles, processors: int, *, has_decay: bool) -> tuple[int, int]:

@@ -18,7 +18,7 @@ SECOND_DERIVATIVE_MESSAGE = (
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the backward pass of a `torch.autograd.Function` that autograd is not to record.
+    """Decorate the backward pass of a `torch.autograd.Function` that autograd is not to record, nor autocast to round.
 
     torch's decorator of this name refuses the second backward pass, and only where the incoming gradient has a history.
     Of a loss that is linear in the output it has none: gradients are constants then, and a penalty on them trains
@@ -33,7 +33,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         # A compiled graph refuses second derivatives itself, and is traced with gradients enabled.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(SECOND_DERIVATIVE_MESSAGE)
-        with torch.no_grad():
+        device = next((x.device.type for x in gradients if x is not None), "cpu")
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # which is on where a loop calls backward in it
             return backward(ctx, *gradients)
 
     return wrapped

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from hf_linear_attn.kernels.linear.maps import KeyWeights, TokenMap
 from hf_linear_attn.ops.base.memo import kept_lists
 from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_
 
@@ -25,9 +26,13 @@ __all__ = [
     "ExponentialMap",
     "FeatureMap",
     "Features",
+    "KeyWeights",
     "ParametricMap",
     "ScaledMap",
+    "Spelled",
+    "SpelledMap",
     "TaylorMap",
+    "TokenMap",
     "elu_features",
     "exp_features",
     "fourier_features",
@@ -44,6 +49,7 @@ __all__ = [
 
 Features = tuple[torch.Tensor, torch.Tensor | None]
 FeatureMap = Callable[[torch.Tensor], Features]
+Spelled = tuple[TokenMap, KeyWeights]
 
 # The classes of maps are not frozen: layers make them in each call, and torch.compile of PyTorch 2.11 loses the
 # attributes of a frozen dataclass that traced code makes and a nested function uses.
@@ -62,6 +68,17 @@ class ParametricMap:
 
     def __call__(self, x: torch.Tensor) -> Features:
         return self.function(x, *self.parameters)
+
+
+@dataclass(eq=False, kw_only=True)
+class SpelledMap(ParametricMap):
+    """A parametric map that kernels can compute too.
+
+    Attributes:
+        spelled: `() -> (map, weights of keys)`, the same in tensors; called only where it is used.
+    """
+
+    spelled: Callable[[], Spelled]
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
@@ -212,20 +229,31 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 @dataclass(eq=False)
 class ExponentialMap:
-    """The feature map exp(x W + b), spelled out so that a kernel can compute it as it reads x.
+    """The feature map exp(m ((x - c) W + b)), spelled out so that a kernel can compute it as it reads x.
 
     Attributes:
         function: the same in plain PyTorch.
-        exponent: `() -> (W, b)`, float32 `[H or 1, D, F]` and `[H or 1, F]` or None; called only where it is used.
-        rest: `x -> [B, H, T]`, the log weight of keys beside their largest exponent; None for queries.
+        spelled: `() -> (map, weights of keys)`, the same in tensors, W float32; called only where it is used.
+        rest: `x -> [B, H, T]`, these weights in plain PyTorch; None for queries.
     """
 
     function: FeatureMap
-    exponent: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+    spelled: Callable[[], Spelled]
     rest: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> Features:
         return self.function(x)
+
+    def exponent(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W' `[H or 1, D, F]` and b' `[H, F]` or None of exp(x W' + b'), float32."""
+        (_, multiplier, weight, center, bias, *_), _ = self.spelled()
+        assert weight is not None
+        weight = weight * multiplier
+        bias = None if bias is None else bias.float() * multiplier
+        if center is not None:
+            moved = (center.float()[:, None] @ weight)[:, 0]
+            bias = -moved if bias is None else bias - moved
+        return weight, bias
 
 
 @dataclass(eq=False)
@@ -251,6 +279,10 @@ class ScaledMap:
         if self.query_mean is None:
             return features
         return weighted_by_mean_logit(features, x, self.query_mean, self.scaling)
+
+    def spelled(self) -> Spelled:
+        """The map in tensors."""
+        return TokenMap(self.name, self.multiplier), KeyWeights(self.scaling, self.query_mean)
 
     def log_weight(self, x: torch.Tensor) -> torch.Tensor | None:
         """scaling * a . x, `[B, H, T]`, or None."""

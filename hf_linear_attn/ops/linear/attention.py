@@ -240,6 +240,11 @@ def _trains_unnamed(call: Call, q_map: FeatureMap, k_map: FeatureMap, decay: Log
     return trains_unnamed(*maps)
 
 
+def _trains(call: Call) -> bool:
+    """Whether a gradient may be asked of a call."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in call.tensors)
+
+
 def _attend_fused(
     call: Call, q_map: FeatureMap, k_map: FeatureMap, decay: LogDecay | None, state: State | None, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor | None, State | None] | None:
@@ -254,6 +259,11 @@ def _attend_fused(
         "normalized": call.options.normalized,
         "state": state,
     }
+    plain = log_decay is None and call.log_weight is None and call.options.normalized
+    if plain and not _trains(call) and use_triton(backend, v, fused.refusal(q.shape[-1], v)):
+        tokens = {name: given[name] for name in ("token_mask", "query_mask", "is_causal", "state")}
+        if (found := fused.attend_tokens(q, k, v, q_map, k_map, **tokens)) is not None:
+            return found
     gated = log_decay is not None and log_decay.shape[-1] > 1
     if isinstance(q_map, ScaledMap) and isinstance(k_map, ScaledMap) and k_map.name in fused.MAPS and not gated:
         if not use_triton(backend, v, fused.refusal(q.shape[-1], v)):

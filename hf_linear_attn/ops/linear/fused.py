@@ -15,7 +15,7 @@ from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY
 from hf_linear_attn.ops.features.maps import ExponentialMap, FeatureMap, Features
 from hf_linear_attn.ops.linear.layout import State, relative_to_peaks
 
-__all__ = ["MAPS", "attend", "map_features", "refusal"]
+__all__ = ["MAPS", "attend", "attend_tokens", "map_features", "refusal"]
 
 MAPS = ("elu", "relu")  # of `feature_maps.FEATURE_MAPS`, those that the kernels apply as they read
 
@@ -109,6 +109,51 @@ def attend(
         return output, normalizer, {"kv": kv}
     log_scale = kv.new_zeros(kv.shape[:2]) if peaks is None else peaks[..., -1]
     return output, normalizer, {"kv": kv, "z": z, "log_scale": log_scale}
+
+
+def attend_tokens(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_map: Any,
+    k_map: Any,
+    *,
+    token_mask: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
+    is_causal: bool,
+    state: State | None,
+) -> tuple[torch.Tensor, torch.Tensor, State | None] | None:
+    """Attend with features that the kernels compute from tokens; None where they do not. Without gradients.
+
+    Args:
+        q: `[B, H, Tq, D]`; k: `[B, H, Tk, D]`; v: `[B, H, Tk, C]`.
+        q_map, k_map: feature maps.
+        token_mask, query_mask, is_causal, state: as for `attend`.
+
+    Returns:
+        as `attend`; the log denominator has the queries' log scale in it.
+    """
+    from hf_linear_attn.kernels.linear import mapped_op as kernels
+
+    spelled = [getattr(x, "spelled", None) for x in (q_map, k_map)]
+    if spelled[0] is None or spelled[1] is None or not (q.dtype == k.dtype == v.dtype):
+        return None
+    (q_tokens, (_, mean, square)), (k_tokens, weights) = spelled[0](), spelled[1]()
+    weighted = mean is not None or square is not None  # queries, which the kernels know no weights of
+    plain = (
+        k_tokens.kind in MAPS and weights.mean is None and state is None
+    )  # `attend` maps these as it reads, and moves no more
+    if (
+        weighted
+        or plain
+        or k_tokens.kind not in kernels.KINDS
+        or not kernels.serves(q, v, q_tokens, is_causal=is_causal)
+    ):
+        return None
+    start = None if state is None else (state["kv"].float(), state["z"].float(), state["log_scale"].float())
+    given = q, k, v, q_tokens, k_tokens, weights, query_mask, token_mask
+    output, normalizer, after = kernels.mapped_attention(*given, start, is_causal=is_causal)
+    return output, normalizer, None if state is None else dict(zip(("kv", "z", "log_scale"), after, strict=True))
 
 
 def _factors(

@@ -1,0 +1,187 @@
+"""Linear attention from tokens, features computed inside the kernels, as a custom operator; without gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device
+from hf_linear_attn.kernels.linear import tiles as config
+from hf_linear_attn.kernels.linear.mapped import mapped_attention_kernel, mapped_sums_kernel
+from hf_linear_attn.kernels.linear.maps import KINDS, KeyWeights, TokenMap
+
+__all__ = ["KINDS", "mapped_attention", "serves"]
+
+Optional = torch.Tensor | None
+State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def serves(q: torch.Tensor, v: torch.Tensor, q_map: TokenMap, *, is_causal: bool) -> bool:
+    """Whether the kernels fit this call, and a causal sequence of few heads is not so long that it should be cut."""
+    (batch, heads, length, dim), width = q.shape, v.shape[-1]
+    features = dim if q_map.weight is None else q_map.weight.shape[-1]
+    shared, processors = config.device_limits(q.device)
+    precision = config.precision_of(q.dtype, v.dtype)
+    tiles = config.mapped_tiles_for(dim, features, width, precision, shared, is_causal=is_causal, length=length)
+    if tiles is None or not is_causal:
+        return tiles is not None
+    return config.forward_segments_for(length, batch * heads * -(-width // tiles.values), tiles, processors)[0] == 1
+
+
+def mapped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_map: TokenMap,
+    k_map: TokenMap,
+    weights: KeyWeights,
+    query_mask: Optional = None,
+    token_mask: Optional = None,
+    state: State | None = None,
+    *,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, State]:
+    """Linear attention over a whole sequence, or over tokens that come after a state.
+
+    Args:
+        q: `[B, H, Tq, D]`; k: `[B, H, Tk, D]`; v: `[B, H, Tk, C]`, of one dtype, any strides.
+        q_map, k_map, weights: features of queries and of keys, as many of both, and what else keys weigh.
+        query_mask, token_mask: bool `[B, Tq]` and `[B, Tk]`, True for a token; what stands at others has no effect.
+        state: kv `[B, H, F, C]`, z `[B, H, F]` and the log scale of both `[B, H]`, float32; causal with Tq == Tk only.
+        is_causal: query r sees keys up to position Tk - Tq + r.
+
+    Returns:
+        output `[B, H, Tq, C]`, `[B, T, H, C]` in memory, 0 in rows that see no key; the log of each row's denominator
+        `[B, H, Tq]`, that of `TINY` at least; and the state after all keys.
+
+    Raises:
+        ValueError: for a device on which no kernel can start, or a center or bias of one map alone.
+    """
+    if (q_map.center is None, q_map.bias is None) != (k_map.center is None, k_map.bias is None):
+        raise ValueError("Both maps or none must have a center, and likewise a bias.")
+    out, normalizer, *after = _forward(
+        *(q, k, v, query_mask, token_mask, *(state or (None, None, None))),
+        *(KINDS[q_map.kind], *q_map[1:], KINDS[k_map.kind], *k_map[1:], *weights, is_causal),
+    )
+    return out, normalizer, (after[0], after[1], after[2])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mapped_attention", mutates_args=())
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_mask: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    kv: torch.Tensor | None,
+    z: torch.Tensor | None,
+    log_scale: torch.Tensor | None,
+    q_kind: int,
+    q_multiplier: float,
+    q_weight: torch.Tensor | None,
+    q_center: torch.Tensor | None,
+    q_bias: torch.Tensor | None,
+    q_form: torch.Tensor | None,
+    q_exp_form: int,
+    k_kind: int,
+    k_multiplier: float,
+    k_weight: torch.Tensor | None,
+    k_center: torch.Tensor | None,
+    k_bias: torch.Tensor | None,
+    k_form: torch.Tensor | None,
+    k_exp_form: int,
+    scaling: float,
+    mean: torch.Tensor | None,
+    square: torch.Tensor | None,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_launches(q.device)
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    (batch, heads, q_len, dim), k_len, width = q.shape, k.shape[2], v.shape[-1]
+    features = dim if q_weight is None else q_weight.shape[-1]
+    out, normalizer, *after = _results(q, v, features)
+    shared, processors = config.device_limits(q.device)
+    precision = config.precision_of(q.dtype, v.dtype)
+    tiles = config.mapped_tiles_for(dim, features, width, precision, shared, is_causal=is_causal, length=q_len)
+    assert tiles is not None  # `serves` was asked
+    programs = batch * heads * -(-width // tiles.values)
+    constants = {
+        **{"D": dim, "F": features, "C": width, "BT": tiles.tokens, "BC": tiles.values},
+        **{"BD": config.block_of(dim), "BF": config.block_of(features)},
+        **{"K_KIND": k_kind, "K_EXP_FORM": k_exp_form, "HAS_CENTER": k_center is not None},
+        **{"HAS_MEAN": mean is not None, "HAS_SQUARE": square is not None, "HAS_BIAS": k_bias is not None},
+        **config.dot_constants(precision),
+    }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    nothing = normalizer  # stands for what there is not: the kernel never reads it
+    key_side = [_or(x, nothing) for x in (k_weight, k_center, k_bias, k_form, mean, square)]
+    k_strides, square_head = _weight_strides(k_weight), _weight_strides(square)[0]
+    kv, z, log_scale, query_mask, token_mask = (
+        None if x is None else x.contiguous() for x in (kv, z, log_scale, query_mask, token_mask)
+    )
+    count = 1
+    with on_device(q.device):
+        if not is_causal:
+            count, size = config.segments_for(k_len, programs, tiles, processors, has_decay=False)
+            kv, z, log_scale = (
+                q.new_empty(shape, dtype=torch.float32)
+                for shape in (
+                    (batch, heads, count, features, width),
+                    (batch, heads, count, features),
+                    (batch, heads, count),
+                )
+            )
+            mapped_sums_kernel[(programs * count,)](
+                *(k, v, kv, z, log_scale, _or(token_mask, nothing), *key_side),
+                *(*k.stride()[:3], *v.stride()[:3], *k_strides, square_head, k_multiplier, scaling),
+                *(heads, k_len, count, size),
+                HAS_MASK=token_mask is not None,
+                **constants,
+                **options,
+            )
+            parts, size = config.segments_for(q_len, programs, tiles, processors, has_decay=False)
+            programs *= parts
+        else:
+            size = k_len
+        keys, values = (k, v) if is_causal else (q, q)  # read by the sums alone
+        mapped_attention_kernel[(programs,)](
+            *(q, keys, values, out, normalizer, _or(kv, nothing), _or(z, nothing), _or(log_scale, nothing), *after),
+            *(_or(query_mask, nothing), _or(token_mask, nothing)),
+            *(_or(x, nothing) for x in (q_weight, q_center, q_bias, q_form)),
+            *key_side,
+            *(*q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:3]),
+            *(*_weight_strides(q_weight), *k_strides, square_head, q_multiplier, k_multiplier, scaling),
+            *(heads, q_len, k_len, count, size),
+            CAUSAL=is_causal,
+            HAS_STATE=kv is not None,
+            Q_KIND=q_kind,
+            Q_EXP_FORM=q_exp_form,
+            HAS_Q_MASK=query_mask is not None,
+            HAS_K_MASK=token_mask is not None,
+            **constants,
+            **options,
+        )
+    return out, normalizer, after[0], after[1], after[2]
+
+
+def _or(x: Optional, other: torch.Tensor) -> torch.Tensor:
+    return other if x is None else x
+
+
+def _weight_strides(x: Optional) -> tuple[int, int, int]:
+    """Of heads (0 where all share one), coordinates and features."""
+    return (0, 0, 0) if x is None else (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2))
+
+
+def _results(q: torch.Tensor, v: torch.Tensor, features: int) -> tuple[torch.Tensor, ...]:
+    (batch, heads, length), width = q.shape[:3], v.shape[-1]
+    out = v.new_empty(batch, length, heads, width).transpose(1, 2)
+    sums = [(length,), (features, width), (features,), ()]
+    return out, *(q.new_empty((batch, heads, *shape), dtype=torch.float32) for shape in sums)
+
+
+@_forward.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    q_weight = rest[7]
+    return _results(q, v, q.shape[-1] if q_weight is None else q_weight.shape[-1])
