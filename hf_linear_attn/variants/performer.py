@@ -145,7 +145,7 @@ class PerformerAttention(FeatureMapVariant):
             square = torch.eye(self.context.head_dim, device=weight.device)[None]
         if self.config.kernel == "hyperbolic":
             weight = torch.cat([weight, -weight], -1)
-        token_map = maps.TokenMap("exp", scaling**0.5, weight, center)
+        token_map = maps.TokenMap("projected_exp", scaling**0.5, weight, center)
         return token_map, maps.KeyWeights(scaling, mean, square) if side == "key" else maps.KeyWeights()
 
     def _query_features(self, x: torch.Tensor, scaling: float) -> maps.Features:

@@ -142,7 +142,7 @@ def test_what_a_map_computes_for_the_kernels_is_not_rounded(exponential: bool, t
         q_map, k_map = (
             ExponentialMap(
                 lambda x: (x, None),
-                lambda weights=weights: (TokenMap("exp", weight=weight @ torch.eye(24)), weights),
+                lambda weights=weights: (TokenMap("projected_exp", weight=weight @ torch.eye(24)), weights),
                 lambda x: (mean[:, None] @ x.float().mT)[..., 0, :],
             )
             for weights in (KeyWeights(), KeyWeights(1.0, mean))

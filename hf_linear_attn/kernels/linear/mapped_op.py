@@ -56,10 +56,13 @@ def mapped_attention(
         `[B, H, Tq]`, that of `TINY` at least; and the state after all keys.
 
     Raises:
-        ValueError: for a device on which no kernel can start, or a center or bias of one map alone.
+        ValueError: for a device on which no kernel can start, a center or bias of one map alone, or a projection that does not go with the kind.
     """
     if (q_map.center is None, q_map.bias is None) != (k_map.center is None, k_map.bias is None):
         raise ValueError("Both maps or none must have a center, and likewise a bias.")
+    for kind, _, weight, *_ in (q_map, k_map):
+        if (weight is not None) != kind.startswith("projected"):
+            raise ValueError(f"{kind!r} {'needs a' if weight is None else 'takes no'} projection.")
     out, normalizer, *after = _forward(
         *(q, k, v, query_mask, token_mask, *(state or (None, None, None))),
         *(KINDS[q_map.kind], *q_map[1:], KINDS[k_map.kind], *k_map[1:], *weights, is_causal),

@@ -9,19 +9,19 @@ import torch
 __all__ = ["KINDS", "KeyWeights", "TokenMap"]
 
 # Kinds of maps, and the code that the kernels know each by.
-KINDS = {"elu": 1, "relu": 2, "projected_relu": 3, "exp": 4, "softmax": 5}
+KINDS = {"elu": 1, "relu": 2, "projected_relu": 3, "projected_exp": 4, "projected_softmax": 5}
 
 
 class TokenMap(NamedTuple):
     """phi of a token x: of m x, or of u = m ((x - c) W + b).
 
     Attributes:
-        kind: `"elu"`, elu(m x) + 1; `"relu"`, max(m x, 0); `"projected_relu"`, max(u, 0); `"exp"`, exp(u); or
-            `"softmax"`, that of `ops.features.softmax_map`.
+        kind: `"elu"`, elu(m x) + 1; `"relu"`, max(m x, 0); `"projected_relu"`, max(u, 0); `"projected_exp"`, exp(u);
+            `"projected_softmax"`, that of `ops.features.softmax_map`. Names that are not in `KINDS`, no kernel knows.
         multiplier: m.
         weight: W `[H or 1, D, F]`, any strides.
         center, bias: c `[H, D]` and b `[H, F]`, or None.
-        form, exp_form: of `"softmax"`: `[H]`, and the form whose features are exponentials.
+        form, exp_form: of `"projected_softmax"`: `[H]`, and the form whose features are exponentials.
     """
 
     kind: str

@@ -40,9 +40,9 @@ _CASES: Sequence[tuple[str, int, int, str]] = (
 _MAPPED_CASES: Sequence[tuple[str, str, int]] = (
     ("bf16", "elu", 64),
     ("bf16", "projected_relu", 128),
-    ("bf16", "softmax", 128),
-    ("bf16", "exp", 256),
-    ("fp16", "softmax", 128),
+    ("bf16", "projected_softmax", 128),
+    ("bf16", "projected_exp", 256),
+    ("fp16", "projected_softmax", 128),
     ("fp32", "elu", 64),
 )
 
@@ -108,8 +108,8 @@ def _mapped_launches(target: str, dtype: str, kind: str, features: int) -> Itera
     common = {
         **{"D": 64, "F": features, "C": 64, "BD": 64, "BF": config.block_of(features)},
         **{"K_KIND": KINDS[kind], "K_EXP_FORM": 2},
-        **{"HAS_CENTER": kind == "exp", "HAS_BIAS": is_projection and kind != "exp"},
-        **{"HAS_MEAN": kind != "softmax", "HAS_SQUARE": kind == "exp"},
+        **{"HAS_CENTER": kind == "projected_exp", "HAS_BIAS": is_projection and kind != "projected_exp"},
+        **{"HAS_MEAN": kind != "projected_softmax", "HAS_SQUARE": kind == "projected_exp"},
         **config.dot_constants(precision),
     }
     query = {"Q_KIND": KINDS[kind], "Q_EXP_FORM": 1, "HAS_Q_MASK": False, "HAS_K_MASK": False}

@@ -60,7 +60,7 @@ def _exp(x: torch.Tensor, of_keys: bool = True) -> ExponentialMap:
         return (u - peak[..., None]).exp(), peak + 0.6 * rest if of_keys else peak
 
     weights = KeyWeights(0.6, mean, square) if of_keys else KeyWeights()
-    spelled = TokenMap("exp", 0.7, weight, center, bias), weights
+    spelled = TokenMap("projected_exp", 0.7, weight, center, bias), weights
     return ExponentialMap(function, lambda: spelled)
 
 
@@ -72,7 +72,7 @@ def _softmax(x: torch.Tensor, of_keys: bool = True) -> SpelledMap:
     def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
         return softmax.softmax_map(x, weight, bias, form, exp_form)
 
-    spelled = TokenMap("softmax", 1.0, weight.mT, None, bias, form, exp_form), KeyWeights()
+    spelled = TokenMap("projected_softmax", 1.0, weight.mT, None, bias, form, exp_form), KeyWeights()
     return SpelledMap(function, (weight, bias), spelled=lambda: spelled)
 
 
