@@ -56,7 +56,8 @@ def mapped_attention(
         `[B, H, Tq]`, that of `TINY` at least; and the state after all keys.
 
     Raises:
-        ValueError: for a device on which no kernel can start, a center or bias of one map alone, or a projection that does not go with the kind.
+        ValueError: for a device on which no kernel can start, one map alone with a center or bias, or a projection that
+            does not go with the kind.
     """
     if (q_map.center is None, q_map.bias is None) != (k_map.center is None, k_map.bias is None):
         raise ValueError("Both maps or none must have a center, and likewise a bias.")
