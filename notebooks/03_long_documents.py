@@ -76,7 +76,7 @@ recipe = Recipe.from_dict(
         "data": {"source": files},
         "training": {
             "output_dir": str(FOLDER / "compare"),
-            "num_train_epochs": 2,
+            "num_train_epochs": 4,
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
         },

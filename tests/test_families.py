@@ -19,6 +19,7 @@ from transformers import (
     ElectraModel,
     LlamaForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
@@ -302,6 +303,15 @@ def test_hybrids_with_a_sliding_window_generate_as_without_a_cache(family: str, 
     assert torch.equal(cached, model.generate(**batch, prefill_chunk_size=5, **kwargs))
 
 
+def _keeps_zeros() -> bool:
+    """Whether a reset of this Transformers leaves zeros in place of keys: they are attended to, converted or not."""
+    layer = DynamicLayer()
+    layer.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+    layer.reset()
+    return layer.get_seq_length() > 0
+
+
+@pytest.mark.skipif(_keeps_zeros(), reason="a cache of this Transformers cannot be used again after reset()")
 @pytest.mark.parametrize("family", EVERYWHERE)
 def test_a_cache_that_was_reset_has_the_windows_of_softmax_again(family: str) -> None:
     model = convert_model(causal_lm(family, **EVERYWHERE[family]), "linear", layers=[0])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_linear_attn.data.passages import cut_passages
 from hf_linear_attn.data.tokenization import LongDocumentCollator, special_frame
@@ -19,6 +21,10 @@ from hf_linear_attn.training.stage import LossStage
 __all__ = ["ContrastTrainer", "check_batches", "check_pooling", "check_room", "shortest_document"]
 
 POOLING = ("mean", "cls")
+
+# PyTorch 2.11 counts buffers that DDP syncs before a call as changed: autograd then refuses what the first of a step's
+# two calls kept of them.
+_SYNC_CHANGES_BUFFERS = "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters
 
 
 class ContrastTrainer(LossStage):
@@ -81,6 +87,8 @@ class ContrastTrainer(LossStage):
         self.temperature, self.symmetric, self.pooling = temperature, symmetric, pooling
         self.neighbors = neighbors
         self.shortest = shortest_document(passage_tokens, margin, len(self.before) + len(self.after))
+        if args.ddp_broadcast_buffers is None and _SYNC_CHANGES_BUFFERS:
+            args.ddp_broadcast_buffers = False
         super().__init__(model, args, **kwargs)
         if neighbors and not isinstance(self.train_dataset, Dataset):
             raise ValueError("neighbors=True is of data with a length; a stream comes in its own order")

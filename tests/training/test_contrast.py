@@ -195,7 +195,9 @@ def test_a_step_under_ddp_is_a_step_without(tmp_path: Path) -> None:
     alone = gradients(model)
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        given = trainer.args.ddp_broadcast_buffers
+        settings = {} if given is None else {"broadcast_buffers": given}  # as Trainer passes them on
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True, **settings)
         together = gradients(wrapped)
     finally:
         distributed.destroy_process_group()
