@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hf_linear_attn.ops.base.memo import known_zero
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
-from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, weighted_by_mean_logit
+from hf_linear_attn.ops.features.maps import FeatureMap, ScaledMap
 from hf_linear_attn.ops.features.named import feature_width
 from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, reducer_starts
@@ -136,8 +137,7 @@ class RetentionAttention(AttentionVariant):
             inputs.query,
             inputs.key,
             inputs.value,
-            lambda x: self._query_features(x, inputs.scaling),
-            lambda x: self._key_features(x, inputs.scaling),
+            *self._maps(inputs.scaling),
             log_decay=log_decay,
             token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
@@ -147,14 +147,10 @@ class RetentionAttention(AttentionVariant):
         )
         return output.to(inputs.query.dtype), state
 
-    def _query_features(self, x: torch.Tensor, scaling: float) -> Features:
-        return self._features(x, scaling) if self.normalized else (x.to(accumulation_dtype(x.dtype)) * scaling, None)
-
-    def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
+    def _maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
         if not self.normalized:
-            return x, None
-        features = self._features(x, scaling)
-        return weighted_by_mean_logit(features, x, self.query_mean, scaling) if self.reduces else features
-
-    def _features(self, x: torch.Tensor, scaling: float) -> Features:
-        return FEATURE_MAPS[self.config.feature_map](x.to(accumulation_dtype(x.dtype)) * scaling**0.5)
+            return lambda x: (x.to(accumulation_dtype(x.dtype)) * scaling, None), lambda x: (x, None)
+        # Where it is all 0, as without calibration, all keys weigh the same: no weight is computed.
+        query_mean = self.query_mean if self.reduces and not known_zero(self.query_mean) else None
+        name, scale = self.config.feature_map, scaling**0.5
+        return ScaledMap(name, scale), ScaledMap(name, scale, query_mean, scaling)

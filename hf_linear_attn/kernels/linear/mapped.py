@@ -7,9 +7,10 @@ the largest log weight so far, `top`, which is all that a key needs to know of t
 none reaches an earlier row. `mapped_attention_kernel` runs through a causal sequence in one launch, state in registers;
 of a bidirectional one `mapped_sums_kernel` adds up segments of keys first, each relative to its own top.
 
-Layouts: q, k, v, out by strides of (batch, head, token), the last dimension contiguous; projections `[H or 1, D, F]`
-by strides, biases `[H, F]`, `form` `[H]`, `mean` and centers `[H, D]`, `square` `[H or 1, D, D]` contiguous; masks bool
-`[B, T]`; states `[B, H, segments, F, C]`, `[B, H, segments, F]` and `[B, H, segments]`; `normalizer` `[B, H, Tq]`.
+Layouts: q, k, v, out, log weights and log-decays by strides of (batch, head, token), the last dimension of the former
+contiguous; projections `[H or 1, D, F]` by strides, biases `[H, F]`, `form` `[H]`, `mean` and centers `[H, D]`,
+`square` `[H or 1, D, D]` contiguous; masks bool `[B, T]`; states `[B, H, segments, F, C]`, `[B, H, segments, F]` and
+`[B, H, segments]`; `normalizer` `[B, H, Tq]`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear_attn.kernels.linear.device import IDENTITY, TINY, load_tile, to_dot
+from hf_linear_attn.kernels.linear.device import IDENTITY, LEAST_LOG_DECAY, TINY, load_tile, to_dot
 from hf_linear_attn.kernels.linear.map_device import (
     LOG2E,
     LOG_ZERO,
@@ -172,6 +173,8 @@ def mapped_attention_kernel(
     k_form,
     mean,
     square,
+    log_weights,
+    decay,
     q_batch,
     q_head,
     q_token,
@@ -191,6 +194,12 @@ def mapped_attention_kernel(
     k_weight_dim,
     k_weight_feature,
     square_head,
+    log_weights_batch,
+    log_weights_head,
+    log_weights_token,
+    decay_batch,
+    decay_head,
+    decay_token,
     q_multiplier,
     k_multiplier,
     scaling,
@@ -218,6 +227,8 @@ def mapped_attention_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_SQUARE: tl.constexpr,
+    HAS_LOG_WEIGHTS: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
     BF16_DOTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -246,6 +257,8 @@ def mapped_attention_kernel(
     normalizer += bh * q_length - shifted
     q_mask += batch * q_length - shifted
     k_mask += batch * k_length
+    log_weights += batch * log_weights_batch + head * log_weights_head
+    decay += batch * decay_batch + head * decay_head
 
     offsets, d, n, cols = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BF), c0 + tl.arange(0, BC)
     inner = (n[:, None] < F) & (cols[None, :] < C)
@@ -337,6 +350,16 @@ def mapped_attention_kernel(
                 PRECISION,
             )
             values = load_tile((v, v_token, 1.0), first, offsets, ok, cols, C, BC, IDENTITY)
+            if HAS_LOG_WEIGHTS:
+                log_weight += tl.load(log_weights + t * log_weights_token, mask=ok, other=0.0)
+            reach = tl.zeros([BT], dtype=tl.float32)
+            span = 0.0
+            if HAS_DECAY:
+                # Relative to what has decayed since the chunk began, weights are as they are without decay.
+                forgotten = tl.load(decay + t * decay_token, mask=ok, other=0.0)
+                forgotten = tl.maximum(forgotten, LEAST_LOG_DECAY)
+                reach, span = tl.cumsum(forgotten, 0), tl.sum(forgotten, 0)
+                log_weight -= reach
             largest = tl.maximum(tl.associative_scan(log_weight, 0, larger), top)  # that each row sees
             from_state = tl.exp2((top - largest) * LOG2E)
             p = tl.dot(at, tl.trans(bt), input_precision=PRECISION)
@@ -347,7 +370,8 @@ def mapped_attention_kernel(
             # No chain of two dot products into one accumulator: it takes a layout that doubles the registers.
             mixed = tl.fma(mixed * from_state[:, None], one, inner_sums)
             sums, sums_n, top = add_keys(sums, sums_n, top, bt, values, log_weight, BF16_DOTS, PRECISION)
-            log_scale += largest
+            top += span
+            log_scale += largest + reach
         else:
             log_scale += top
         if c0 == 0:

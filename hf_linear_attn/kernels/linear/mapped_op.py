@@ -39,6 +39,8 @@ def mapped_attention(
     query_mask: Optional = None,
     token_mask: Optional = None,
     state: State | None = None,
+    log_weight: Optional = None,
+    log_decay: Optional = None,
     *,
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, State]:
@@ -49,6 +51,9 @@ def mapped_attention(
         q_map, k_map, weights: features of queries and of keys, as many of both, and what else keys weigh.
         query_mask, token_mask: bool `[B, Tq]` and `[B, Tk]`, True for a token; what stands at others has no effect.
         state: kv `[B, H, F, C]`, z `[B, H, F]` and the log scale of both `[B, H]`, float32; causal with Tq == Tk only.
+        log_weight: float32 `[B, H, Tk]`, of keys beside `weights`, any strides; causal only.
+        log_decay: float32 `[B, H, Tk]`, at most 0, any strides, causal only: what happens to the sums over earlier keys
+            when token t comes.
         is_causal: query r sees keys up to position Tk - Tq + r.
 
     Returns:
@@ -65,7 +70,7 @@ def mapped_attention(
         if (weight is not None) != kind.startswith("projected"):
             raise ValueError(f"{kind!r} {'needs a' if weight is None else 'takes no'} projection.")
     out, normalizer, *after = _forward(
-        *(q, k, v, query_mask, token_mask, *(state or (None, None, None))),
+        *(q, k, v, query_mask, token_mask, *(state or (None, None, None)), log_weight, log_decay),
         *(KINDS[q_map.kind], *q_map[1:], KINDS[k_map.kind], *k_map[1:], *weights, is_causal),
     )
     return out, normalizer, (after[0], after[1], after[2])
@@ -81,6 +86,8 @@ def _forward(
     kv: torch.Tensor | None,
     z: torch.Tensor | None,
     log_scale: torch.Tensor | None,
+    log_weight: torch.Tensor | None,
+    log_decay: torch.Tensor | None,
     q_kind: int,
     q_multiplier: float,
     q_weight: torch.Tensor | None,
@@ -153,9 +160,16 @@ def _forward(
             *(q, keys, values, out, normalizer, _or(kv, nothing), _or(z, nothing), _or(log_scale, nothing), *after),
             *(_or(query_mask, nothing), _or(token_mask, nothing)),
             *(_or(x, nothing) for x in (q_weight, q_center, q_bias, q_form)),
-            *key_side,
+            *(*key_side, _or(log_weight, nothing), _or(log_decay, nothing)),
             *(*q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:3]),
-            *(*_weight_strides(q_weight), *k_strides, square_head, q_multiplier, k_multiplier, scaling),
+            *(*_weight_strides(q_weight), *k_strides, square_head),
+            *(
+                *_or(log_weight, nothing).stride(),
+                *_or(log_decay, nothing).stride(),
+                q_multiplier,
+                k_multiplier,
+                scaling,
+            ),
             *(heads, q_len, k_len, count, size),
             CAUSAL=is_causal,
             HAS_STATE=kv is not None,
@@ -163,6 +177,8 @@ def _forward(
             Q_EXP_FORM=q_exp_form,
             HAS_Q_MASK=query_mask is not None,
             HAS_K_MASK=token_mask is not None,
+            HAS_LOG_WEIGHTS=log_weight is not None,
+            HAS_DECAY=log_decay is not None,
             **constants,
             **options,
         )
@@ -187,5 +203,5 @@ def _results(q: torch.Tensor, v: torch.Tensor, features: int) -> tuple[torch.Ten
 
 @_forward.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    q_weight = rest[7]
+    q_weight = rest[9]
     return _results(q, v, q.shape[-1] if q_weight is None else q_weight.shape[-1])

@@ -113,6 +113,7 @@ def _mapped_launches(target: str, dtype: str, kind: str, features: int) -> Itera
         **config.dot_constants(precision),
     }
     query = {"Q_KIND": KINDS[kind], "Q_EXP_FORM": 1, "HAS_Q_MASK": False, "HAS_K_MASK": False}
+    query |= {"HAS_LOG_WEIGHTS": False, "HAS_DECAY": kind == "elu"}
     for kernel, which, constants in (
         (mapped.mapped_attention_kernel, "causal", {"CAUSAL": True, "HAS_STATE": False, **query}),
         (mapped.mapped_attention_kernel, "bidirectional", {"CAUSAL": False, "HAS_STATE": True, **query}),

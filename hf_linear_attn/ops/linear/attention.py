@@ -259,12 +259,17 @@ def _attend_fused(
         "normalized": call.options.normalized,
         "state": state,
     }
-    plain = log_decay is None and call.log_weight is None and call.options.normalized
-    if plain and not _trains(call) and use_triton(backend, v, fused.refusal(q.shape[-1], v)):
+    gated = log_decay is not None and log_decay.shape[-1] > 1
+    if (
+        call.options.normalized
+        and not gated
+        and not _trains(call)
+        and use_triton(backend, v, fused.refusal(q.shape[-1], v))
+    ):
         tokens = {name: given[name] for name in ("token_mask", "query_mask", "is_causal", "state")}
+        tokens |= {"log_weight": call.log_weight, "log_decay": None if log_decay is None else log_decay[..., 0]}
         if (found := fused.attend_tokens(q, k, v, q_map, k_map, **tokens)) is not None:
             return found
-    gated = log_decay is not None and log_decay.shape[-1] > 1
     if isinstance(q_map, ScaledMap) and isinstance(k_map, ScaledMap) and k_map.name in fused.MAPS and not gated:
         if not use_triton(backend, v, fused.refusal(q.shape[-1], v)):
             return None

@@ -118,6 +118,8 @@ def attend_tokens(
     q_map: Any,
     k_map: Any,
     *,
+    log_weight: torch.Tensor | None,
+    log_decay: torch.Tensor | None,
     token_mask: torch.Tensor | None,
     query_mask: torch.Tensor | None,
     is_causal: bool,
@@ -128,6 +130,7 @@ def attend_tokens(
     Args:
         q: `[B, H, Tq, D]`; k: `[B, H, Tk, D]`; v: `[B, H, Tk, C]`.
         q_map, k_map: feature maps.
+        log_weight, log_decay: as for `attend`, the decay of all features alike.
         token_mask, query_mask, is_causal, state: as for `attend`.
 
     Returns:
@@ -151,8 +154,9 @@ def attend_tokens(
     ):
         return None
     start = None if state is None else (state["kv"].float(), state["z"].float(), state["log_scale"].float())
-    given = q, k, v, q_tokens, k_tokens, weights, query_mask, token_mask
-    output, normalizer, after = kernels.mapped_attention(*given, start, is_causal=is_causal)
+    keys = (None if x is None else x.float() for x in (log_weight, log_decay))
+    given = q, k, v, q_tokens, k_tokens, weights, query_mask, token_mask, start, *keys
+    output, normalizer, after = kernels.mapped_attention(*given, is_causal=is_causal)
     return output, normalizer, None if state is None else dict(zip(("kv", "z", "log_scale"), after, strict=True))
 
 
