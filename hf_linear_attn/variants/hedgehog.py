@@ -122,7 +122,9 @@ class HedgehogAttention(FeatureMapVariant):
 
     def _map(self, weight: torch.Tensor, bias: torch.Tensor, exp_form: int) -> SpelledMap:
         def spelled() -> Spelled:
-            return TokenMap("projected_softmax", 1.0, weight.mT, None, bias, self.form, exp_form), KeyWeights()
+            return TokenMap(
+                "projected_softmax", weight=weight.mT, bias=bias, form=self.form, exp_form=exp_form
+            ), KeyWeights()
 
         function = partial(maps.softmax_map, form=self.form, exp_form=exp_form)
         return SpelledMap(function, (weight, bias), spelled=spelled)

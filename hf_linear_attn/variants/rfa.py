@@ -32,8 +32,9 @@ from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, Laye
 
 __all__ = ["RFAAttention", "RFAConfig"]
 
-# Multiples of the calibrated tau that are tried: features of a flatter kernel vary less, and those of both signs need
-# it. arccos features are homogeneous: their width is no choice.
+_MEANS = ("query_mean", "query_center", "key_center")
+
+# Multiples of the calibrated tau to try: flatter kernels vary less. arccos is homogeneous, its width is no choice.
 _WIDTHS = {"arccos": (1.0,), "sincos": (2.0, 3.0), "positive": (1.0, 1.5, 2.0)}
 
 
@@ -84,9 +85,6 @@ class RFAAttention(AttentionVariant):
 
     omega: torch.Tensor
     tau: torch.Tensor
-    query_mean: torch.Tensor
-    query_center: torch.Tensor
-    key_center: torch.Tensor
 
     def __init__(self, config: RFAConfig, context: LayerContext) -> None:
         super().__init__(config, context)
@@ -97,7 +95,7 @@ class RFAAttention(AttentionVariant):
             self.gate_bias = nn.Parameter(torch.empty(heads))
         self.register_buffer("omega", torch.empty(config.num_features, dim))
         self.register_buffer("tau", torch.empty(heads))
-        for name in ("query_mean", "query_center", "key_center") if config.variance_reducer else ():
+        for name in _MEANS if config.variance_reducer else ():
             self.register_buffer(name, torch.empty(heads, dim))
         self.reset_parameters()
 
@@ -113,43 +111,37 @@ class RFAAttention(AttentionVariant):
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
         """New `omega`; sigma, tau, centers, key weights and gates stay."""
-        given = self.config.num_features, self.context.head_dim, self.context.generator(seed)
-        self.omega.copy_(maps.gaussian_orthogonal(*given))
+        self.omega.copy_(maps.gaussian_orthogonal(len(self.omega), self.context.head_dim, self.context.generator(seed)))
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[AttentionInputs]) -> None:
         """Choose each head's start by its error, without gates; warn when denominators are not positive."""
         rows, scaling = measure.collect_rows(batches), batches[0].scaling
-        q, k = measure.head_tokens(rows)
-        present = {name: x for name, x in self.named_buffers() if name != "omega"}
+        (q, k), present = measure.head_tokens(rows), {n: x for n, x in self.named_buffers() if n != "omega"}
         starts = [{name: x.clone() for name, x in present.items()}]
         for means in measure.reducer_starts(q, k) if self.config.variance_reducer else [(0 * q[:, 0],) * 3]:
             norms = [(x - center[:, None]).norm(dim=-1).mean(1) for x, center in zip((q, k), means[1:], strict=True)]
             tau = (scaling * norms[0] * norms[1]).clamp(min=1e-6).rsqrt()
-            named = dict(zip(("query_mean", "query_center", "key_center"), means, strict=True))
-            start = {name: x for name, x in named.items() if name in present}
+            start = {name: x for name, x in zip(_MEANS, means, strict=True) if name in present}
             starts += [{**start, "tau": width * tau} for width in _WIDTHS[self.config.kernel]]
 
         def attend(row: measure.Row) -> torch.Tensor:
             return self._attend(AttentionInputs(*row, is_causal=self.context.is_causal, scaling=scaling), None, None)[0]
 
-        errors = measure.error_meter(attend, rows, is_causal=self.context.is_causal, scaling=scaling)
-        measure.choose_start(present, starts, errors)
+        q_map, k_map = self._map(False, scaling), self._map(True, scaling)
+        meter = measure.error_meter(attend, rows, is_causal=self.context.is_causal, scaling=scaling)
+        measure.choose_start(present, starts, meter)
         measure.warn_of_nonpositive(
-            f"rfa, layer {self.context.layer_idx}",
-            f"kernel={self.config.kernel!r}",
-            (
-                (self._features(q, self.sigma, is_key=False)[0], *self._key_features(k, self.sigma, scaling=scaling))
-                for q, k, _ in rows
-            ),
+            *(f"rfa, layer {self.context.layer_idx}", f"kernel={self.config.kernel!r}"),
+            ((q_map(q)[0], *k_map(k)) for q, k, _ in rows),
             is_causal=self.context.is_causal,
             advice="Use another kernel or more features.",
         )
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         num_features = self.config.num_features * (2 if self.config.kernel == "sincos" else 1)
-        heads, dim = self.context.num_heads, self.context.head_dim
-        return init_linear_state(batch_size, heads, num_features, dim, dtype, device)
+        given = batch_size, self.context.num_heads, num_features, self.context.head_dim
+        return init_linear_state(*given, dtype, device)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         output, state = self._attend(inputs, state, self._gate_logits(inputs) if self.config.gate else None)
@@ -158,11 +150,9 @@ class RFAAttention(AttentionVariant):
     def _attend(
         self, inputs: AttentionInputs, state: State | None, gate: torch.Tensor | None
     ) -> tuple[torch.Tensor, State | None]:
-        q, k, v = inputs.query, inputs.key, inputs.value
-        q_map = maps.ParametricMap(partial(self._features, is_key=False), (self.sigma,))
-        k_map = maps.ParametricMap(partial(self._key_features, scaling=inputs.scaling), (self.sigma,))
+        q_map, k_map = self._map(False, inputs.scaling), self._map(True, inputs.scaling)
         return feature_map_attention(
-            *(q, k, v, q_map, k_map),
+            *(inputs.query, inputs.key, inputs.value, q_map, k_map),
             log_decay=None if gate is None else F.logsigmoid(gate),
             key_log_weight=None if gate is None else F.logsigmoid(-gate),
             token_mask=inputs.token_mask,
@@ -171,29 +161,39 @@ class RFAAttention(AttentionVariant):
             backend=self.backend,
         )
 
-    def _key_features(self, x: torch.Tensor, sigma: torch.Tensor, *, scaling: float) -> maps.Features:
-        features = self._features(x, sigma, is_key=True)
-        if self.config.variance_reducer:
-            features = maps.weighted_by_mean_logit(features, x, self.query_mean, scaling)
-        return features
+    def _map(self, is_key: bool, scaling: float) -> maps.ParametricMap:
+        features = partial(self._features, is_key=is_key, scaling=scaling)
+        if self.config.kernel != "arccos":
+            return maps.ParametricMap(features, (self.sigma,))
+        return maps.SpelledMap(features, (self.sigma,), spelled=partial(self._spelled, is_key, scaling))
 
-    def _features(self, x: torch.Tensor, sigma: torch.Tensor, *, is_key: bool) -> maps.Features:
-        x = x.to(accumulation_dtype(x.dtype))
+    def _spelled(self, is_key: bool, scaling: float) -> maps.Spelled:
+        """The map of a side in tensors; directions in float32."""
+        weight = self.omega.mT * (self.sigma.float() / self.tau[:, None])[..., None]  # [H, D, m]
+        means = dict(self.named_buffers())
+        token_map = maps.TokenMap("projected_relu", 1.0, weight, means.get(_MEANS[1 + is_key]), normalized=True)
+        return token_map, maps.KeyWeights(scaling, means.get("query_mean") if is_key else None)
+
+    def _features(self, x: torch.Tensor, sigma: torch.Tensor, *, is_key: bool, scaling: float) -> maps.Features:
+        given, x = x, x.to(accumulation_dtype(x.dtype))
         if self.config.variance_reducer:
-            x = x - (self.key_center if is_key else self.query_center).to(x.dtype)[:, None]
+            x = x - self.get_buffer(_MEANS[1 + is_key]).to(x.dtype)[:, None]
         x = F.normalize(x, dim=-1) * (sigma / self.tau[:, None]).to(x.dtype)[:, None]
         projected = x @ self.omega.to(x.dtype).mT  # [B, H, T, m]
-        if self.config.kernel == "positive" and is_key:
-            return maps.key_random_features(projected, x, 1.0, "positive")
-        if self.config.kernel == "positive":
-            return maps.query_random_features(projected, "positive"), None
-        return maps.fourier_features(projected) if self.config.kernel == "sincos" else projected.relu(), None
+        if self.config.kernel == "positive" and not is_key:
+            features: maps.Features = maps.query_random_features(projected, "positive"), None
+        elif self.config.kernel == "positive":
+            features = maps.key_random_features(projected, x, 1.0, "positive")
+        else:
+            features = maps.fourier_features(projected) if self.config.kernel == "sincos" else projected.relu(), None
+        if is_key and self.config.variance_reducer:
+            features = maps.weighted_by_mean_logit(features, given, self.get_buffer("query_mean"), scaling)
+        return features
 
     def _gate_logits(self, inputs: AttentionInputs) -> torch.Tensor:
-        """`[B, H, T]`."""
-        hidden, length = inputs.hidden_states, inputs.key.shape[2]
-        if hidden is None or hidden.shape[1] != length:
-            raise ValueError(f"The gate of rfa needs the hidden states of all {length} keys of the call.")
+        hidden = inputs.hidden_states
+        if hidden is None or hidden.shape[1] != inputs.key.shape[2]:
+            raise ValueError(f"The gate of rfa needs the hidden states of all {inputs.key.shape[2]} keys of the call.")
         if inputs.token_mask is not None:
             hidden = hidden.masked_fill(~inputs.token_mask[..., None], 0)
         dtype = accumulation_dtype(inputs.value.dtype)

@@ -54,6 +54,7 @@ def map_tile(
     BN: tl.constexpr,
     KIND: tl.constexpr,
     EXP_FORM: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     BF16_DOTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -66,7 +67,7 @@ def map_tile(
         x: tokens [ROWS, D].
         side: as `load_side` gives it.
     """
-    high, low, bias, form = side
+    high, low, bias, form, center = side
     log_scale = tl.zeros([ROWS], dtype=tl.float32)
     n = tl.arange(0, BN)[None, :]
     inside = n < N
@@ -74,6 +75,9 @@ def map_tile(
         features = feature_map(x, multiplier, KIND)
     else:
         u = (project(x, high, low, BF16_DOTS, PRECISION) + bias) * multiplier
+        if NORMALIZED:
+            moved = x.to(tl.float32) - center
+            u /= tl.maximum(tl.sqrt(tl.sum(moved * moved, 1)), 1e-12)[:, None]
         if KIND == PROJECTED_RELU:
             features = tl.maximum(u, 0.0)
         elif KIND == EXP:
@@ -117,12 +121,13 @@ def load_side(
     HAS_BIAS: tl.constexpr,
     BF16_DOTS: tl.constexpr,
 ):
-    """What `map_tile` needs of a head: W in parts, the row b - c W, and form; 0 in place of what the kind has not."""
+    """What `map_tile` needs of a head: W in parts, the row b - c W, form, the row c; 0 in place of what is not."""
     d, n = tl.arange(0, BD)[:, None], tl.arange(0, BF)[None, :]
     high = 0.0
     low = 0.0
     b = 0.0
     f = 0
+    c = 0.0
     if KIND > 2:
         place = weight + head * head_stride + d * d_stride + n * n_stride
         high, low = load_parts(place, (d < D) & (n < F), BF16_DOTS)
@@ -130,9 +135,11 @@ def load_side(
             b = tl.load(bias + head * F + n, mask=n < F, other=0.0).to(tl.float32)
         if HAS_CENTER:
             b = b - _centered(center + head * D + d, d < D, high, low, BF16_DOTS)
+            row = tl.arange(0, BD)[None, :]
+            c = tl.load(center + head * D + row, mask=row < D, other=0.0).to(tl.float32)
     if KIND == SOFTMAX:
         f = tl.load(form + head)
-    return high, low, b, f
+    return high, low, b, f, c
 
 
 @triton.jit
@@ -188,13 +195,16 @@ def map_keys(
     BF: tl.constexpr,
     KIND: tl.constexpr,
     EXP_FORM: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_SQUARE: tl.constexpr,
     BF16_DOTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Features [BT, F] of keys and their log weights [BT], that of nothing where not `ok`."""
-    features, log_weight = map_tile(x, multiplier, side, ok, F, BT, BF, KIND, EXP_FORM, BF16_DOTS, PRECISION)
+    features, log_weight = map_tile(
+        x, multiplier, side, ok, F, BT, BF, KIND, EXP_FORM, NORMALIZED, BF16_DOTS, PRECISION
+    )
     a, high, low, c = weights
     if HAS_MEAN:
         log_weight += scaling * tl.sum(x.to(tl.float32) * a, 1)

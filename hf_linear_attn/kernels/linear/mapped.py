@@ -73,6 +73,7 @@ def mapped_sums_kernel(
     K_KIND: tl.constexpr,
     K_EXP_FORM: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     HAS_CENTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
@@ -134,6 +135,7 @@ def mapped_sums_kernel(
             BF,
             K_KIND,
             K_EXP_FORM,
+            NORMALIZED,
             HAS_MEAN,
             HAS_SQUARE,
             BF16_DOTS,
@@ -223,6 +225,7 @@ def mapped_attention_kernel(
     K_EXP_FORM: tl.constexpr,
     HAS_Q_MASK: tl.constexpr,
     HAS_K_MASK: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     HAS_CENTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
@@ -324,7 +327,9 @@ def mapped_attention_kernel(
         if HAS_Q_MASK:
             read_ok = row_ok & (tl.load(q_mask + t, mask=row_ok, other=0) != 0)
         x = load_tile((q, q_token, 1.0), first, offsets, read_ok, d, D, BD, IDENTITY)
-        at, log_scale = map_tile(x, q_multiplier, q_side, read_ok, F, BT, BF, Q_KIND, Q_EXP_FORM, BF16_DOTS, PRECISION)
+        at, log_scale = map_tile(
+            x, q_multiplier, q_side, read_ok, F, BT, BF, Q_KIND, Q_EXP_FORM, NORMALIZED, BF16_DOTS, PRECISION
+        )
         mixed = tl.dot(to_dot(at, BF16_DOTS), to_dot(sums, BF16_DOTS), input_precision=PRECISION)
         den = tl.sum(at.to(tl.float32) * sums_n[None, :], 1)
         if CAUSAL:
@@ -344,6 +349,7 @@ def mapped_attention_kernel(
                 BF,
                 K_KIND,
                 K_EXP_FORM,
+                NORMALIZED,
                 HAS_MEAN,
                 HAS_SQUARE,
                 BF16_DOTS,

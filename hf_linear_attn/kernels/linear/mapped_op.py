@@ -61,11 +61,14 @@ def mapped_attention(
         `[B, H, Tq]`, that of `TINY` at least; and the state after all keys.
 
     Raises:
-        ValueError: for a device on which no kernel can start, one map alone with a center or bias, or a projection that
-            does not go with the kind.
+        ValueError: for a device on which no kernel can start, one map alone with a center or bias or normalized, a bias
+            of normalized ones, or a projection that does not go with the kind.
     """
-    if (q_map.center is None, q_map.bias is None) != (k_map.center is None, k_map.bias is None):
-        raise ValueError("Both maps or none must have a center, and likewise a bias.")
+    q_has, k_has = ((x.center is None, x.bias is None, x.normalized) for x in (q_map, k_map))
+    if q_has != k_has or (q_map.normalized and q_map.bias is not None):
+        raise ValueError(
+            "Both maps or none must have a center, likewise a bias, or be normalized, which takes no bias."
+        )
     for kind, _, weight, *_ in (q_map, k_map):
         if (weight is not None) != kind.startswith("projected"):
             raise ValueError(f"{kind!r} {'needs a' if weight is None else 'takes no'} projection.")
@@ -93,6 +96,7 @@ def _forward(
     q_weight: torch.Tensor | None,
     q_center: torch.Tensor | None,
     q_bias: torch.Tensor | None,
+    q_normalized: bool,
     q_form: torch.Tensor | None,
     q_exp_form: int,
     k_kind: int,
@@ -100,6 +104,7 @@ def _forward(
     k_weight: torch.Tensor | None,
     k_center: torch.Tensor | None,
     k_bias: torch.Tensor | None,
+    k_normalized: bool,
     k_form: torch.Tensor | None,
     k_exp_form: int,
     scaling: float,
@@ -120,7 +125,7 @@ def _forward(
     constants = {
         **{"D": dim, "F": features, "C": width, "BT": tiles.tokens, "BC": tiles.values},
         **{"BD": config.block_of(dim), "BF": config.block_of(features)},
-        **{"K_KIND": k_kind, "K_EXP_FORM": k_exp_form, "HAS_CENTER": k_center is not None},
+        **{"K_KIND": k_kind, "K_EXP_FORM": k_exp_form, "NORMALIZED": k_normalized, "HAS_CENTER": k_center is not None},
         **{"HAS_MEAN": mean is not None, "HAS_SQUARE": square is not None, "HAS_BIAS": k_bias is not None},
         **config.dot_constants(precision),
     }

@@ -13,7 +13,7 @@ KINDS = {"elu": 1, "relu": 2, "projected_relu": 3, "projected_exp": 4, "projecte
 
 
 class TokenMap(NamedTuple):
-    """phi of a token x: of m x, or of u = m ((x - c) W + b).
+    """phi of a token x: of m x, or of u = m ((x - c) W + b), or of u = m (x - c) W / |x - c|.
 
     Attributes:
         kind: `"elu"`, elu(m x) + 1; `"relu"`, max(m x, 0); `"projected_relu"`, max(u, 0); `"projected_exp"`, exp(u);
@@ -21,6 +21,7 @@ class TokenMap(NamedTuple):
         multiplier: m.
         weight: W `[H or 1, D, F]`, any strides.
         center, bias: c `[H, D]` and b `[H, F]`, or None.
+        normalized: whether x - c is divided by its norm; without a bias.
         form, exp_form: of `"projected_softmax"`: `[H]`, and the form whose features are exponentials.
     """
 
@@ -29,6 +30,7 @@ class TokenMap(NamedTuple):
     weight: torch.Tensor | None = None
     center: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    normalized: bool = False
     form: torch.Tensor | None = None
     exp_form: int = -1
 

@@ -107,7 +107,7 @@ def _mapped_launches(target: str, dtype: str, kind: str, features: int) -> Itera
     is_projection = kind not in ("elu", "relu")
     common = {
         **{"D": 64, "F": features, "C": 64, "BD": 64, "BF": config.block_of(features)},
-        **{"K_KIND": KINDS[kind], "K_EXP_FORM": 2},
+        **{"K_KIND": KINDS[kind], "K_EXP_FORM": 2, "NORMALIZED": False},
         **{"HAS_CENTER": kind == "projected_exp", "HAS_BIAS": is_projection and kind != "projected_exp"},
         **{"HAS_MEAN": kind != "projected_softmax", "HAS_SQUARE": kind == "projected_exp"},
         **config.dot_constants(precision),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="the extra [triton] is not installed")
 
@@ -23,6 +24,7 @@ from hf_linear_attn.ops.features.maps import (
 from hf_linear_attn.ops.linear import attention
 from hf_linear_attn.testing.contract import Subject
 from hf_linear_attn.testing.tools import draw
+from tests.kernels.subjects import forgets_both_ways
 
 HEADS, DIM, WIDTH = 2, 20, 24
 
@@ -45,6 +47,17 @@ def _projected(x: torch.Tensor, of_keys: bool = True) -> SpelledMap:
 
     spelled = TokenMap("projected_relu", weight=weight, bias=bias), KeyWeights(0.3, mean) if of_keys else KeyWeights()
     return SpelledMap(function, (weight, bias), spelled=lambda: spelled)
+
+
+def _normalized(x: torch.Tensor, of_keys: bool = True) -> SpelledMap:
+    weight, center = torch.randn(HEADS, DIM, 40).to(x), torch.randn(HEADS, DIM).to(x)
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> Any:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return relu_features(F.normalize(x - center.to(x)[:, None], dim=-1) @ weight.to(x))
+
+    spelled = TokenMap("projected_relu", weight=weight, center=center, normalized=True), KeyWeights()
+    return SpelledMap(function, (weight,), spelled=lambda: spelled)
 
 
 def _exp(x: torch.Tensor, of_keys: bool = True) -> ExponentialMap:
@@ -72,11 +85,18 @@ def _softmax(x: torch.Tensor, of_keys: bool = True) -> SpelledMap:
     def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
         return softmax.softmax_map(x, weight, bias, form, exp_form)
 
-    spelled = TokenMap("projected_softmax", 1.0, weight.mT, None, bias, form, exp_form), KeyWeights()
+    spelled = TokenMap("projected_softmax", weight=weight.mT, bias=bias, form=form, exp_form=exp_form), KeyWeights()
     return SpelledMap(function, (weight, bias), spelled=lambda: spelled)
 
 
-MAPS = {"elu": _elu, "relu": _relu, "projected_relu": _projected, "exp": _exp, "softmax": _softmax}
+MAPS = {
+    "elu": _elu,
+    "relu": _relu,
+    "projected_relu": _projected,
+    "normalized": _normalized,
+    "exp": _exp,
+    "softmax": _softmax,
+}
 
 
 def _tokens(q_len: int, k_len: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[torch.Tensor]:
@@ -151,7 +171,7 @@ def test_a_sequence_in_parts_is_the_sequence(kind: str, calls: list[Any]) -> Non
 
 
 def _width(kind: str) -> int:
-    return {"projected_relu": 40, "exp": 33, "softmax": 36}.get(kind, DIM)
+    return {"projected_relu": 40, "normalized": 40, "exp": 33, "softmax": 36}.get(kind, DIM)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
@@ -240,6 +260,8 @@ def test_operator() -> None:
     [
         ("linear", {}),
         ("retention", {}),
+        ("rfa", {"num_features": 24}),
+        ("rfa", {"num_features": 24, "variance_reducer": False, "gate": True}),
         ("t2r", {}),
         ("hedgehog", {}),
         ("performer", {"num_features": 40}),
@@ -251,7 +273,7 @@ def test_operator() -> None:
 @torch.no_grad()
 def test_layers_are_their_twins(key: str, options: dict[str, Any], is_causal: bool, calls: list[Any]) -> None:
     subject = Subject(get_variant(key), is_causal, options)
-    if not subject.spec.has_kernel(is_causal):
+    if not subject.spec.has_kernel(is_causal) or forgets_both_ways(subject):
         return
     module = subject.build(dtype=torch.float32, trained=True)
     for name, x in module.named_buffers():
