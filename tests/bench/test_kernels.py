@@ -29,7 +29,7 @@ from hf_linear_attn.testing.on_gpu import OnGpu, gpu
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "bench" / "results" / "kernels.json"
 SHORT = run.LENGTHS[0]
-# Of 65 channels and 153 features, masked in wide tiles, and two registers of performer: (kernel, method) to
+# Of 65 channels and 153 features, masked in wide tiles, and a few registers of two maps: (kernel, method) to
 # instructions that access local memory.
 SPILLS = {
     ("block_sparse_dkv_kernel", "long_short"): 6,
@@ -39,6 +39,7 @@ SPILLS = {
     ("linear_attention_bwd_kernel", "taylor"): 53,
     ("linear_attention_fwd_kernel", "taylor"): 284,
     ("mapped_attention_kernel", "performer"): 6,
+    ("mapped_attention_kernel", "rfa"): 5,
 }
 
 
