@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -230,6 +231,24 @@ def test_half_precision(kind: str, dtype: torch.dtype, calls: list[Any]) -> None
     torch.manual_seed(0)
     _compare(kind, _tokens(40, 40, dtype), 2e-2, is_causal=True)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "options"), [("linear", {}), ("hedgehog", {}), ("performer", {"num_features": 40})], ids=str
+)
+@torch.no_grad()
+def test_a_compiled_layer_takes_them_in_one_graph(key: str, options: dict[str, Any], calls: list[Any]) -> None:
+    module = Subject(get_variant(key), True, options).build(dtype=torch.float32, trained=True)
+    module.backend = "triton"
+    inputs = draw(module.context, 20, batch=1, dtype=torch.float32)
+    expected = module(inputs)[0]
+    assert len(calls) == 1
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return module(dataclasses.replace(inputs, query=query, key=key, value=value))[0]
+
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs.query, inputs.key, inputs.value), expected)
 
 
 def test_gradients_take_the_way_through_features(calls: list[Any]) -> None:
