@@ -9,7 +9,7 @@ from hf_linear_attn.kernels.linear.device import feature_map, to_dot
 
 __all__ = ["LOG2E", "LOG_ZERO", "add_keys", "larger", "load_side", "load_weights", "map_keys", "map_tile"]
 
-# Codes of `maps.KINDS`; up to 2 they are those of `device.feature_map`.
+# Codes of `mapped_op.KINDS`; up to 2 they are those of `device.feature_map`.
 PROJECTED_RELU = tl.constexpr(3)
 EXP = tl.constexpr(4)
 SOFTMAX = tl.constexpr(5)

@@ -2,10 +2,11 @@
 
     o_i = sum_j w_j phi(q_i) . phi(k_j) v_j / sum_j w_j phi(q_i) . phi(k_j)
 
-with maps phi and weights w_j as `maps` spells them out, the scale of key j's features in w_j. Sums are kept relative to
-the largest log weight so far, `top`, which is all that a key needs to know of those before it: no weight overflows, and
-none reaches an earlier row. `mapped_attention_kernel` runs through a causal sequence in one launch, state in registers;
-of a bidirectional one `mapped_sums_kernel` adds up segments of keys first, each relative to its own top.
+with maps phi and weights w_j as `ops.features.maps` spells them out, the scale of key j's features in w_j. Sums are
+kept relative to the largest log weight so far, `top`, which is all that a key needs to know of those before it: no
+weight overflows, and none reaches an earlier row. `mapped_attention_kernel` runs through a causal sequence in one
+launch, state in registers; of a bidirectional one `mapped_sums_kernel` adds up segments of keys first, each relative to
+its own top.
 
 Layouts: q, k, v, out, log weights and log-decays by strides of (batch, head, token), the last dimension of the former
 contiguous; projections `[H or 1, D, F]` by strides, biases `[H, F]`, `form` `[H]`, `mean` and centers `[H, D]`,

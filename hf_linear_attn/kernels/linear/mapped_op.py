@@ -9,15 +9,17 @@ import torch
 from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device
 from hf_linear_attn.kernels.linear import tiles as config
 from hf_linear_attn.kernels.linear.mapped import mapped_attention_kernel, mapped_sums_kernel
-from hf_linear_attn.kernels.linear.maps import KINDS, KeyWeights, TokenMap
 
 __all__ = ["KINDS", "mapped_attention", "serves"]
+
+# Kinds of maps, and the code that the kernels know each by.
+KINDS = {"elu": 1, "relu": 2, "projected_relu": 3, "projected_exp": 4, "projected_softmax": 5}
 
 Optional = torch.Tensor | None
 State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def serves(q: torch.Tensor, v: torch.Tensor, q_map: TokenMap, *, is_causal: bool) -> bool:
+def serves(q: torch.Tensor, v: torch.Tensor, q_map: Any, *, is_causal: bool) -> bool:
     """Whether the kernels fit this call, and a causal sequence of few heads is not so long that it should be cut."""
     (batch, heads, length, dim), width = q.shape, v.shape[-1]
     features = dim if q_map.weight is None else q_map.weight.shape[-1]
@@ -33,9 +35,9 @@ def mapped_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_map: TokenMap,
-    k_map: TokenMap,
-    weights: KeyWeights,
+    q_map: Any,
+    k_map: Any,
+    weights: Any,
     query_mask: Optional = None,
     token_mask: Optional = None,
     state: State | None = None,
@@ -48,7 +50,8 @@ def mapped_attention(
 
     Args:
         q: `[B, H, Tq, D]`; k: `[B, H, Tk, D]`; v: `[B, H, Tk, C]`, of one dtype, any strides.
-        q_map, k_map, weights: features of queries and of keys, as many of both, and what else keys weigh.
+        q_map, k_map, weights: features of queries and of keys, as many of both, and what else keys weigh; a `TokenMap`
+            each, and `KeyWeights`, of `ops.features.maps`.
         query_mask, token_mask: bool `[B, Tq]` and `[B, Tk]`, True for a token; what stands at others has no effect.
         state: kv `[B, H, F, C]`, z `[B, H, F]` and the log scale of both `[B, H]`, float32; causal with Tq == Tk only.
         log_weight: float32 `[B, H, Tk]`, of keys beside `weights`, any strides; causal only.

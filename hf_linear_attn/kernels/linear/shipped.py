@@ -12,7 +12,7 @@ from hf_linear_attn.kernels.launch import Launch
 from hf_linear_attn.kernels.linear import bwd, fwd, mapped
 from hf_linear_attn.kernels.linear import exp_features as exp
 from hf_linear_attn.kernels.linear import tiles as config
-from hf_linear_attn.kernels.linear.maps import KINDS
+from hf_linear_attn.kernels.linear.mapped_op import KINDS
 
 __all__ = ["shipped_launches"]
 

@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.kernels.linear.maps import KeyWeights, TokenMap
 from hf_linear_attn.ops.base.memo import kept_lists
 from hf_linear_attn.ops.base.numerics import accumulation_dtype, exp_
 
@@ -49,7 +49,46 @@ __all__ = [
 
 Features = tuple[torch.Tensor, torch.Tensor | None]
 FeatureMap = Callable[[torch.Tensor], Features]
-Spelled = tuple[TokenMap, KeyWeights]
+
+
+class TokenMap(NamedTuple):
+    """phi of a token x: of m x, or of u = m ((x - c) W + b), or of u = m (x - c) W / |x - c|.
+
+    Attributes:
+        kind: `"elu"`, elu(m x) + 1; `"relu"`, max(m x, 0); `"projected_relu"`, max(u, 0); `"projected_exp"`, exp(u);
+            `"projected_softmax"`, that of `softmax_map`. Kernels know no others.
+        multiplier: m.
+        weight: W `[H or 1, D, F]`, any strides.
+        center, bias: c `[H, D]` and b `[H, F]`, or None.
+        normalized: whether x - c is divided by its norm; without a bias.
+        form, exp_form: of `"projected_softmax"`: `[H]`, and the form whose features are exponentials.
+    """
+
+    kind: str
+    multiplier: float = 1.0
+    weight: torch.Tensor | None = None
+    center: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    normalized: bool = False
+    form: torch.Tensor | None = None
+    exp_form: int = -1
+
+
+class KeyWeights(NamedTuple):
+    """Log weights of keys x beside the log scale of their features: s (a . x - |(x - c) A|^2 / 2), c that of their map.
+
+    Attributes:
+        scaling: s.
+        mean: a `[H, D]`, or None.
+        square: A `[H or 1, D, D]`, or None.
+    """
+
+    scaling: float = 1.0
+    mean: torch.Tensor | None = None
+    square: torch.Tensor | None = None
+
+
+Spelled = tuple[TokenMap, KeyWeights]  # a map in tensors, so that kernels can compute it as they read tokens
 
 # The classes of maps are not frozen: layers make them in each call, and torch.compile of PyTorch 2.11 loses the
 # attributes of a frozen dataclass that traced code makes and a nested function uses.
