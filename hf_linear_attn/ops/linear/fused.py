@@ -142,16 +142,14 @@ def attend_tokens(
     if spelled[0] is None or spelled[1] is None or not (q.dtype == k.dtype == v.dtype):
         return None
     (q_tokens, (_, mean, square)), (k_tokens, weights) = spelled[0](), spelled[1]()
-    weighted = mean is not None or square is not None  # queries, which the kernels know no weights of
-    plain = (
-        k_tokens.kind in MAPS and weights.mean is None and state is None
-    )  # `attend` maps these as it reads, and moves no more
-    if (
-        weighted
-        or plain
-        or k_tokens.kind not in kernels.KINDS
-        or not kernels.serves(q, v, q_tokens, is_causal=is_causal)
-    ):
+    # The kernels know no weights of queries, and of an encoder's keys those alone that its map spells out.
+    unknown = mean is not None or square is not None
+    unknown = unknown or (not is_causal and (log_weight is not None or log_decay is not None))
+    # Maps without weights `attend` applies as it reads too, and moves no more.
+    plain = k_tokens.kind in MAPS and all(x is None for x in (weights.mean, log_weight, log_decay, state))
+    if unknown or plain or k_tokens.kind not in kernels.KINDS:
+        return None
+    if not kernels.serves(q, v, q_tokens, is_causal=is_causal):
         return None
     start = None if state is None else (state["kv"].float(), state["z"].float(), state["log_scale"].float())
     keys = (None if x is None else x.float() for x in (log_weight, log_decay))

@@ -208,6 +208,22 @@ def test_decay_and_given_weights(kind: str, padded: bool, calls: list[Any]) -> N
     assert len(calls) == 1 + (not padded)
 
 
+@torch.no_grad()
+def test_encoders_with_given_weights_go_another_way(calls: list[Any]) -> None:
+    torch.manual_seed(0)
+    given, weights = _tokens(40, 40), 3 * torch.randn(2, HEADS, 40)
+    maps = _elu(given[0], False), _elu(given[0])
+
+    def run(wide: bool, backend: str) -> torch.Tensor:
+        tensors = (x.double() if wide else x for x in (*given, weights))
+        *tokens, weight = tensors
+        options = {"key_log_weight": weight, "is_causal": False, "backend": backend}
+        return attention.feature_map_attention(*tokens, *maps, **options)[0]
+
+    torch.testing.assert_close(run(False, "triton").double(), run(True, "torch"), atol=1e-4, rtol=1e-4)
+    assert not calls
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_no_weight_overflows_and_none_reaches_an_earlier_row(is_causal: bool, calls: list[Any]) -> None:
     """A key of log weight +1,000 in the middle, one of -1,000 before all others."""
