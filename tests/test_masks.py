@@ -377,3 +377,19 @@ def test_the_mask_function_reads_no_mask_on_a_device() -> None:
         assert got.shape == (2, 7)
     on_host = torch.ones(2, 7, dtype=torch.bool)
     assert attention.linear_attention_mask(**call, q_length=7, kv_length=7, attention_mask=on_host) is None
+
+
+def test_a_cache_after_a_refused_piece_is_refused_in_a_sentence() -> None:
+    """The refused piece counted its tokens before it was refused: the mask of the next call is of other tokens."""
+    model = convert_model(causal_lm("gpt2"), "linear")
+    ids, cache = token_batch(batch=2, length=12)["input_ids"], DynamicCache(config=model.config)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        model(input_ids=ids[:, :5], attention_mask=mask[:, :5], **cached(model, cache))
+        ended = mask.clone()
+        ended[0, 7] = 0
+        with pytest.raises(ValueError, match="A piece of a prompt ends in padding"):
+            model(input_ids=ids[:, 5:8], attention_mask=ended[:, :8], **cached(model, cache))
+        with pytest.raises(ValueError, match="An earlier forward probably failed half-way; start from a new cache"):
+            model(input_ids=ids[:, 8:], attention_mask=mask, **cached(model, cache))

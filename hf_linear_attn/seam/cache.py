@@ -320,6 +320,11 @@ def _check_padding(layer: LinearAttnCacheLayer | None, mask: Any) -> None:
     """
     if layer is None or (held := layer.padding) is None:
         return
+    if held.shape[1] not in (0, layer.seen_tokens):  # a call counts tokens before it is done with them
+        raise ValueError(
+            f"The cache is inconsistent: its layers have seen {layer.seen_tokens} tokens, the masks of calls that ended "
+            f"told of {held.shape[1]}. An earlier forward probably failed half-way; start from a new cache."
+        )
     now = _padding(mask, held.shape[0], layer.seen_tokens)
     if now is None or now.shape == held.shape == (len(held), 0):
         return
