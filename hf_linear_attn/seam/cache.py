@@ -322,8 +322,8 @@ def _check_padding(layer: LinearAttnCacheLayer | None, mask: Any) -> None:
         return
     if held.shape[1] not in (0, layer.seen_tokens):  # a call counts tokens before it is done with them
         raise ValueError(
-            f"The cache is inconsistent: its layers have seen {layer.seen_tokens} tokens, the masks of calls that ended "
-            f"told of {held.shape[1]}. An earlier forward probably failed half-way; start from a new cache."
+            f"The cache is inconsistent: a layer has seen {layer.seen_tokens} tokens, masks of calls that ended told "
+            f"of {held.shape[1]}. An earlier forward probably failed half-way; start from a new cache."
         )
     now = _padding(mask, held.shape[0], layer.seen_tokens)
     if now is None or now.shape == held.shape == (len(held), 0):
