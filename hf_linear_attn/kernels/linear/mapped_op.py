@@ -45,7 +45,7 @@ def mapped_attention(
     log_decay: Optional = None,
     *,
     is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, State]:
+) -> tuple[torch.Tensor, torch.Tensor, State | None]:
     """Linear attention over a whole sequence, or over tokens that come after a state.
 
     Args:
@@ -61,12 +61,14 @@ def mapped_attention(
 
     Returns:
         output `[B, H, Tq, C]`, `[B, T, H, C]` in memory, 0 in rows that see no key; the log of each row's denominator
-        `[B, H, Tq]`, that of `TINY` at least; and the state after all keys.
+        `[B, H, Tq]`, that of `TINY` at least; and the state after all keys, None if not causal.
 
     Raises:
-        ValueError: for a device on which no kernel can start, one map alone with a center or bias or normalized, a bias
-            of normalized ones, or a projection that does not go with the kind.
+        ValueError: for a device on which no kernel can start, what is causal only without causality, one map alone with
+            a center or bias or normalized, a bias of normalized ones, or a projection that does not go with the kind.
     """
+    if not is_causal and not (state is None and log_weight is None and log_decay is None):
+        raise ValueError("state, log_weight and log_decay need is_causal=True, got False.")
     q_has, k_has = ((x.center is None, x.bias is None, x.normalized) for x in (q_map, k_map))
     if q_has != k_has or (q_map.normalized and q_map.bias is not None):
         raise ValueError(
@@ -79,7 +81,7 @@ def mapped_attention(
         *(q, k, v, query_mask, token_mask, *(state or (None, None, None)), log_weight, log_decay),
         *(KINDS[q_map.kind], *q_map[1:], KINDS[k_map.kind], *k_map[1:], *weights, is_causal),
     )
-    return out, normalizer, (after[0], after[1], after[2])
+    return out, normalizer, (after[0], after[1], after[2]) if is_causal else None
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mapped_attention", mutates_args=())

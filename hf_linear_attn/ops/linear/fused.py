@@ -155,7 +155,11 @@ def attend_tokens(
     keys = (None if x is None else x.float() for x in (log_weight, log_decay))
     given = q, k, v, q_tokens, k_tokens, weights, query_mask, token_mask, start, *keys
     output, normalizer, after = kernels.mapped_attention(*given, is_causal=is_causal)
-    return output, normalizer, None if state is None else dict(zip(("kv", "z", "log_scale"), after, strict=True))
+    return (
+        output,
+        normalizer,
+        None if state is None or after is None else dict(zip(("kv", "z", "log_scale"), after, strict=True)),
+    )
 
 
 def _factors(

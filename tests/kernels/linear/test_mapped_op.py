@@ -281,6 +281,16 @@ def test_long_sequences_of_few_heads_are_cut(calls: list[Any]) -> None:
     assert mapped_op.serves(q, v, TokenMap("elu"), is_causal=False)
 
 
+def test_what_is_causal_only_is_refused_elsewhere() -> None:
+    q, k, v = _tokens(5, 5)
+    with pytest.raises(ValueError, match="log_weight and log_decay need is_causal=True"):
+        mapped_op.mapped_attention(
+            *(q, k, v, TokenMap("elu"), TokenMap("elu"), KeyWeights()),
+            log_weight=torch.zeros(2, HEADS, 5),
+            is_causal=False,
+        )
+
+
 def test_operator() -> None:
     q, k, v = _tokens(5, 5)
     (q_map, _), (k_map, weights) = _exp(q, False).spelled(), _exp(q).spelled()
@@ -289,28 +299,33 @@ def test_operator() -> None:
     torch.library.opcheck(torch.ops.hf_linear_attn.mapped_attention, given)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+LAYERS = [
+    ("linear", {}),
+    ("retention", {}),
+    ("rfa", {"num_features": 24}),
+    ("rfa", {"num_features": 24, "variance_reducer": False, "gate": True}),
+    ("t2r", {}),
+    ("hedgehog", {}),
+    ("performer", {"num_features": 40}),
+    ("performer", {"kernel": "hyperbolic", "num_features": 20}),
+    ("performer", {"kernel": "positive", "num_features": 40, "variance_reducer": False}),
+]
+
+
 @pytest.mark.parametrize(
-    ("key", "options"),
+    ("key", "options", "is_causal"),
     [
-        ("linear", {}),
-        ("retention", {}),
-        ("rfa", {"num_features": 24}),
-        ("rfa", {"num_features": 24, "variance_reducer": False, "gate": True}),
-        ("t2r", {}),
-        ("hedgehog", {}),
-        ("performer", {"num_features": 40}),
-        ("performer", {"kernel": "hyperbolic", "num_features": 20}),
-        ("performer", {"kernel": "positive", "num_features": 40, "variance_reducer": False}),
+        (key, options, is_causal)
+        for key, options in LAYERS
+        for is_causal in (True, False)
+        if get_variant(key).has_kernel(is_causal)
+        and not forgets_both_ways(Subject(get_variant(key), is_causal, options))
     ],
     ids=str,
 )
 @torch.no_grad()
 def test_layers_are_their_twins(key: str, options: dict[str, Any], is_causal: bool, calls: list[Any]) -> None:
-    subject = Subject(get_variant(key), is_causal, options)
-    if not subject.spec.has_kernel(is_causal) or forgets_both_ways(subject):
-        return
-    module = subject.build(dtype=torch.float32, trained=True)
+    module = Subject(get_variant(key), is_causal, options).build(dtype=torch.float32, trained=True)
     for name, x in module.named_buffers():
         if name.endswith(("mean", "map")):
             x.normal_(std=0.5)
