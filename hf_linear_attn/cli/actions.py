@@ -91,18 +91,22 @@ def run_training(recipe: Recipe, **options: Any) -> TrainResult | None:
     return _on_main_process(partial(train, recipe, **options))
 
 
-def run_language_comparison(recipe: Recipe, variants: list[str] | None, command: str) -> dict[str, Any] | None:
+def run_language_comparison(
+    recipe: Recipe, variants: list[str] | None, command: str, fresh: bool
+) -> dict[str, Any] | None:
     """Compare language models; the results on the main process, None on the others."""
     from hf_linear_attn.compare.language import compare_language
 
-    return _on_main_process(partial(compare_language, recipe, variants, command=command))
+    return _on_main_process(partial(compare_language, recipe, variants, command=command, fresh=fresh))
 
 
-def run_comparison(recipe: Recipe, variants: list[str] | None, title: str, command: str) -> Comparison | None:
+def run_comparison(
+    recipe: Recipe, variants: list[str] | None, title: str, command: str, fresh: bool
+) -> Comparison | None:
     """Compare; the comparison on the main process, None on the others."""
     from hf_linear_attn.compare.run import compare
 
-    return _on_main_process(partial(compare, recipe, variants, title=title, command=command))
+    return _on_main_process(partial(compare, recipe, variants, title=title, command=command, fresh=fresh))
 
 
 def _on_main_process(run: Callable[[], Any]) -> Any:

@@ -217,7 +217,8 @@ def compare_command(
 ) -> None:
     """Train softmax and converted models under one budget, and write a report.
 
-    A recipe that ends with finetune compares classifiers; another one language models, stage by stage.
+    A recipe that ends with finetune compares classifiers; another one language models, stage by stage. Goes on where
+    it was cut off; --overwrite begins anew.
 
     Example:
 
@@ -228,11 +229,11 @@ def compare_command(
         loaded = _load_recipe(recipe, changes)
         asked = names(variants, "--variants")
         if loaded.stages[-1].kind == "finetune":
-            check_output(loaded.output_dir, overwrite)
-            _run_comparison(loaded, asked, "Converted models beside the checkpoint")
+            check_output(loaded.output_dir, overwrite, resumes="**/stages.json")
+            _run_comparison(loaded, asked, "Converted models beside the checkpoint", overwrite)
         else:
             check_output(loaded.output_dir, overwrite, resumes="language.rows.jsonl")
-            _run_language_comparison(loaded, asked)
+            _run_language_comparison(loaded, asked, overwrite)
 
 
 @app.command("push")
@@ -336,9 +337,10 @@ def demo_command(
 
         loaded = _load_recipe(recipe or shipped_recipe("minilm/sotu_demo.yaml"), changes)
         first = RetrievalRecipe.from_yaml(embedders or shipped_recipe("minilm/embedder_demo.yaml"))
-        check_output(loaded.output_dir, overwrite)
+        check_output(loaded.output_dir, overwrite, resumes="**/stages.json")
         run_embedders(first, loaded.output_dir / "embedders", fresh=True)
-        _run_comparison(loaded, None, "A converted classifier on documents longer than the checkpoint reads")
+        title = "A converted classifier on documents longer than the checkpoint reads"
+        _run_comparison(loaded, None, title, overwrite)
 
 
 def run_embedders(recipe: RetrievalRecipe, output: Path, fresh: bool) -> None:
@@ -357,12 +359,13 @@ def run_embedders(recipe: RetrievalRecipe, output: Path, fresh: bool) -> None:
         raise typer.Exit(code=1)
 
 
-def _run_comparison(recipe: Recipe, variants: list[str] | None, title: str) -> None:
+def _run_comparison(recipe: Recipe, variants: list[str] | None, title: str, fresh: bool) -> None:
     from rich.console import Console
 
     from hf_linear_attn.cli.actions import run_comparison
 
-    comparison = run_comparison(recipe, variants, title, command=" ".join(["hf-linear-attn", *sys.argv[1:]]))
+    command = " ".join(["hf-linear-attn", *sys.argv[1:]])
+    comparison = run_comparison(recipe, variants, title, command, fresh)
     if comparison is None:  # not the main process
         return
     from hf_linear_attn.compare.report import render_table
@@ -378,13 +381,14 @@ def _run_comparison(recipe: Recipe, variants: list[str] | None, title: str) -> N
         raise typer.Exit(code=1)
 
 
-def _run_language_comparison(recipe: Recipe, variants: list[str] | None) -> None:
+def _run_language_comparison(recipe: Recipe, variants: list[str] | None, fresh: bool) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
     from hf_linear_attn.cli.actions import run_language_comparison
 
-    results = run_language_comparison(recipe, variants, command=" ".join(["hf-linear-attn", *sys.argv[1:]]))
+    command = " ".join(["hf-linear-attn", *sys.argv[1:]])
+    results = run_language_comparison(recipe, variants, command, fresh)
     if results is None:  # not the main process
         return
     from hf_linear_attn.compare.language_tables import language_table

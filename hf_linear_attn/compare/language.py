@@ -29,7 +29,7 @@ from hf_linear_attn.registry import get_patcher, list_variants
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.training.parts import variants_of
 from hf_linear_attn.training.recipe import Recipe, without_redraws
-from hf_linear_attn.training.results import TrainResult
+from hf_linear_attn.training.results import TrainResult, forget_stages
 from hf_linear_attn.training.run import train
 from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_head, load_task, process_state
 from hf_linear_attn.variants.base import AttentionVariant, LayerContext
@@ -49,6 +49,7 @@ def compare_language(
     variants: Sequence[Any] | None = None,
     *,
     command: str = "",
+    fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure the checkpoint, the checkpoint uptrained on as many tokens, and each variant after each stage.
@@ -65,6 +66,7 @@ def compare_language(
         variants: see `parse_methods`; `evaluation.variants` when None. `evaluation.controls` are converted and
             measured, and not trained; `linear_branch_off` among them measures trained ones without that branch.
         command: what to write down as the command that made it.
+        fresh: forget what an earlier run trained and measured.
         say: called with a line about each row.
 
     Returns:
@@ -77,12 +79,12 @@ def compare_language(
             and pass keys that the documents or the checkpoint have no room for, `linear_branch_off` where no variant
             has such a branch, or rows of another recipe in `output_dir`.
     """
-    return _Language(recipe, variants, command, say).run()
+    return _Language(recipe, variants, command, fresh, say).run()
 
 
 class _Language:
     def __init__(
-        self, recipe: Recipe, variants: Sequence[Any] | None, command: str, say: Callable[[str], None]
+        self, recipe: Recipe, variants: Sequence[Any] | None, command: str, fresh: bool, say: Callable[[str], None]
     ) -> None:
         if recipe.stages[-1].kind == "finetune":
             raise ValueError("A comparison of language models takes stages transfer, distill or uptrain, got finetune")
@@ -108,8 +110,12 @@ class _Language:
         setting = {"recipe": recipe.to_dict(), "documents": {str(n): len(x) for n, x in self.documents.items()}}
         for name in _JOINING:
             setting["recipe"]["evaluation"].pop(name)
+        path = self.output / "language.rows.jsonl"
         with self.state.main_process_first():  # it writes the file anew as it opens it
-            self.rows = RowFile(self.output / "language.rows.jsonl", setting, writes=self.main)
+            if fresh and self.main:
+                path.unlink(missing_ok=True)
+                forget_stages(self.output)
+            self.rows = RowFile(path, setting, writes=self.main)
         self.state.wait_for_everyone()  # every process has read them before one adds to them
         for sentence in drop_stale_rows(self.saved, self.rows):
             self.say(sentence)

@@ -32,7 +32,8 @@ from hf_linear_attn.training.finetune import kept_dtype
 from hf_linear_attn.training.parts import last_layers
 from hf_linear_attn.training.prefix import FrozenPrefix
 from hf_linear_attn.training.recipe import Recipe, without_redraws
-from hf_linear_attn.training.run import TrainResult, train
+from hf_linear_attn.training.results import TrainResult, forget_stages
+from hf_linear_attn.training.run import train
 from hf_linear_attn.training.saved import Evaluation
 from hf_linear_attn.training.setup import auto_class, build_model, build_tokenizer, load_task, process_state
 
@@ -68,14 +69,16 @@ def compare(
     *,
     title: str = "Converted models beside the checkpoint",
     command: str = "",
+    fresh: bool = False,
     show_progress: bool = True,
 ) -> Comparison:
     """Train and measure the truncated checkpoint, softmax on extended positions, and each variant.
 
     Every system sees the same documents in the same batches for the same number of steps, with the same seed and
     the same trained parts; what differs is the attention and how much of a document is read. The report is written
-    again after each system, so a run that is cut off leaves what it had. Saved models are measured on the same test
-    documents before anything trains, and their rows say that they were trained elsewhere.
+    again after each system, so a run that is cut off leaves what it had, and goes on there: what is trained is not
+    trained again. Saved models are measured on the same test documents before anything trains, and their rows say that
+    they were trained elsewhere.
 
     Args:
         recipe: `conversion` gives layers, extension and calibration (and options, for its own variant),
@@ -84,6 +87,7 @@ def compare(
             None. A variant named without options takes those that the recipe gives it.
         title: of the report.
         command: what to write down as the command that made it.
+        fresh: forget what an earlier run trained.
         show_progress: one bar over everything, on the main process.
 
     Returns:
@@ -92,7 +96,7 @@ def compare(
 
     Raises:
         ValueError: for an unknown variant, metric or option, or a saved model that does not fit the task, before
-            anything runs.
+            anything runs; for a truncated checkpoint that an earlier run began under other settings.
     """
     if recipe.stages[-1].kind != "finetune" or recipe.stages[-1].task != "sequence_classification":
         raise ValueError("compare takes a recipe whose last stage is finetune for sequence_classification")
@@ -101,7 +105,11 @@ def compare(
             raise ValueError(f"compare takes the metrics {', '.join(_SCORES)}; got {metric!r}")
     own = parse_methods(recipe.evaluation.variants)
     parsed = own if variants is None else with_recipe_options(parse_methods(variants), own)
-    return _Comparison(recipe, parsed, title, command, show_progress).run()
+    comparison = _Comparison(recipe, parsed, title, command, show_progress)
+    if fresh and comparison.main:
+        forget_stages(recipe.output_dir)
+    process_state().wait_for_everyone()
+    return comparison.run()
 
 
 class _Comparison:
@@ -241,7 +249,7 @@ class _Comparison:
             def share(done: float, number: int = number) -> None:
                 reach((number + done) / len(self.folds))
 
-            outcomes.append(train(recipe, task=fold, prefix=prefix, on_step=share, save_model=save))
+            outcomes.append(train(recipe, task=fold, prefix=prefix, on_step=share, resume=True, save_model=save))
         return outcomes
 
     def _new_prefix(self, system: System) -> FrozenPrefix | None:

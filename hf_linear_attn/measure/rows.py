@@ -52,7 +52,7 @@ class RowFile:
             found = json.loads(whole[0])
             if changed := differences(found, json.loads(to_json(setting))):
                 raise ValueError(
-                    f"{path} was measured under another setting: {'; '.join(changed)}. Give another --output, or "
+                    f"{path} was measured under another setting: {'; '.join(changed)}. Write to another folder, or "
                     "delete the file."
                 )
             self.rows = [row for row in map(json.loads, whole[1:]) if not any(key in row for key in retry)]

@@ -11,7 +11,7 @@ from typing import Any
 from hf_linear_attn.saving import write_json
 from hf_linear_attn.training.stage import refuse_other_settings
 
-__all__ = ["RESULT", "Progress", "StageResult", "TrainResult"]
+__all__ = ["RESULT", "Progress", "StageResult", "TrainResult", "forget_stages"]
 
 RESULT = "train_result.json"
 _STAGES = "stages.json"
@@ -128,6 +128,12 @@ class Progress:
         """Write down that a stage begins anew, and forget those after it."""
         self.begun = index + 1
         write_json(self.path, self.settings[: self.begun])
+
+
+def forget_stages(folder: Path) -> None:
+    """Nothing that was trained below `folder` is gone on with."""
+    for path in folder.rglob(_STAGES):
+        path.unlink()
 
 
 def _comparable(there: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from hf_linear_attn.compare.schema import agreements
 from hf_linear_attn.compare.systems import make_folds
 from hf_linear_attn.measure.bootstrap import paired_bootstrap_difference
 from hf_linear_attn.measure.methods import Method, parse_methods
+from hf_linear_attn.training.finetune import FinetuneTrainer
 from hf_linear_attn.training.recipe import Recipe
 from hf_linear_attn.training.run import TrainResult
 from tests.small_runs import small_recipe
@@ -100,6 +101,43 @@ def test_what_is_done_is_on_disk_before_the_next_system_starts(recipe: Recipe, m
         compare(recipe, ["linear"], show_progress=False)
     written = json.loads((recipe.output_dir / "results.json").read_text())
     assert [row["name"] for row in written["rows"]] == [BASELINE, "softmax-long"]
+
+
+def test_a_comparison_goes_on_where_it_was_cut_off(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folded = recipe.replace(data={"folds": 2}, evaluation={"softmax_long": False, "forward_lengths": []})
+    elsewhere = folded.replace(training={"output_dir": str(tmp_path / "whole")})
+    whole = compare(elsewhere, ["linear"], show_progress=False)
+    began: list[str] = []
+    start = FinetuneTrainer.train
+
+    def counted(self: FinetuneTrainer, **options: object) -> object:
+        began.append("/".join(Path(str(self.args.output_dir)).parts[-2:]))
+        return start(self, **options)  # type: ignore[arg-type]
+
+    def cut(self: FinetuneTrainer, **options: object) -> object:
+        done = counted(self, **options)
+        if began[-1] == "linear/fold_1":  # trained, and nothing of it written
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(FinetuneTrainer, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        compare(folded, ["linear"], show_progress=False)
+    monkeypatch.setattr(FinetuneTrainer, "train", counted)
+    done = compare(folded, ["linear"], show_progress=False)
+    folds = [f"{name}/fold_{number}" for name in (BASELINE, "linear") for number in (0, 1)]
+    assert began == [*folds, "linear/fold_1"]
+    for row, expected in zip(done.results["rows"], whole.results["rows"], strict=True):
+        assert row["predictions"] == expected["predictions"], row["name"]
+        assert row["quality"] == expected["quality"], row["name"]
+    other = folded.replace(training={"seed": 3})
+    with pytest.raises(ValueError, match="seed"):
+        compare(other, ["linear"], show_progress=False)
+    began.clear()
+    compare(other, ["linear"], fresh=True, show_progress=False)
+    assert began == folds
 
 
 def test_folds_test_every_document_once_and_never_divide_a_group(recipe: Recipe) -> None:

@@ -157,8 +157,14 @@ def test_a_comparison_goes_on_where_it_was_cut_off(recipe: Recipe, monkeypatch: 
     assert [row["nats"] for row in results["rows"][: len(first)]] == [row["nats"] for row in first]
     more = compare_language(recipe, ["hedgehog", "linear"], say=lambda _: None)
     assert {row["system"] for row in more["rows"]} >= {"hedgehog", "linear"}
+    other = recipe.replace(training={"seed": 3})
     with pytest.raises(ValueError, match="another setting"):
-        compare_language(recipe.replace(training={"seed": 3}), say=lambda _: None)
+        compare_language(other, say=lambda _: None)
+    runs.clear()
+    runs.append("cut")
+    anew = compare_language(other, fresh=True, say=lambda _: None)
+    assert runs == ["cut", "softmax uptrain", "hedgehog transfer", "hedgehog distill"]
+    assert {row["system"] for row in anew["rows"]} == {row["system"] for row in results["rows"]}
 
 
 def test_a_hybrid_keeps_softmax_in_as_many_layers_through_every_stage(recipe: Recipe) -> None:
