@@ -230,7 +230,7 @@ def test_softmax_gets_the_budget_of_every_stage_that_trains_its_weights(recipe: 
         {"stage": "distill", "trainable": "new", "training": {"max_steps": 3}, **shared},
         {"stage": "uptrain", "trainable": "last_layers:1", **shared},
     ]
-    budgeted = module._Language(recipe.replace(stages=stages), [], "", print)._budgeted()
+    budgeted = module._Language(recipe.replace(stages=stages), [], "", False, print)._budgeted()
     assert budgeted.conversion is None
     found = [(stage.kind, stage.trainable, stage.training) for stage in budgeted.stages]
     assert found == [("uptrain", "all", {"max_steps": 3}), ("uptrain", "last_layers:1", {})]
@@ -263,10 +263,10 @@ def test_distillation_learns_from_the_budgeted_checkpoint_where_it_is_told_to(re
     assert (recipe.output_dir / "budgeted" / "softmax" / "config.json").is_file()
     own = recipe.replace(evaluation={"teacher": "budgeted"})
     method = parse_methods(["hedgehog"])[0]
-    (distill,) = [x for x in module._Language(own, [], "", print)._recipe_of(method).stages if x.kind == "distill"]
+    (distill,) = [x for x in module._Language(own, [], "", False, print)._recipe_of(method).stages if x.kind == "distill"]
     assert distill.teacher == str(recipe.output_dir / "softmax")
     named = [{"stage": "distill", "max_length": 32, "teacher": own.model.name}]
-    (distill,) = module._Language(own.replace(stages=named), [], "", print)._recipe_of(method).stages
+    (distill,) = module._Language(own.replace(stages=named), [], "", False, print)._recipe_of(method).stages
     assert distill.teacher == own.model.name
 
 
