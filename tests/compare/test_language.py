@@ -263,7 +263,8 @@ def test_distillation_learns_from_the_budgeted_checkpoint_where_it_is_told_to(re
     assert (recipe.output_dir / "budgeted" / "softmax" / "config.json").is_file()
     own = recipe.replace(evaluation={"teacher": "budgeted"})
     method = parse_methods(["hedgehog"])[0]
-    (distill,) = [x for x in module._Language(own, [], "", False, print)._recipe_of(method).stages if x.kind == "distill"]
+    of_method = module._Language(own, [], "", False, print)._recipe_of(method)
+    (distill,) = [stage for stage in of_method.stages if stage.kind == "distill"]
     assert distill.teacher == str(recipe.output_dir / "softmax")
     named = [{"stage": "distill", "max_length": 32, "teacher": own.model.name}]
     (distill,) = module._Language(own.replace(stages=named), [], "", False, print)._recipe_of(method).stages
