@@ -68,12 +68,12 @@ test-conformance: $(STAMP)-dev $(STAMP)-conformance $(STAMP)-weights ## same wei
 
 # A stage is a run of pytest that leaves a report; one that passed is not run again until the code changes.
 TRUST := outputs/trust
-TRUST_STAGES := $(addprefix $(TRUST)/,without.xml with.xml linear.xml longformer.xml actions.xml numerics.xml faults.xml)
+TRUST_STAGES := $(addprefix $(TRUST)/,without.xml with.xml linear.xml longformer.xml actions.xml numerics.xml faults.xml long.xml)
 TRUST_PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) --junitxml=$@
 FAULTS := tests/test_saving.py tests/training/test_safety.py tests/test_push.py tests/test_interrupts.py \
 	tests/test_threads.py tests/test_damaged_checkpoints.py tests/test_security.py
 
-test-trust: $(TRUST_STAGES) ## others' tests, random user actions, faults, numerics, for recipes/trust (TRUST_SEED, TRUST_EXAMPLES)
+test-trust: $(TRUST_STAGES) ## others' tests, random user actions, faults, numerics, long runs, for recipes/trust (docs/trust.md)
 	$(PY) .ci/trust.py $(TRUST)
 
 $(TRUST_STAGES): $(STAMP)-dev $(STAMP)-sources $(shell find hf_linear_attn tests/trust -name '*.py')
@@ -87,6 +87,7 @@ $(TRUST)/without.xml $(TRUST)/with.xml $(TRUST)/linear.xml $(TRUST)/longformer.x
 
 $(TRUST)/actions.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_user_actions.py $(ARGS)
 $(TRUST)/numerics.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_long_numerics.py $(ARGS)
+$(TRUST)/long.xml: ; $(TRUST_PYTEST) --dist worksteal tests/trust/test_long_runs.py -m heavy $(ARGS)
 $(TRUST)/faults.xml: $(STAMP)-weights $(STAMP)-decoder-weights ; $(TRUST_PYTEST) -m "not heavy and not gpu" $(FAULTS) $(ARGS)
 
 test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make test-gpu PYTHON=python3

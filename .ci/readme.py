@@ -28,6 +28,9 @@ from hf_linear_attn.measure.markdown import markdown_table as table
 from hf_linear_attn.registry import KINDS, PATCHERS, VARIANTS, VariantSpec
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+import trust_page  # noqa: E402
+
 PAGES = (
     "README.md",
     "docs/variants.md",
@@ -401,29 +404,7 @@ def trust() -> str:
     """What `make test-trust` found."""
     if not TRUST.is_file():
         return "`make test-trust` finds it on your machine."
-    data = json.loads(TRUST.read_text(encoding="utf-8"))
-    versions, ends = " ".join(f"{name} {v}," for name, v in data["versions"].items()), ("passed", "skipped", "failed")
-    stages = [
-        [f"`{name}`", *(f"{stage[end]:,}" for end in ends), number(stage["seconds"], 0, 1 / 60)]
-        for name, stage in data["stages"].items()
-    ]
-    same = "the same" if not data["differ_with_plugin"] else f"others: {', '.join(data['differ_with_plugin'])}"
-    excluded = [[name, why, str(n)] for name, whys in data["excluded"].items() for why, n in whys.items()]
-    numerics, actions = data["numerics"], ", ".join(f"{count:,} {what}" for what, count in data["actions"].items())
-    scales = list(dict.fromkeys(scale for found in numerics.values() for scale in found))
-    errors = [[name, *(found.get(scale, "-") for scale in scales)] for name, found in numerics.items()]
-    return "\n\n".join(
-        [
-            f"{data['machine']}, {versions} {data['hours']} hours. Made by `{data['command']}`.",
-            table(["stage", *ends, "minutes"], stages),
-            f"With the plugin imported, the results of Transformers' tests are {same}. Random actions: {actions}.",
-            table(["converted to", "not run as it is, because it", "tests"], excluded),
-            "Numerics: error of the worst token, and what is allowed.",
-            table(["method", *scales], errors),
-            "Licenses of what is installed with all extras:",
-            table(["license", "packages"], [[kind, ", ".join(names)] for kind, names in data["licenses"].items()]),
-        ]
-    )
+    return trust_page.render(json.loads(TRUST.read_text(encoding="utf-8")))
 
 
 def pictures() -> None:

@@ -71,6 +71,11 @@ def licenses() -> dict[str, list[str]]:
     return {kind: sorted(names) for kind, names in sorted(found.items())}
 
 
+def by_method(stage: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What a stage's tests recorded, by what they are parametrized with, or their name."""
+    return {name.partition("[")[2].rstrip("]") or name: found for name, found in stage["properties"].items()}
+
+
 def differing(stages: dict[str, Any]) -> list[str]:
     """Tests of Transformers that end otherwise once the plugin is imported, or are there in one run alone."""
     without, with_plugin = (stages[name]["outcomes"] for name in ("without", "with"))
@@ -96,7 +101,8 @@ def main() -> None:
             for name in CONVERTED
         },
         "actions": actions,
-        "numerics": {name[name.index("[") + 1 : -1]: found for name, found in stages["numerics"]["properties"].items()},
+        "numerics": by_method(stages["numerics"]),
+        "long": by_method(stages["long"]),
         "licenses": licenses(),
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

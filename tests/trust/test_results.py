@@ -46,6 +46,10 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
         report(tmp_path / f"{method}.xml", a=skipped("asks for weights"), c=skipped("needs a GPU"), d=PASSED)
     report(tmp_path / "actions.xml", part1=properties(actions=40, sequences=2), part2=properties(actions=2))
     report(tmp_path / "numerics.xml", **{"long(linear-decoder)": properties(scale="0.1 of 0.2")})
+    report(
+        tmp_path / "long.xml",
+        **{"last(linear)": properties(tokens=9, seconds="1.01", error="2e-06"), "cycles": properties(cycles=7)},
+    )
     trust, readme = script("trust"), script("readme")
     monkeypatch.setattr(trust, "RESULTS", tmp_path / "out" / "results.json")
     monkeypatch.setattr(readme, "TRUST", trust.RESULTS)
@@ -59,9 +63,16 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
     assert results["excluded"]["linear"] == {"asks for weights": 1}
     assert results["actions"] == {"actions": 42, "sequences": 2}
     assert results["numerics"] == {"linear-decoder": {"scale": "0.1 of 0.2"}}
+    assert results["long"]["cycles"] == {"cycles": "7"}
     assert "pytest" in results["licenses"]["MIT"]
-    assert results["hours"] == 0.15
+    assert results["hours"] == 0.17
     page = readme.trust()
-    for cells in ("`without` | 2 | 1 | 1 | 2", "linear | asks for weights | 1", "linear-decoder | 0.1 of 0.2"):
+    for cells in (
+        "`without` | 2 | 1 | 1 | 2",
+        "linear | asks for weights | 1",
+        "linear-decoder | 0.1 of 0.2",
+        "linear | 9 | 1.01 | 2e-06",
+    ):
         assert f"| {cells} |" in page
     assert "others: t::a, t::d, t::e" in page
+    assert "Long runs: 7 cycles." in page
