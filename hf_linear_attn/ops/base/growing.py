@@ -82,6 +82,9 @@ def last_tokens(x: torch.Tensor, count: int) -> torch.Tensor:
     window = x[:, :, x.shape[2] - count :]
     if window.numel() < _LEAST_WINDOW:
         return window.contiguous()
+    if x.device.type != "cpu" and not torch.compiler.is_compiling():
+        held, token = x.untyped_storage().nbytes() // x.element_size(), window.numel() // count
+        return window if held <= window.numel() + token * _room(count) else window.contiguous()
     memory, end = (None if torch.compiler.is_compiling() else _places.get(x)) or (_NO_ROOM, 0)
     if memory is _NO_ROOM or memory.x.shape[2] > count + 2 * _room(count):
         return may_grow(window.contiguous())

@@ -10,6 +10,7 @@ import torch
 from hf_linear_attn.ops.base import growing
 from hf_linear_attn.ops.base.compaction import heads_apart, take_tokens
 from hf_linear_attn.ops.base.growing import append_tokens, last_tokens, may_grow
+from hf_linear_attn.testing.on_gpu import OnGpu, Watched
 
 
 def draw(tokens, seed=0, batch=2):
@@ -131,3 +132,12 @@ def test_the_end_of_a_long_memory_is_copied(small_windows):
 def test_a_small_window_is_copied():
     x = append_tokens(may_grow(draw(20)), draw(1, seed=1))
     assert last_tokens(x, 20).is_contiguous()
+
+
+@pytest.mark.parametrize(("tokens", "copied"), [(1025, False), (1280, False), (1281, True), (4096, True)])
+def test_a_window_on_a_gpu_is_a_view_where_that_keeps_little_more(tokens, copied):
+    x = torch.randn(1, 2, tokens, 64)
+    with Watched():
+        window = last_tokens(OnGpu(x), 1024)
+    assert torch.equal(window.values, x[:, :, -1024:])
+    assert (window.values.untyped_storage().nbytes() < x.untyped_storage().nbytes()) == copied
