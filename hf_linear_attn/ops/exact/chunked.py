@@ -127,23 +127,22 @@ class _ChunkedSoftmax(torch.autograd.Function):
         is_causal, scaling, chunk_size = ctx.options
         dtype = accumulation_dtype(v.dtype)
         dq, (dk, dv) = [], (torch.zeros_like(x, dtype=dtype) for x in (k, v))
-        with torch.autocast(v.device.type, enabled=False):
-            for rows, columns in _pairs(q.shape[2], k.shape[2], is_causal, chunk_size):
-                queries, gradient = q[:, :, rows].to(dtype) * scaling, gradients[0][:, :, rows].to(dtype)
-                mean = (gradient * result[:, :, rows].to(dtype)).sum(-1, keepdim=True)
-                total = torch.zeros_like(queries)
-                for keys in columns:
-                    these, values = k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)
-                    logits = queries @ these.mT
-                    hidden = _hidden(rows, keys, k.shape[2] - q.shape[2], is_causal, token_mask, logits.device)
-                    if hidden is not None:
-                        logits = logits.masked_fill(hidden, -torch.inf)
-                    weights = (logits - log_sum[:, :, rows]).exp()
-                    change = weights * (gradient @ values.mT - mean)  # of the logits
-                    dv[:, :, keys] += weights.mT @ gradient
-                    dk[:, :, keys] += change.mT @ queries
-                    total = total + change @ these
-                dq.append(total * scaling)
+        for rows, columns in _pairs(q.shape[2], k.shape[2], is_causal, chunk_size):
+            queries, gradient = q[:, :, rows].to(dtype) * scaling, gradients[0][:, :, rows].to(dtype)
+            mean = (gradient * result[:, :, rows].to(dtype)).sum(-1, keepdim=True)
+            total = torch.zeros_like(queries)
+            for keys in columns:
+                these, values = k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)
+                logits = queries @ these.mT
+                hidden = _hidden(rows, keys, k.shape[2] - q.shape[2], is_causal, token_mask, logits.device)
+                if hidden is not None:
+                    logits = logits.masked_fill(hidden, -torch.inf)
+                weights = (logits - log_sum[:, :, rows]).exp()
+                change = weights * (gradient @ values.mT - mean)  # of the logits
+                dv[:, :, keys] += weights.mT @ gradient
+                dk[:, :, keys] += change.mT @ queries
+                total = total + change @ these
+            dq.append(total * scaling)
         return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 

@@ -91,7 +91,7 @@ class _Scan(torch.autograd.Function):
         for number in reversed(range(len(pieces))):
             piece, sums = pieces[number], before[number * num_sums : (number + 1) * num_sums]
             inputs = [leaf(x) for x in (*_parts(sequences, piece), *sums)]
-            with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            with torch.enable_grad():
                 output, after = step(piece, tuple(inputs[:num_sequences]), tuple(inputs[num_sequences:]), parameters)
             given = grad[:, :, piece], *grad_sums
             changes = found.through((output, *after), given, inputs, parameters)

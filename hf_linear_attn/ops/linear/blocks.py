@@ -157,50 +157,49 @@ def _backward(
     scheme, found = _scheme(call.options), _Gradients(call)
     leaves = tuple(leaf(x, x.requires_grad) for x in call.parameters)
     last = borders[-1]
-    with torch.no_grad(), full_precision(call.v):
-        # Gradients of the sums after the block in work.
-        d_sums: Any = [torch.zeros_like(last.kv) if d_kv is None else d_kv.to(call.dtype), None]
-        if last.z is not None:
-            d_sums[1] = torch.zeros_like(last.z) if d_z is None else d_z.to(call.dtype)
-        for i, rows in reversed(list(enumerate(call.query_blocks()))):
-            d_log = None if d_normalizer is None else d_normalizer[:, :, rows].to(call.dtype)
-            d_den: Any = None
-            if denominator is not None:
-                d_num, d_den = quotient_backward(d_output, output, denominator[:, :, rows], d_log, rows)
-            else:
-                shape = *call.q.shape[:2], rows.stop - rows.start, _columns(call)
-                d_num = call.v.new_zeros(shape) if d_output is None else d_output[:, :, rows]
-                d_num = d_num.to(call.dtype)
-                if shape[-1] > call.v.shape[-1]:
-                    d_num, d_den = d_num[..., :-1], d_num[..., -1]
-            with torch.enable_grad():
-                x = leaf(call.q[:, :, rows], call.q.requires_grad)
-                outputs = call.queries(x, rows, leaves)
-            q = outputs[0].detach()
-            if call.options.is_causal:
-                now = call.own_keys(rows)
-                inputs, keys = _mapped(call, leaves, now)
-                d_q, d_keys, found.v[:, :, now], d_sums = scheme.attend_backward(
-                    call, q, keys, now, borders[i : i + 2], steep[i], d_num, d_den, d_sums
-                )
-                _collect(found, leaves, now, inputs, keys, d_keys)
-            else:
-                d_q = (d_num @ last.kv.mT).addcmul_(d_den[..., None], last.z[:, :, None])
-                d_sums = d_sums[0] + q.mT @ d_num, d_sums[1] + (d_den[:, :, None] @ q)[:, :, 0]
-            d_scale = torch.zeros_like(q[..., 0]) if d_log is None else d_log
-            found.q[:, :, rows] = found.through(outputs, (d_q, d_scale), [x], leaves)[0]
-        for now in call.key_blocks():
+    # Gradients of the sums after the block in work.
+    d_sums: Any = [torch.zeros_like(last.kv) if d_kv is None else d_kv.to(call.dtype), None]
+    if last.z is not None:
+        d_sums[1] = torch.zeros_like(last.z) if d_z is None else d_z.to(call.dtype)
+    for i, rows in reversed(list(enumerate(call.query_blocks()))):
+        d_log = None if d_normalizer is None else d_normalizer[:, :, rows].to(call.dtype)
+        d_den: Any = None
+        if denominator is not None:
+            d_num, d_den = quotient_backward(d_output, output, denominator[:, :, rows], d_log, rows)
+        else:
+            shape = *call.q.shape[:2], rows.stop - rows.start, _columns(call)
+            d_num = call.v.new_zeros(shape) if d_output is None else d_output[:, :, rows]
+            d_num = d_num.to(call.dtype)
+            if shape[-1] > call.v.shape[-1]:
+                d_num, d_den = d_num[..., :-1], d_num[..., -1]
+        with torch.enable_grad():
+            x = leaf(call.q[:, :, rows], call.q.requires_grad)
+            outputs = call.queries(x, rows, leaves)
+        q = outputs[0].detach()
+        if call.options.is_causal:
+            now = call.own_keys(rows)
             inputs, keys = _mapped(call, leaves, now)
-            scale = scheme.weigh(call, keys, now, borders[0])
-            k = keys.features.detach() if scale is None else keys.features.detach() * scale[..., None]
-            d_k = call.values(now) @ d_sums[0].mT
-            if d_sums[1] is not None:
-                d_k.add_(d_sums[1][:, :, None])
-            found.v[:, :, now] = k @ d_sums[0]
-            d_weight = None if keys.log_weight is None else (d_k * k).sum(-1)
-            d_features = d_k if scale is None else d_k.mul_(scale[..., None])
-            _collect(found, leaves, now, inputs, keys, (d_features, d_weight, None))
-        d_start = (None, None) if call.kv is None else scheme.start_backward(call, borders[0], d_sums)
+            d_q, d_keys, found.v[:, :, now], d_sums = scheme.attend_backward(
+                call, q, keys, now, borders[i : i + 2], steep[i], d_num, d_den, d_sums
+            )
+            _collect(found, leaves, now, inputs, keys, d_keys)
+        else:
+            d_q = (d_num @ last.kv.mT).addcmul_(d_den[..., None], last.z[:, :, None])
+            d_sums = d_sums[0] + q.mT @ d_num, d_sums[1] + (d_den[:, :, None] @ q)[:, :, 0]
+        d_scale = torch.zeros_like(q[..., 0]) if d_log is None else d_log
+        found.q[:, :, rows] = found.through(outputs, (d_q, d_scale), [x], leaves)[0]
+    for now in call.key_blocks():
+        inputs, keys = _mapped(call, leaves, now)
+        scale = scheme.weigh(call, keys, now, borders[0])
+        k = keys.features.detach() if scale is None else keys.features.detach() * scale[..., None]
+        d_k = call.values(now) @ d_sums[0].mT
+        if d_sums[1] is not None:
+            d_k.add_(d_sums[1][:, :, None])
+        found.v[:, :, now] = k @ d_sums[0]
+        d_weight = None if keys.log_weight is None else (d_k * k).sum(-1)
+        d_features = d_k if scale is None else d_k.mul_(scale[..., None])
+        _collect(found, leaves, now, inputs, keys, (d_features, d_weight, None))
+    d_start = (None, None) if call.kv is None else scheme.start_backward(call, borders[0], d_sums)
     return found.in_order(call, d_start)
 
 

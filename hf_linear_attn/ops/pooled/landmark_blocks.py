@@ -91,7 +91,7 @@ class _Norm(torch.autograd.Function):
         sums = [torch.zeros_like(y) if y.requires_grad else None for y in own]
         dx = _like(x) if ctx.needs_input_grad[0] else None
         for rows in _blocks(x, x.shape[3]):
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            with torch.enable_grad():
                 part = x[:, :, rows].transpose(1, 2).detach().requires_grad_(dx is not None)
                 out = gated_norm(part, *own)
             wanted = [y for y in (part, *own) if y.requires_grad]

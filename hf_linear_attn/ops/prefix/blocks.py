@@ -94,46 +94,45 @@ class _PrefixAttention(torch.autograd.Function):
         given = ShareInputs(*tensors)
         found, dtype, past = ShareGradients(given), given.dtype, given.v.shape[2] - given.q.shape[2]
         d_output, d_kv, d_z, _ = gradients
-        with full_precision(given.v):
-            d_kv = torch.zeros_like(saved[0]) if d_kv is None else d_kv.to(dtype)
-            d_z = torch.zeros_like(saved[1]) if d_z is None else d_z.to(dtype)
-            for i in reversed(range(len(ctx.layout))):
-                now, carry = ctx.layout[i], tuple(saved[3 * i : 3 * i + 3])
-                keys = given.keys(now)
-                power, factor, values = _keys(given, keys, base, now)
-                if now.stop <= past:
-                    moved = _rescaled(carry, power.amax(2))
-                    k = _weights(power, factor, moved[2])
-                    d_k = (values @ d_kv.mT).add_(d_z[:, :, None])
-                    found.of_values(now, k @ d_kv)
-                    found.of_logits(now, d_k.mul_(k), keys)
-                    kept = (carry[2] - moved[2]).exp2()
-                    d_kv, d_z = d_kv * kept[..., None], d_z * kept
-                    continue
-                rows = slice(now.start - past, now.stop - past)
-                q = given.queries(rows)
-                a = given.shares(q)
-                d_rows = torch.zeros_like(values) if d_output is None else d_output[:, :, rows].to(dtype)
-                parts = _passes(power, carry[2], given.token_mask is not None)
-                total: list[torch.Tensor] = []
-                for number, part in enumerate(parts):
-                    moved, k = _moved(power, factor, carry, part)
-                    mine, end = d_rows, (d_kv, d_z)
-                    if len(parts) > 1:
-                        mine = torch.zeros_like(d_rows)
-                        mine[:, :, part] = d_rows[:, :, part]
-                    if number + 1 < len(parts):
-                        end = torch.zeros_like(d_kv), torch.zeros_like(d_z)
-                    d_a, d_k, d_values, before, z_before = chunks.prefix_backward(
-                        a, k, values, *moved[:2], mine, *end, layout.CHUNK
-                    )
-                    kept = (carry[2] - moved[2]).exp2()
-                    change = [d_a, d_k.mul_(k), d_values, before * kept[..., None], z_before * kept]
-                    total = change if not total else [x + y for x, y in zip(total, change, strict=True)]
-                found.of_shares(rows, total[0], a, q)
-                found.of_logits(now, total[1], keys)
-                found.of_values(now, total[2])
-                d_kv, d_z = total[3:]
+        d_kv = torch.zeros_like(saved[0]) if d_kv is None else d_kv.to(dtype)
+        d_z = torch.zeros_like(saved[1]) if d_z is None else d_z.to(dtype)
+        for i in reversed(range(len(ctx.layout))):
+            now, carry = ctx.layout[i], tuple(saved[3 * i : 3 * i + 3])
+            keys = given.keys(now)
+            power, factor, values = _keys(given, keys, base, now)
+            if now.stop <= past:
+                moved = _rescaled(carry, power.amax(2))
+                k = _weights(power, factor, moved[2])
+                d_k = (values @ d_kv.mT).add_(d_z[:, :, None])
+                found.of_values(now, k @ d_kv)
+                found.of_logits(now, d_k.mul_(k), keys)
+                kept = (carry[2] - moved[2]).exp2()
+                d_kv, d_z = d_kv * kept[..., None], d_z * kept
+                continue
+            rows = slice(now.start - past, now.stop - past)
+            q = given.queries(rows)
+            a = given.shares(q)
+            d_rows = torch.zeros_like(values) if d_output is None else d_output[:, :, rows].to(dtype)
+            parts = _passes(power, carry[2], given.token_mask is not None)
+            total: list[torch.Tensor] = []
+            for number, part in enumerate(parts):
+                moved, k = _moved(power, factor, carry, part)
+                mine, end = d_rows, (d_kv, d_z)
+                if len(parts) > 1:
+                    mine = torch.zeros_like(d_rows)
+                    mine[:, :, part] = d_rows[:, :, part]
+                if number + 1 < len(parts):
+                    end = torch.zeros_like(d_kv), torch.zeros_like(d_z)
+                d_a, d_k, d_values, before, z_before = chunks.prefix_backward(
+                    a, k, values, *moved[:2], mine, *end, layout.CHUNK
+                )
+                kept = (carry[2] - moved[2]).exp2()
+                change = [d_a, d_k.mul_(k), d_values, before * kept[..., None], z_before * kept]
+                total = change if not total else [x + y for x, y in zip(total, change, strict=True)]
+            found.of_shares(rows, total[0], a, q)
+            found.of_logits(now, total[1], keys)
+            found.of_values(now, total[2])
+            d_kv, d_z = total[3:]
         start = (None, None) if kv is None else (d_kv, d_z)
         found_all = (*found.arguments(), *start, None)
         return tuple(x if wanted else None for x, wanted in zip(found_all, ctx.needs_input_grad, strict=True))

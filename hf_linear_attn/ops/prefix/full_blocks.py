@@ -51,12 +51,11 @@ class _ContextAttention(torch.autograd.Function):
         *arguments, context, log_norm = ctx.saved_tensors
         given = ShareInputs(*arguments)
         found, block, d_context = ShareGradients(given), layout.block_size(given.v), torch.zeros_like(context)
-        with full_precision(given.v):
-            for rows in _blocks(given.q, block):
-                d_context += _query_gradients(given, found, rows, d_output, context)
-            common = (context * d_context).sum(-1)[:, :, None]  # [B, H, 1, F]
-            for now in _blocks(given.k, block):
-                _key_gradients(given, found, now, log_norm, d_context, common)
+        for rows in _blocks(given.q, block):
+            d_context += _query_gradients(given, found, rows, d_output, context)
+        common = (context * d_context).sum(-1)[:, :, None]  # [B, H, 1, F]
+        for now in _blocks(given.k, block):
+            _key_gradients(given, found, now, log_norm, d_context, common)
         return found.arguments()
 
 

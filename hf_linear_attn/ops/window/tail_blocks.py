@@ -88,22 +88,21 @@ class _WindowSoftmax(torch.autograd.Function):
         d_output = torch.zeros_like(output) if d_output is None else d_output
         shift = -(d_output * output).sum(-1)
         shift = shift if d_log is None else shift + d_log
-        with full_precision(v):
-            for segment in _segments(q, k, left, right):
-                scores = segment.scores(q, k, allowed, scaling * LOG2_E)
-                change = None
-                if d_peak is not None:  # to the largest logits of each row, in equal shares
-                    change = (scores == scores.amax(-1, keepdim=True)) & (scores > LOG_ZERO / 2)
-                    change = change / change.sum(-1, keepdim=True).clamp(min=1) * segment.chunks(d_peak[..., None])
-                logs = segment.chunks(log_sum[..., None]).clamp_(min=LOG_ZERO / 2)
-                weights = scores.sub_(logs.mul_(LOG2_E)).exp2_()
-                gradient, keys = segment.chunks(d_output), segment.windows(k)
-                segment.add(d_v, torch.bmm(weights.mT, gradient))
-                d_scores = torch.bmm(gradient, segment.windows(v).mT).add_(segment.chunks(shift[..., None]))
-                d_scores.mul_(weights)
-                d_scores = (d_scores if change is None else d_scores + change).mul_(scaling)
-                d_q[:, :, segment.rows] = segment.whole(torch.bmm(d_scores, keys))
-                segment.add(d_k, torch.bmm(d_scores.mT, segment.chunks(q)))
+        for segment in _segments(q, k, left, right):
+            scores = segment.scores(q, k, allowed, scaling * LOG2_E)
+            change = None
+            if d_peak is not None:  # to the largest logits of each row, in equal shares
+                change = (scores == scores.amax(-1, keepdim=True)) & (scores > LOG_ZERO / 2)
+                change = change / change.sum(-1, keepdim=True).clamp(min=1) * segment.chunks(d_peak[..., None])
+            logs = segment.chunks(log_sum[..., None]).clamp_(min=LOG_ZERO / 2)
+            weights = scores.sub_(logs.mul_(LOG2_E)).exp2_()
+            gradient, keys = segment.chunks(d_output), segment.windows(k)
+            segment.add(d_v, torch.bmm(weights.mT, gradient))
+            d_scores = torch.bmm(gradient, segment.windows(v).mT).add_(segment.chunks(shift[..., None]))
+            d_scores.mul_(weights)
+            d_scores = (d_scores if change is None else d_scores + change).mul_(scaling)
+            d_q[:, :, segment.rows] = segment.whole(torch.bmm(d_scores, keys))
+            segment.add(d_k, torch.bmm(d_scores.mT, segment.chunks(q)))
         return d_q, d_k, d_v, None, None, None, None
 
 

@@ -390,30 +390,29 @@ def _backward(
     d_q, d_k, d_v = torch.empty_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
     d_factor = torch.zeros_like(call.factor)
     d_output = torch.zeros_like(output) if d_output is None else d_output
-    with torch.no_grad(), full_precision(call.v):
-        for (start, count), earlier in reversed(list(zip(call.blocks, before, strict=True))):
-            v = call.values(start, count)
-            late = _Late(call, start, v[:count], earlier)
-            d_before, d_values = torch.zeros_like(late.before), torch.zeros_like(v[..., :-1])
-            if d_sums is not None:
-                d_before[-1] = d_sums
-            d_near: Any = 0.0, 0.0
-            place, there = call.place(call.first + start, len(v), call.k.shape[2])
-            if start >= 0:
-                now = slice(start, start + count * call.size)
-                rows = _Rows(call, start, late, logs[:, :, now])
-                change = call.laid(d_output, start, count, 1)
-                change[..., -1] = (change[..., :-1] * call.laid(output, start, count)).sum(-1).neg_()
-                d_rank, d_rows, d_keys, *d_near = rows.backward(call, late, v, change.flatten(0, 1), d_before, d_values)
-                d_rows = call.whole(d_rows, rows.there)
-                given = call.whole(d_rank, rows.there), -d_rows[..., -2]
-                d_q[:, :, now] = found.through(rows.outputs, given, [rows.queries], call.parameters)[0]
-                d_q[:, :, now].add_(d_rows[..., :-2], alpha=call.scaling)
-                d_factor += d_rows[..., -2].sum((0, 2))
-                d_k[:, :, place].add_(call.whole(d_keys, there)[..., :-2], alpha=1 / LOG2_E)
-            d_rank, d_log = (x + y for x, y in zip(late.backward(d_before, d_values[:count]), d_near, strict=True))
-            given = call.whole(d_rank, late.there), call.whole(d_log[..., None], late.there)[..., 0]
-            d_k[:, :, late.here] += found.through(late.outputs, given, [late.keys], call.parameters)[0]
-            d_v[:, :, place] += call.whole(d_values, there)
-            d_sums = d_before[0]
+    for (start, count), earlier in reversed(list(zip(call.blocks, before, strict=True))):
+        v = call.values(start, count)
+        late = _Late(call, start, v[:count], earlier)
+        d_before, d_values = torch.zeros_like(late.before), torch.zeros_like(v[..., :-1])
+        if d_sums is not None:
+            d_before[-1] = d_sums
+        d_near: Any = 0.0, 0.0
+        place, there = call.place(call.first + start, len(v), call.k.shape[2])
+        if start >= 0:
+            now = slice(start, start + count * call.size)
+            rows = _Rows(call, start, late, logs[:, :, now])
+            change = call.laid(d_output, start, count, 1)
+            change[..., -1] = (change[..., :-1] * call.laid(output, start, count)).sum(-1).neg_()
+            d_rank, d_rows, d_keys, *d_near = rows.backward(call, late, v, change.flatten(0, 1), d_before, d_values)
+            d_rows = call.whole(d_rows, rows.there)
+            given = call.whole(d_rank, rows.there), -d_rows[..., -2]
+            d_q[:, :, now] = found.through(rows.outputs, given, [rows.queries], call.parameters)[0]
+            d_q[:, :, now].add_(d_rows[..., :-2], alpha=call.scaling)
+            d_factor += d_rows[..., -2].sum((0, 2))
+            d_k[:, :, place].add_(call.whole(d_keys, there)[..., :-2], alpha=1 / LOG2_E)
+        d_rank, d_log = (x + y for x, y in zip(late.backward(d_before, d_values[:count]), d_near, strict=True))
+        given = call.whole(d_rank, late.there), call.whole(d_log[..., None], late.there)[..., 0]
+        d_k[:, :, late.here] += found.through(late.outputs, given, [late.keys], call.parameters)[0]
+        d_v[:, :, place] += call.whole(d_values, there)
+        d_sums = d_before[0]
     return [d_q, d_k, d_v, d_factor, None, d_sums, None, *found.parameters]
