@@ -48,7 +48,7 @@ METHODS = ROOT / "recipes" / "methods" / "results"
 SHARINGS = METHODS / "sharing" / "methods.json"
 SPECTRUM = ROOT / "recipes" / "minilm" / "results" / "spectrum" / "analysis.json"
 EMBEDDERS = ROOT / "recipes" / "minilm" / "results"
-LANGUAGE = ROOT / "recipes" / "smollm2" / "results" / "language.json"
+LANGUAGE = ROOT / "recipes" / "smollm2" / "results"
 TRUST = ROOT / "recipes" / "trust" / "results.json"
 TIMES = ROOT / ".ci" / "times.json"
 PICTURES = {
@@ -207,19 +207,21 @@ def results() -> str:
 
 
 def language() -> str:
-    """What is left of a language model after each stage."""
-    if not LANGUAGE.is_file():
-        return "`hf-linear-attn compare recipes/smollm2/stages.yaml` measures them on your machine."
-    data = json.loads(LANGUAGE.read_text(encoding="utf-8"))
-    meta, documents = data["meta"], data["documents"]
-    counts = ", ".join(f"{count} of {int(n):,} tokens" for n, count in documents["counts"].items())
-    about = (
-        f"Held-out documents of {documents['source']}: {counts}. An interval is a 95% bootstrap over groups of them, "
-        f"paired with {data['baseline']}. {meta['machine']}, {meta['threads']} thread(s), torch {meta['torch']}, "
-        f"transformers {meta['transformers']}. Made by `{meta['command']}`."
-    )
-    picture = LANGUAGE.with_suffix(".png").relative_to(ROOT).as_posix()
-    return "\n\n".join([about, language_table(data), f"![Perplexity against the time of a forward]({picture})"])
+    """What is left of a language model after each stage, in every committed comparison."""
+    parts = []
+    for path in sorted(LANGUAGE.glob("**/language.json"), key=lambda path: len(path.parts)):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        meta, documents = data["meta"], data["documents"]
+        counts = ", ".join(f"{count} of {int(n):,} tokens" for n, count in documents["counts"].items())
+        parts += [
+            f"Held-out documents of {documents['source']}: {counts}. An interval is a 95% bootstrap over groups of "
+            f"them, paired with {data['baseline']}. {meta['machine']}, {meta['threads']} thread(s), torch "
+            f"{meta['torch']}, transformers {meta['transformers']}. Made by `{meta['command']}`.",
+            language_table(data),
+        ]
+        if (picture := path.with_suffix(".png")).is_file():
+            parts.append(f"![Perplexity against the time of a forward]({picture.relative_to(ROOT).as_posix()})")
+    return "\n\n".join(parts)
 
 
 def embedders() -> str:
