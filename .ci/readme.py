@@ -416,7 +416,7 @@ def trust() -> str:
         [
             f"{data['machine']}, {versions} {data['hours']} hours. Made by `{data['command']}`.",
             table(["stage", *ends, "minutes"], stages),
-            f"With the plugin imported, the results of Transformers' tests are {same}. Random actions: {actions}.",
+            f"With the plugin imported, the results of others' tests are {same}. Random actions: {actions}.",
             table(["converted to", "not run as it is, because it", "tests"], excluded),
             "Numerics: error of the worst token, and what is allowed.",
             table(["method", *scales], errors),
