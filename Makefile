@@ -68,7 +68,8 @@ test-conformance: $(STAMP)-dev $(STAMP)-conformance $(STAMP)-weights ## same wei
 
 # A stage is a run of pytest that leaves a report; one that passed is not run again until the code changes.
 TRUST := outputs/trust
-TRUST_STAGES := $(addprefix $(TRUST)/,without.xml with.xml linear.xml longformer.xml actions.xml numerics.xml faults.xml long.xml)
+OTHERS := without with linear longformer
+TRUST_STAGES := $(addprefix $(TRUST)/,$(addsuffix .xml,$(OTHERS) $(OTHERS:%=peft-%) actions numerics faults long))
 TRUST_PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) --junitxml=$@
 FAULTS := tests/test_saving.py tests/training/test_safety.py tests/test_push.py tests/test_interrupts.py \
 	tests/test_threads.py tests/test_damaged_checkpoints.py tests/test_security.py
@@ -79,11 +80,17 @@ test-trust: $(TRUST_STAGES) ## others' tests, random user actions, faults, numer
 $(TRUST_STAGES): $(STAMP)-dev $(STAMP)-sources $(shell find hf_linear_attn tests/trust -name '*.py')
 
 # Without our settings and conftest.py. What fails without the plugin is upstream's: trust.py compares the first two.
-$(TRUST)/without.xml $(TRUST)/with.xml $(TRUST)/linear.xml $(TRUST)/longformer.xml: $(TRUST)/%.xml:
+OTHERS_PYTEST = TRUST_SOURCES=$(VENV)/sources $(if $(filter linear longformer,$*),TRUST_METHOD=$* )$(TRUST_PYTEST) \
+	--noconftest -c /dev/null --rootdir=. $(if $(filter with,$*),-p hf_linear_attn)
+MAY_FAIL = $(if $(filter with%,$*),|| [ $$? = 1 ])
+
+$(OTHERS:%=$(TRUST)/%.xml): $(TRUST)/%.xml:
 	@mkdir -p $(TRUST)
-	TRUST_SOURCES=$(VENV)/sources $(if $(filter linear longformer,$*),TRUST_METHOD=$* )$(TRUST_PYTEST) --noconftest \
-		-c /dev/null --rootdir=. $(if $(filter with,$*),-p hf_linear_attn) tests/trust/others/transformers_models.py \
-		$(if $(filter with%,$*),|| [ $$? = 1 ])
+	$(OTHERS_PYTEST) tests/trust/others/transformers_models.py $(MAY_FAIL)
+
+$(OTHERS:%=$(TRUST)/peft-%.xml): $(TRUST)/peft-%.xml:
+	@mkdir -p $(TRUST)
+	HF_HUB_OFFLINE=1 $(OTHERS_PYTEST) -p tests.trust.others.peft_models tests/trust/others/peft_models.py $(MAY_FAIL)
 
 $(TRUST)/actions.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_user_actions.py $(ARGS)
 $(TRUST)/numerics.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_long_numerics.py $(ARGS)
@@ -144,11 +151,12 @@ $(STAMP)-demo $(STAMP)-dev $(STAMP)-conformance $(STAMP)-bench: $(STAMP)-%: $(ST
 	@$(PIP) install -e '.[$*]'
 	@touch $@
 
-# Transformers' own tests are in its source distribution alone.
+# Their own tests are in their source distributions alone.
 $(STAMP)-sources: $(STAMP)-dev
-	@echo "Unpacking the tests of Transformers"
-	@$(PIP) download --no-deps --no-build-isolation --no-binary transformers --dest $(VENV)/sources \
-		transformers==$$($(PY) -c 'from importlib.metadata import version; print(version("transformers"))')
+	@echo "Unpacking the tests of Transformers and PEFT"
+	@set -e; for package in transformers peft; do \
+		$(PIP) download --no-deps --no-build-isolation --no-binary $$package --dest $(VENV)/sources \
+			$$package==$$($(PY) -c "from importlib.metadata import version; print(version('$$package'))"); done
 	@for file in $(VENV)/sources/*.tar.gz; do tar -C $(VENV)/sources -xzf $$file; done
 	@touch $@
 

@@ -1,7 +1,8 @@
 """What `make test-trust` found, from the reports of its stages: `python .ci/trust.py outputs/trust` writes RESULTS.
 
 A stage is one run of pytest; its report, `<stage>.xml`, is JUnit's. `without`, `with` and one for each method are runs
-of the same tests of Transformers: without the plugin, with it imported, on converted models.
+of the same tests of Transformers: without the plugin, with it imported, on converted models. `peft-` and each of those
+are runs of PEFT's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "trust" / "results.json"
 PACKAGES = ("torch", "transformers", "peft", "hypothesis", "pytest", "triton")
-CONVERTED = ("linear", "longformer")  # stages of Transformers' tests on models of these methods
+SUITES = ("", "peft-")  # of others' tests: how their stages begin
+CONVERTED = ("linear", "longformer")  # stages of others' tests on models of these methods
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
@@ -77,15 +79,30 @@ def by_method(stage: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def differing(stages: dict[str, Any]) -> list[str]:
-    """Tests of Transformers that end otherwise once the plugin is imported, or are there in one run alone."""
-    without, with_plugin = (stages[name]["outcomes"] for name in ("without", "with"))
-    return sorted(test for test in without | with_plugin if without.get(test) != with_plugin.get(test))
+    """Tests of others that end otherwise once the plugin is imported, or are there in one run alone."""
+    found = set()
+    for suite in SUITES:
+        without, with_plugin = (stages[suite + name]["outcomes"] for name in ("without", "with"))
+        found |= {test for test in without | with_plugin if without.get(test) != with_plugin.get(test)}
+    return sorted(found)
+
+
+def excluded(stages: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Stage on converted models -> reason -> tests that are skipped for it there, and for it nowhere without them."""
+    return {
+        suite + name: {
+            reason: n
+            for reason, n in stages[suite + name]["reasons"].items()
+            if reason not in stages[f"{suite}without"]["reasons"]
+        }
+        for suite in SUITES
+        for name in CONVERTED
+    }
 
 
 def main() -> None:
     """Read the stages in the folder that the command line names, and write RESULTS; a difference is an error."""
     stages = {path.stem: read(path) for path in sorted(Path(sys.argv[1]).glob("*.xml"))}
-    upstream = stages["without"]["reasons"]
     actions = Counter()
     for found in stages["actions"]["properties"].values():
         actions.update({name: int(count) for name, count in found.items()})
@@ -96,10 +113,7 @@ def main() -> None:
         "hours": round(sum(stage["seconds"] for stage in stages.values()) / 3600, 2),
         "stages": {name: {**stage["counts"], "seconds": stage["seconds"]} for name, stage in stages.items()},
         "differ_with_plugin": differing(stages),
-        "excluded": {
-            name: {reason: n for reason, n in stages[name]["reasons"].items() if reason not in upstream}
-            for name in CONVERTED
-        },
+        "excluded": excluded(stages),
         "actions": actions,
         "numerics": by_method(stages["numerics"]),
         "long": by_method(stages["long"]),

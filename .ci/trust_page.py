@@ -32,7 +32,7 @@ def render(results: dict[str, Any]) -> str:
         [
             f"{results['machine']}, {versions} {results['hours']} hours. Made by `{results['command']}`.",
             table(["stage", *ENDS, "minutes"], stages),
-            f"With the plugin imported, the results of Transformers' tests are {same}. Random actions: {actions}.",
+            f"With the plugin imported, the results of others' tests are {same}. Random actions: {actions}.",
             table(["converted to", "not run as it is, because it", "tests"], excluded),
             "Numerics: error of the worst token, and what is allowed.",
             table(["method", *scales], errors),

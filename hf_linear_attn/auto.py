@@ -114,10 +114,10 @@ class LinearAttnPreTrainedModel:
                 kwargs = with_global_tokens(self, args, kwargs)
             elif self.linear_attn_task is not None and choices_of(self, self.linear_attn_task):
                 kwargs = {"linear_attn_task": self.linear_attn_task, **kwargs}
+        given = find_cache([*(("", value) for value in args), *kwargs.items()])  # a head would leave out a second one
         if self.base_model is not self:  # type: ignore[attr-defined]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         check_length(self, args, kwargs)
-        given = find_cache([*(("", value) for value in args), *kwargs.items()])
         if self.config._attn_implementation != IMPLEMENTATION:
             refuse_held(given)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]

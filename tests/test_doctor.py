@@ -209,6 +209,9 @@ def test_a_cache_under_a_name_nobody_knows_still_reaches_the_layer(monkeypatch: 
     assert find_cache([("hidden_states", torch.zeros(1)), ("kv_store", cache)]) is cache
     with pytest.raises(ValueError, match="past_key_values is a tuple"):
         find_cache([("past_key_values", ((torch.zeros(1),),))])
+    assert find_cache([("cache", cache), ("past_key_values", cache)]) is cache
+    with pytest.raises(ValueError, match="cache with 0 tokens and past_key_values with 0"):
+        find_cache([("cache", cache), ("past_key_values", DynamicCache())])
 
 
 def test_training_with_recomputed_activations_may_ask_for_a_cache() -> None:

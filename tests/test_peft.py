@@ -15,7 +15,16 @@ from peft.utils import constants
 from transformers import AutoModel
 
 from hf_linear_attn import auto_config, convert_model
-from tests.tiny import FAMILIES, assert_bit_equal, base_model, outputs_of, representative_variants, token_batch
+from tests.tiny import (
+    FAMILIES,
+    assert_bit_equal,
+    base_model,
+    causal_families,
+    causal_lm,
+    outputs_of,
+    representative_variants,
+    token_batch,
+)
 
 METHODS = {
     "LORA": peft.LoraConfig,
@@ -102,6 +111,19 @@ def test_an_adapter_of_a_model_that_was_converted_in_memory_says_what_its_base_l
     again, batch = peft.PeftModel.from_pretrained(new(), tmp_path / "adapter").eval(), token_batch()
     assert_bit_equal(outputs_of(again, batch), outputs_of(wrapped.eval(), batch))
     assert (outputs_of(again, batch)[0] - outputs_of(new(), batch)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT 0.21 says so still
+@pytest.mark.parametrize("family", causal_families())
+def test_prefix_tuning_is_refused_and_never_left_out_without_a_word(family: str) -> None:
+    """Given the empty cache of generation and a prefix, heads of Transformers 5.24 would run without the prefix."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(convert_model(causal_lm(family), representative_variants(family)[0]), config)
+    batch = token_batch(length=5)
+    with pytest.raises(ValueError, match=r"holds 3 tokens|with 3"):
+        model(**batch)
+    with pytest.raises(ValueError, match=r"holds 3 tokens|with 3"):
+        model.generate(**batch, max_new_tokens=2)
 
 
 @pytest.mark.slow

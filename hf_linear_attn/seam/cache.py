@@ -168,12 +168,19 @@ def find_cache(values: Iterable[tuple[str, Any]]) -> Cache | None:
     It is known by its type, whatever its name.
 
     Raises:
-        ValueError: for something under a name of the cache that is none.
+        ValueError: for something under a name of the cache that is none, and for two caches, of which upstream heads
+            use the one under the newer name and leave the other out without a word.
     """
-    found = None
+    found, known_as = None, ""
     for name, value in values:
         if isinstance(value, Cache):
-            found = value
+            if found is not None and value is not found:
+                raise ValueError(
+                    f"Two caches were given, {known_as or 'one'} with {found.get_seq_length()} tokens and "
+                    f"{name or 'one'} with {value.get_seq_length()}; allowed: one. PEFT's prefix tuning adds a second "
+                    "one of keys and values, which converted layers cannot use."
+                )
+            found, known_as = value, name
         elif name in CACHE_KEYWORDS and value is not None:
             raise ValueError(
                 f"{name} is a {type(value).__name__}; converted layers work with a DynamicCache. Leave "

@@ -44,6 +44,9 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
     report(tmp_path / "with.xml", a=FAILED, b=FAILED, c=skipped("needs a GPU"), e=PASSED)
     for method in ("linear", "longformer"):
         report(tmp_path / f"{method}.xml", a=skipped("asks for weights"), c=skipped("needs a GPU"), d=PASSED)
+        report(tmp_path / f"peft-{method}.xml", f=skipped("fills a cache"), g=skipped("asks for weights"))
+    report(tmp_path / "peft-without.xml", f=PASSED, g=skipped("asks for weights"))
+    report(tmp_path / "peft-with.xml", f=FAILED, g=skipped("asks for weights"))
     report(tmp_path / "actions.xml", part1=properties(actions=40, sequences=2), part2=properties(actions=2))
     report(tmp_path / "numerics.xml", **{"long(linear-decoder)": properties(scale="0.1 of 0.2")})
     report(
@@ -54,25 +57,28 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(trust, "RESULTS", tmp_path / "out" / "results.json")
     monkeypatch.setattr(readme, "TRUST", trust.RESULTS)
     monkeypatch.setattr(sys, "argv", ["trust.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match="t::a, t::d, t::e"):
+    with pytest.raises(SystemExit, match="t::a, t::d, t::e, t::f"):
         trust.main()
 
     results = json.loads(trust.RESULTS.read_text())
     assert results["stages"]["without"] == {"passed": 2, "skipped": 1, "failed": 1, "seconds": 90}
-    assert results["differ_with_plugin"] == ["t::a", "t::d", "t::e"]
+    assert results["stages"]["peft-with"] == {"passed": 0, "skipped": 1, "failed": 1, "seconds": 90}
+    assert results["differ_with_plugin"] == ["t::a", "t::d", "t::e", "t::f"]
     assert results["excluded"]["linear"] == {"asks for weights": 1}
+    assert results["excluded"]["peft-linear"] == {"fills a cache": 1}
     assert results["actions"] == {"actions": 42, "sequences": 2}
     assert results["numerics"] == {"linear-decoder": {"scale": "0.1 of 0.2"}}
     assert results["long"]["cycles"] == {"cycles": "7"}
     assert "pytest" in results["licenses"]["MIT"]
-    assert results["hours"] == 0.17
+    assert results["hours"] == 0.28
     page = readme.trust()
     for cells in (
         "`without` | 2 | 1 | 1 | 2",
         "linear | asks for weights | 1",
+        "peft-linear | fills a cache | 1",
         "linear-decoder | 0.1 of 0.2",
         "linear | 9 | 1.01 | 2e-06",
     ):
         assert f"| {cells} |" in page
-    assert "others: t::a, t::d, t::e" in page
+    assert "others: t::a, t::d, t::e, t::f" in page
     assert "Long runs: 7 cycles." in page

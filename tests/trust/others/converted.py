@@ -15,9 +15,14 @@ from hf_linear_attn.auto import model_class_for
 OPTIONS: dict[str, dict[str, Any]] = {"linear": {}, "longformer": {"window_size": 4}}
 
 
+def convert(model: PreTrainedModel, method: str) -> PreTrainedModel:
+    """The model with every layer converted to `method`."""
+    return convert_model(model, method, **OPTIONS[method])
+
+
 def converted_config(config: PreTrainedConfig, method: str) -> PreTrainedConfig:
     """The config of a model converted to `method`."""
-    return convert_model(AutoModel.from_config(copy.deepcopy(config)), method, **OPTIONS[method]).config
+    return convert(AutoModel.from_config(copy.deepcopy(config)), method).config
 
 
 def converted_classes(classes: Iterable[type[PreTrainedModel]]) -> tuple[type[PreTrainedModel], ...]:

@@ -11,3 +11,20 @@ CONVERTED = {
 }
 # On converted models these are told that the model forms no attention weights.
 WITHOUT_ATTENTIONS = ("test_model_outputs_equivalence", "test_retain_grad_hidden_states_attentions")
+
+# Of PEFT's tests, in every run.
+_OTHER_FAMILY = "loads a model of a family that this package does not know"
+PEFT_EVERYWHERE = {
+    "test_prompt_tuning_text_tokenizer_kwargs": _OTHER_FAMILY,
+    "test_prompt_tuning_trust_remote_code": _OTHER_FAMILY,
+    "test_generate_adalora_no_dropout": _OTHER_FAMILY,
+    "test_prompt_tuning_prepare_inputs_for_generation_4d_attention_mask": _OTHER_FAMILY,
+    "test_lora_embed_scale_is_applied": _OTHER_FAMILY,
+    "test_lora_embed_scale_is_applied_mixed_batch": _OTHER_FAMILY,
+    "test_prefix_tuning_gemma4_works": _OTHER_FAMILY,
+    "test_prefix_tuning_gemma4_warns_if_some_layers_skipped": _OTHER_FAMILY,
+    "test_prefix_tuning_gemma4_raises_if_all_layers_skipped": _OTHER_FAMILY,
+}
+# On converted models these messages of an error end a test, and nothing else excuses it.
+_KEYS = "hands over keys and values (prefix tuning), which converted layers do not keep: refused by name"
+PEFT_REFUSED = {"of keys and values that a converted layer cannot use": _KEYS, "Two caches were given": _KEYS}

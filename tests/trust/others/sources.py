@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["NOT_CARRIED", "import_tests", "tests_folder"]
+__all__ = ["NOT_CARRIED", "import_tests", "stand_in", "tests_folder", "without_diffusers"]
 
 # What Transformers' common tests import and its source distribution lacks: empty mixins.
 NOT_CARRIED = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
@@ -22,7 +24,7 @@ def tests_folder(package: str) -> Path:
         FileNotFoundError: if they are not in $TRUST_SOURCES.
     """
     name = f"{package}-{version(package)}"
-    folder = Path(os.environ.get("TRUST_SOURCES", ".venv/sources")) / name / "tests"
+    folder = (Path(os.environ.get("TRUST_SOURCES", ".venv/sources")) / name / "tests").resolve()
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not there: unpack the source distribution of {name} into the folder that TRUST_SOURCES "
@@ -47,3 +49,14 @@ def stand_in(package: str) -> None:
         for path in (folder, f"{package}_tests.{name}"):
             sys.modules[path] = ModuleType(path)
         sys.modules[f"{package}_tests.{name}"].__dict__[mixin] = type(mixin, (), {})
+
+
+@contextmanager
+def without_diffusers() -> Iterator[None]:
+    """PEFT's common tester imports a class of diffusers to ask whether a model is one: an empty one in its place."""
+    sys.modules["diffusers"] = ModuleType("diffusers")
+    sys.modules["diffusers"].__dict__["StableDiffusionPipeline"] = type("StableDiffusionPipeline", (), {})
+    try:
+        yield
+    finally:
+        del sys.modules["diffusers"]
