@@ -412,6 +412,8 @@ def trust() -> str:
     numerics, actions = data["numerics"], ", ".join(f"{count:,} {what}" for what, count in data["actions"].items())
     scales = list(dict.fromkeys(scale for found in numerics.values() for scale in found))
     errors = [[name, *(found.get(scale, "-") for scale in scales)] for name, found in numerics.items()]
+    broken = data["mutants"]
+    alive = [[f"`{row[name]}`" for name in ("place", "before", "after")] for row in broken["alive"]]
     return "\n\n".join(
         [
             f"{data['machine']}, {versions} {data['hours']} hours. Made by `{data['command']}`.",
@@ -420,6 +422,9 @@ def trust() -> str:
             table(["converted to", "not run as it is, because it", "tests"], excluded),
             "Numerics: error of the worst token, and what is allowed.",
             table(["method", *scales], errors),
+            f"Broken on purpose (seed {broken['seed']}): of {broken['changes']} changes the tests failed for "
+            f"{broken['killed']} and did not end for {broken['timed out']}. Not noticed:",
+            table(["line", "before", "after"], alive),
             "Licenses of what is installed with all extras:",
             table(["license", "packages"], [[kind, ", ".join(names)] for kind, names in data["licenses"].items()]),
         ]

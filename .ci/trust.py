@@ -1,7 +1,8 @@
 """What `make test-trust` found, from the reports of its stages: `python .ci/trust.py outputs/trust` writes RESULTS.
 
 A stage is one run of pytest; its report, `<stage>.xml`, is JUnit's. `without`, `with` and one for each method are runs
-of the same tests of Transformers: without the plugin, with it imported, on converted models.
+of the same tests of Transformers: without the plugin, with it imported, on converted models. `mutants.json` is what
+.ci/mutants.py found.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "trust" / "results.json"
-PACKAGES = ("torch", "transformers", "peft", "hypothesis", "pytest", "triton")
+PACKAGES = ("torch", "transformers", "peft", "hypothesis", "mutmut", "pytest", "triton")
 CONVERTED = ("linear", "longformer")  # stages of Transformers' tests on models of these methods
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
@@ -79,7 +80,9 @@ def differing(stages: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Read the stages in the folder that the command line names, and write RESULTS; a difference is an error."""
-    stages = {path.stem: read(path) for path in sorted(Path(sys.argv[1]).glob("*.xml"))}
+    folder = Path(sys.argv[1])
+    stages = {path.stem: read(path) for path in sorted(folder.glob("*.xml"))}
+    mutants = json.loads((folder / "mutants.json").read_text(encoding="utf-8"))
     upstream = stages["without"]["reasons"]
     actions = Counter()
     for found in stages["actions"]["properties"].values():
@@ -88,7 +91,7 @@ def main() -> None:
         "command": "make test-trust",
         "machine": f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
-        "hours": round(sum(stage["seconds"] for stage in stages.values()) / 3600, 2),
+        "hours": round(sum(stage["seconds"] for stage in [*stages.values(), mutants]) / 3600, 2),
         "stages": {name: {**stage["counts"], "seconds": stage["seconds"]} for name, stage in stages.items()},
         "differ_with_plugin": differing(stages),
         "excluded": {
@@ -97,6 +100,7 @@ def main() -> None:
         },
         "actions": actions,
         "numerics": {name[name.index("[") + 1 : -1]: found for name, found in stages["numerics"]["properties"].items()},
+        "mutants": mutants,
         "licenses": licenses(),
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

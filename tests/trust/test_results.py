@@ -46,6 +46,9 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
         report(tmp_path / f"{method}.xml", a=skipped("asks for weights"), c=skipped("needs a GPU"), d=PASSED)
     report(tmp_path / "actions.xml", part1=properties(actions=40, sequences=2), part2=properties(actions=2))
     report(tmp_path / "numerics.xml", **{"long(linear-decoder)": properties(scale="0.1 of 0.2")})
+    broken = {"place": "seam/a.py:7", "before": "x: int | None = 1", "after": "x: int | None = 2"}
+    mutants = {"seed": 0, "changes": 9, "killed": 7, "timed out": 1, "survived": 1, "alive": [broken], "seconds": 360}
+    (tmp_path / "mutants.json").write_text(json.dumps(mutants))
     trust, readme = script("trust"), script("readme")
     monkeypatch.setattr(trust, "RESULTS", tmp_path / "out" / "results.json")
     monkeypatch.setattr(readme, "TRUST", trust.RESULTS)
@@ -60,8 +63,11 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
     assert results["actions"] == {"actions": 42, "sequences": 2}
     assert results["numerics"] == {"linear-decoder": {"scale": "0.1 of 0.2"}}
     assert "pytest" in results["licenses"]["MIT"]
-    assert results["hours"] == 0.15
+    assert results["mutants"] == mutants
+    assert results["hours"] == 0.25
     page = readme.trust()
     for cells in ("`without` | 2 | 1 | 1 | 2", "linear | asks for weights | 1", "linear-decoder | 0.1 of 0.2"):
         assert f"| {cells} |" in page
     assert "others: t::a, t::d, t::e" in page
+    assert "of 9 changes the tests failed for 7 and did not end for 1." in page
+    assert "| `seam/a.py:7` | `x: int \\| None = 1` | `x: int \\| None = 2` |" in page
