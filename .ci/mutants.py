@@ -55,10 +55,10 @@ TESTS = {
 BROADER = ["tests/test_model_contract.py"]  # for changes that those do not notice
 IMPORTED = ("torch", "transformers.trainer", "peft", "hypothesis", "pytest")  # before the fork
 MARKS = "not slow and not heavy and not gpu and not conformance"
-OPTIONS = ["-m", MARKS, "-xq", "--tb=line", "-pno:cacheprovider", "-otimeout=90", "-otimeout_method=thread"]
+OPTIONS = ["-m", MARKS, "-xq", "--tb=line", "-pno:cacheprovider", "-otimeout=0"]
 DEFAULTS = {"TRUST_MUTANTS": "60", "TRUST_SEED": "0", "WORKERS": "2"}
 STAMPS = itertools.count(10**9)  # times of changed files
-SECONDS, MEMORY = 1200, 12 << 30  # that one run of the tests may take
+CPU_SECONDS, SECONDS, MEMORY = 400, 3600, 12 << 30  # that one run of the tests may take
 
 
 class Mutant(NamedTuple):
@@ -78,8 +78,19 @@ class Mutant(NamedTuple):
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
+def passed_over(node: cst.CSTNode) -> bool:
+    """Types, what is said to people, what a module exports, and `strict` of a `zip`, whose parts are equally long."""
+    if isinstance(node, cst.SimpleString):
+        return " " in node.value
+    if isinstance(node, cst.Arg):
+        return node.keyword is not None and node.keyword.value == "strict"
+    if isinstance(node, cst.Assign):
+        return getattr(node.targets[0].target, "value", None) == "__all__"
+    return isinstance(node, cst.Annotation | cst.Raise | cst.FormattedString | cst.ImportFrom)
+
+
 class Changes(cst.CSTVisitor):
-    """Finds every change of a file, but of types, of what is said to people, and of what a module exports."""
+    """Finds every change of a file that is not passed over."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
@@ -89,16 +100,14 @@ class Changes(cst.CSTVisitor):
         self.found: dict[int, list[tuple[cst.CSTNode, cst.CSTNode]]] = {}
 
     def on_visit(self, node: cst.CSTNode) -> bool:
-        text = isinstance(node, cst.SimpleString) and " " in node.value
-        exports = isinstance(node, cst.Assign) and getattr(node.targets[0].target, "value", None) == "__all__"
-        if text or exports or isinstance(node, cst.Annotation | cst.Raise | cst.FormattedString | cst.ImportFrom):
+        if passed_over(node):
             return False
         if isinstance(node, cst.FunctionDef | cst.ClassDef):
             self.around.append(node.name.value)
         place = self.get_metadata(PositionProvider, node, None)
         if place and self.wanted.search(" ".join([*self.around, self.lines[place.start.line - 1]])):
             changes = [new for kind, operator in mutation_operators if isinstance(node, kind) for new in operator(node)]
-            if changes:
+            if changes and getattr(getattr(node, "func", None), "value", None) != "zip":
                 self.found.setdefault(place.start.line, []).extend((node, new) for new in changes)
         return True
 
@@ -149,6 +158,7 @@ def run_tests(tests: Sequence[str]) -> tuple[str, str | None]:
             os.setsid()
             sys.path.insert(0, os.getcwd())
             os.environ["PYTHONPATH"] = os.getcwd()
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 9))  # of a loop without end
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             for stream in (1, 2):
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -162,9 +172,9 @@ def run_tests(tests: Sequence[str]) -> tuple[str, str | None]:
         os.killpg(child, signal.SIGKILL)  # and what the tests left running
     if not ended[0]:
         os.waitpid(child, 0)
-    said = log.read_text(encoding="utf-8", errors="replace")
-    if not ended[0] or "+ Timeout +" in said:
+    if not ended[0] or os.WTERMSIG(ended[1]) == signal.SIGXCPU:
         return "timed out", None
+    said = log.read_text(encoding="utf-8", errors="replace")
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, flags=re.MULTILINE)
     return ("killed" if ended[1] else "survived"), failed and failed[1]
 

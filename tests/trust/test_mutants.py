@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 CODE = """
 __all__ = ["halves"]
@@ -21,7 +23,7 @@ def halves(n: int, both: bool = True) -> list[int]:
     return [rest, n - rest] if both else [rest]
 """
 TEST = """
-from hf_linear_attn.config import halves
+from hf_linear_attn.convert import halves
 
 def test_halves():
     assert halves(5) == [2, 3]
@@ -37,7 +39,7 @@ RUN = """
 import sys
 sys.path.insert(0, ".ci")
 import mutants
-mutants.IMPORTED, mutants.BROADER = (), ["tests/test_config.py"]
+mutants.IMPORTED, mutants.BROADER = (), ["tests/test_convert.py"]
 mutants.main()
 """
 
@@ -51,8 +53,9 @@ def run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads((folder / "out" / "mutants.json").read_text()), [json.loads(row) for row in rows]
 
 
+@pytest.mark.slow
 def test_what_tests_do_not_notice_is_named(tmp_path: Path) -> None:
-    for name, text in {"hf_linear_attn/config.py": CODE, "tests/test_config.py": TEST}.items():
+    for name, text in {"hf_linear_attn/convert.py": CODE, "tests/test_convert.py": TEST}.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     (tmp_path / ".ci").mkdir()
@@ -63,12 +66,12 @@ def test_what_tests_do_not_notice_is_named(tmp_path: Path) -> None:
     assert found["changes"] == 4 == found["killed"] + found["survived"] + found["timed out"]
     assert all("before" in row and row["before"] != row["after"] for row in found["alive"])
     killers = {row["by"] for row in rows if row["outcome"] == "killed"}
-    assert killers == {"tests/test_config.py::test_halves"}
+    assert killers == {"tests/test_convert.py::test_halves"}
     assert found["survived"] >= 1
     assert run(tmp_path) == (found, rows)  # nothing is tried twice
 
-    (tmp_path / "tests" / "test_config.py").write_text(MORE)
+    (tmp_path / "tests" / "test_convert.py").write_text(MORE)
     better, more_rows = run(tmp_path)
     assert len(more_rows) == 8  # the tests read otherwise
     assert better["survived"] < found["survived"]
-    assert (tmp_path / "hf_linear_attn" / "config.py").read_text() == CODE
+    assert (tmp_path / "hf_linear_attn" / "convert.py").read_text() == CODE
