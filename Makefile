@@ -66,15 +66,15 @@ test-conformance: $(STAMP)-dev $(STAMP)-conformance $(STAMP)-weights ## same wei
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m conformance tests/conformance tests/bench/test_peers.py $(ARGS)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks/06_embedder.ipynb
 
-# A stage is a run of pytest that leaves a report; one that passed is not run again until the code changes.
+# A stage leaves a report, of pytest as a rule; one that passed is not run again until the code changes.
 TRUST := outputs/trust
 OTHERS := without with linear longformer
-TRUST_STAGES := $(addprefix $(TRUST)/,$(addsuffix .xml,$(OTHERS) $(OTHERS:%=peft-%) actions numerics faults long))
+TRUST_STAGES := $(addprefix $(TRUST)/,$(addsuffix .xml,$(OTHERS) $(OTHERS:%=peft-%) actions numerics faults long) mutants.json)
 TRUST_PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) --junitxml=$@
 FAULTS := tests/test_saving.py tests/training/test_safety.py tests/test_push.py tests/test_interrupts.py \
 	tests/test_threads.py tests/test_damaged_checkpoints.py tests/test_security.py
 
-test-trust: $(TRUST_STAGES) ## others' tests, random user actions, faults, numerics, long runs, for recipes/trust (docs/trust.md)
+test-trust: $(TRUST_STAGES) ## others' tests, user actions, faults, numerics, long runs, broken code, for recipes/trust (docs/trust.md)
 	$(PY) .ci/trust.py $(TRUST)
 
 $(TRUST_STAGES): $(STAMP)-dev $(STAMP)-sources $(shell find hf_linear_attn tests/trust -name '*.py')
@@ -96,6 +96,8 @@ $(TRUST)/actions.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_user_actions.p
 $(TRUST)/numerics.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_long_numerics.py $(ARGS)
 $(TRUST)/long.xml: ; $(TRUST_PYTEST) --dist worksteal tests/trust/test_long_runs.py -m heavy $(ARGS)
 $(TRUST)/faults.xml: $(STAMP)-weights $(STAMP)-decoder-weights ; $(TRUST_PYTEST) -m "not heavy and not gpu" $(FAULTS) $(ARGS)
+$(TRUST)/mutants.json: .ci/mutants.py $(shell find tests -name '*.py')
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WORKERS=$(WORKERS) $(PY) .ci/mutants.py $@
 
 test-gpu: ## tests that need a GPU, with the Python that has PyTorch there: make test-gpu PYTHON=python3
 	$(PYTHON) .ci/gpu.py test $(ARGS)

@@ -2,7 +2,7 @@
 
 A stage is one run of pytest; its report, `<stage>.xml`, is JUnit's. `without`, `with` and one for each method are runs
 of the same tests of Transformers: without the plugin, with it imported, on converted models. `peft-` and each of those
-are runs of PEFT's.
+are runs of PEFT's. `mutants.json` is what .ci/mutants.py found.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "trust" / "results.json"
-PACKAGES = ("torch", "transformers", "peft", "hypothesis", "pytest", "triton")
+PACKAGES = ("torch", "transformers", "peft", "hypothesis", "mutmut", "pytest", "triton")
 SUITES = ("", "peft-")  # of others' tests: how their stages begin
 CONVERTED = ("linear", "longformer")  # stages of others' tests on models of these methods
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
@@ -102,7 +102,9 @@ def excluded(stages: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 def main() -> None:
     """Read the stages in the folder that the command line names, and write RESULTS; a difference is an error."""
-    stages = {path.stem: read(path) for path in sorted(Path(sys.argv[1]).glob("*.xml"))}
+    folder = Path(sys.argv[1])
+    stages = {path.stem: read(path) for path in sorted(folder.glob("*.xml"))}
+    mutants = json.loads((folder / "mutants.json").read_text(encoding="utf-8"))
     actions = Counter()
     for found in stages["actions"]["properties"].values():
         actions.update({name: int(count) for name, count in found.items()})
@@ -110,13 +112,14 @@ def main() -> None:
         "command": "make test-trust",
         "machine": f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
-        "hours": round(sum(stage["seconds"] for stage in stages.values()) / 3600, 2),
+        "hours": round(sum(stage["seconds"] for stage in [*stages.values(), mutants]) / 3600, 2),
         "stages": {name: {**stage["counts"], "seconds": stage["seconds"]} for name, stage in stages.items()},
         "differ_with_plugin": differing(stages),
         "excluded": excluded(stages),
         "actions": actions,
         "numerics": by_method(stages["numerics"]),
         "long": by_method(stages["long"]),
+        "mutants": mutants,
         "licenses": licenses(),
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

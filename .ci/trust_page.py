@@ -28,6 +28,8 @@ def render(results: dict[str, Any]) -> str:
     ]
     others = [found for found in results["long"].values() if "tokens" not in found]
     runs = ", ".join(f"{count} {what}" for found in others for what, count in found.items())
+    broken = results["mutants"]
+    alive = [[f"`{row[name]}`" for name in ("place", "before", "after")] for row in broken["alive"]]
     return "\n\n".join(
         [
             f"{results['machine']}, {versions} {results['hours']} hours. Made by `{results['command']}`.",
@@ -39,6 +41,9 @@ def render(results: dict[str, Any]) -> str:
             f"Long runs: {runs}. One token after the other, in one layer of a tiny Llama; the error is that of the "
             "last logits beside those of a forward of the whole text.",
             table(["method", "tokens", "time of the last ones over the first", "error"], decoded),
+            f"Broken on purpose (seed {broken['seed']}): of {broken['changes']} changes the tests failed for "
+            f"{broken['killed']} and did not end for {broken['timed out']}. Not noticed:",
+            table(["line", "before", "after"], alive),
             "Licenses of what is installed with all extras:",
             table(["license", "packages"], [[kind, ", ".join(names)] for kind, names in results["licenses"].items()]),
         ]

@@ -177,6 +177,19 @@ def test_a_head_of_another_size_is_upstreams_error_or_starts_anew(tmp_path: Path
     assert set(held) - kept == {"classifier.weight", "classifier.bias"}
 
 
+def test_starting_anew_is_offered_only_where_it_would_do(tmp_path: Path) -> None:
+    convert_model(BertForSequenceClassification(tiny_config("bert")), "performer", num_features=8).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"num_features": 8', '"num_features": 16'))
+    for given in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(RuntimeError, match="linear_attn") as raised:
+            AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=7, **given)
+        assert ("classifier.weight is [2, 32]" in str(raised.value)) == (not given)
+        assert "ignore_mismatched_sizes" not in str(raised.value)
+
+
 def test_switched_to_softmax_while_saving_reloads_as_converted(tmp_path: Path) -> None:
     model = convert_model(base_model("bert"), "linear")
     converted = outputs_of(model, token_batch())

@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,15 @@ def test_more_memory_than_there_is_is_a_sentence() -> None:
 
 LAYER = {"variant": "performer", "options": {}}
 GOOD = {"version": 1, "layers": [LAYER, None], "positions": {"original_max_length": 24, "mode": "tile"}}
+
+
+def test_a_config_does_not_change_once_it_was_checked() -> None:
+    config = LinearAttentionConfig.from_dict(GOOD)
+    for held in (config, config.layers[0], config.positions):
+        for field in fields(held):  # type: ignore[arg-type]
+            with pytest.raises(FrozenInstanceError):
+                setattr(held, field.name, None)
+    assert config == LinearAttentionConfig.from_dict(GOOD)
 
 
 @pytest.mark.parametrize(

@@ -184,20 +184,22 @@ def test_gradients_and_checkpointing_see_the_same_tokens() -> None:
 def test_a_head_that_cannot_tell_the_question_says_so() -> None:
     model, batch = question_model("distilbert"), batch_of()
     model.config.sep_token_id = model.config.eos_token_id = None
+    first = torch.zeros_like(batch["input_ids"])
+    first[:, 0] = 1
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("hf_linear_attn.seam.heads")
     logger.addHandler(handler)
     try:
+        run(model, batch, global_attention_mask=first)
+        assert messages == []  # this call tells which
         out = run(model, batch)
         run(model, batch)
     finally:
         logger.removeHandler(handler)
     assert len(messages) == 1
     assert "model.config.sep_token_id = tokenizer.sep_token_id" in messages[0]
-    first = torch.zeros_like(batch["input_ids"])
-    first[:, 0] = 1
     torch.testing.assert_close(out, run(model, batch, global_attention_mask=first))
 
 

@@ -53,6 +53,9 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
         tmp_path / "long.xml",
         **{"last(linear)": properties(tokens=9, seconds="1.01", error="2e-06"), "cycles": properties(cycles=7)},
     )
+    broken = {"place": "seam/a.py:7", "before": "x: int | None = 1", "after": "x: int | None = 2"}
+    mutants = {"seed": 0, "changes": 9, "killed": 7, "timed out": 1, "survived": 1, "alive": [broken], "seconds": 360}
+    (tmp_path / "mutants.json").write_text(json.dumps(mutants))
     trust, readme = script("trust"), script("readme")
     monkeypatch.setattr(trust, "RESULTS", tmp_path / "out" / "results.json")
     monkeypatch.setattr(readme, "TRUST", trust.RESULTS)
@@ -70,7 +73,8 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
     assert results["numerics"] == {"linear-decoder": {"scale": "0.1 of 0.2"}}
     assert results["long"]["cycles"] == {"cycles": "7"}
     assert "pytest" in results["licenses"]["MIT"]
-    assert results["hours"] == 0.28
+    assert results["mutants"] == mutants
+    assert results["hours"] == 0.38
     page = readme.trust()
     for cells in (
         "`without` | 2 | 1 | 1 | 2",
@@ -82,3 +86,5 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
         assert f"| {cells} |" in page
     assert "others: t::a, t::d, t::e, t::f" in page
     assert "Long runs: 7 cycles." in page
+    assert "of 9 changes the tests failed for 7 and did not end for 1." in page
+    assert "| `seam/a.py:7` | `x: int \\| None = 1` | `x: int \\| None = 2` |" in page
