@@ -105,11 +105,11 @@ def main() -> None:
     folder = Path(sys.argv[1])
     stages = {path.stem: read(path) for path in sorted(folder.glob("*.xml"))}
     mutants = json.loads((folder / "mutants.json").read_text(encoding="utf-8"))
-    actions = Counter()
+    asked, actions = sorted(os.environ.items()), Counter()
     for found in stages["actions"]["properties"].values():
         actions.update({name: int(count) for name, count in found.items()})
     results = {
-        "command": "make test-trust",
+        "command": " ".join(["make test-trust", *(f"{name}={x}" for name, x in asked if name.startswith("TRUST_"))]),
         "machine": f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
         "hours": round(sum(stage["seconds"] for stage in [*stages.values(), mutants]) / 3600, 2),

@@ -59,11 +59,13 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
     trust, readme = script("trust"), script("readme")
     monkeypatch.setattr(trust, "RESULTS", tmp_path / "out" / "results.json")
     monkeypatch.setattr(readme, "TRUST", trust.RESULTS)
+    monkeypatch.setenv("TRUST_TOKENS", "9")
     monkeypatch.setattr(sys, "argv", ["trust.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="t::a, t::d, t::e, t::f"):
         trust.main()
 
     results = json.loads(trust.RESULTS.read_text())
+    assert results["command"].startswith("make test-trust TRUST_TOKENS=9")
     assert results["stages"]["without"] == {"passed": 2, "skipped": 1, "failed": 1, "seconds": 90}
     assert results["stages"]["peft-with"] == {"passed": 0, "skipped": 1, "failed": 1, "seconds": 90}
     assert results["differ_with_plugin"] == ["t::a", "t::d", "t::e", "t::f"]
