@@ -5,14 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear_attn.kernels.linear.device import feature_map, to_dot
+from hf_linear_attn.kernels.linear.device import RELU, feature_map, to_dot
 
 __all__ = ["LOG2E", "LOG_ZERO", "add_keys", "larger", "load_side", "load_weights", "map_keys", "map_tile"]
 
-# Codes of `mapped_op.KINDS`; up to 2 they are those of `device.feature_map`.
+# Codes of `mapped_op.KINDS`; up to RELU they are those of `device.feature_map`.
 PROJECTED_RELU = tl.constexpr(3)
 EXP = tl.constexpr(4)
 SOFTMAX = tl.constexpr(5)
+PUBLISHED = tl.constexpr(0)  # that of `ops.features.softmax_map`
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG_ZERO = tl.constexpr(-1e30)
@@ -71,7 +72,7 @@ def map_tile(
     log_scale = tl.zeros([ROWS], dtype=tl.float32)
     n = tl.arange(0, BN)[None, :]
     inside = n < N
-    if KIND <= 2:
+    if KIND <= RELU:
         features = feature_map(x, multiplier, KIND)
     else:
         u = (project(x, high, low, BF16_DOTS, PRECISION) + bias) * multiplier
@@ -95,8 +96,8 @@ def map_tile(
             largest = tl.maximum(peak, other_peak)
             whole = total * tl.exp2((peak - largest) * LOG2E) + other_total * tl.exp2((other_peak - largest) * LOG2E)
             # Each half by its own sum, or both by that of all.
-            factor = tl.where(form == 0, 1 / total, tl.exp2((peak - largest) * LOG2E) / whole)
-            other_factor = tl.where(form == 0, 1 / other_total, tl.exp2((other_peak - largest) * LOG2E) / whole)
+            factor = tl.where(form == PUBLISHED, 1 / total, tl.exp2((peak - largest) * LOG2E) / whole)
+            other_factor = tl.where(form == PUBLISHED, 1 / other_total, tl.exp2((other_peak - largest) * LOG2E) / whole)
             features *= tl.where(first, factor[:, None], other_factor[:, None])
             log_scale = tl.where(form == EXP_FORM, largest + tl.log(whole), log_scale)
     return tl.where(inside & ok[:, None], features, 0.0).to(x.dtype), log_scale
@@ -128,7 +129,7 @@ def load_side(
     b = 0.0
     f = 0
     c = 0.0
-    if KIND > 2:
+    if KIND > RELU:
         place = weight + head * head_stride + d * d_stride + n * n_stride
         high, low = load_parts(place, (d < D) & (n < F), BF16_DOTS)
         if HAS_BIAS:
