@@ -40,6 +40,7 @@ IN_OPS = re.compile("mask|backward|gradient")  # of ops: lines and functions wit
 TESTS = {
     "cache": ["test_generation.py"],
     "config": ["test_config.py", "test_own_feature_maps.py"],
+    "convert": ["test_convert.py", "test_redraw.py", "test_calibration.py"],
     "checkpointing": ["test_trainer.py"],
     "facts": ["test_doctor.py"],
     "family_facts": ["test_doctor.py"],
