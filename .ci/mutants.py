@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,14 +220,18 @@ def main() -> None:
     with kept.open("a+", encoding="utf-8") as file, tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         file.seek(0)
         rows = {row["key"]: row for row in map(json.loads, file) if row["key"] in mutants}
-        with multiprocessing.get_context("fork").Pool(workers, prepare, (folder,)) as pool:
-            for row in pool.imap_unordered(attempt, [mutants[key] for key in mutants if key not in rows]):
+        fork = multiprocessing.get_context("fork")
+        # Not a multiprocessing.Pool: its workers are daemons, in which tests may not start processes.
+        with ProcessPoolExecutor(workers, fork, prepare, (folder,)) as pool:
+            tried = [pool.submit(attempt, mutant) for key, mutant in mutants.items() if key not in rows]
+            for done in as_completed(tried):
+                row = done.result()
                 rows[row["key"]] = row
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 print(f"{row['outcome']}: {row['path']}:{row['line']}: {row['after']}", flush=True)
             noticed = sorted({row["by"] for row in rows.values() if row["by"]})
-            outcome, failed = pool.apply(run_tests, (noticed,))
+            outcome, failed = pool.submit(run_tests, noticed).result()
     if outcome != "survived":
         sys.exit(f"{failed} fails without any change: what it is said to notice means nothing.")
     outcomes = Counter(row["outcome"] for row in rows.values())

@@ -39,7 +39,7 @@ RUN = """
 import sys
 sys.path.insert(0, ".ci")
 import mutants
-mutants.IMPORTED, mutants.BROADER = (), ["tests/test_convert.py"]
+mutants.IMPORTED, mutants.BROADER, mutants.TESTS = (), ["tests/test_convert.py"], {}
 mutants.main()
 """
 
