@@ -17,7 +17,11 @@ def render(results: dict[str, Any]) -> str:
         for name, stage in results["stages"].items()
     ]
     same = "the same" if not results["differ_with_plugin"] else f"others: {', '.join(results['differ_with_plugin'])}"
-    excluded = [[name, why, str(n)] for name, whys in results["excluded"].items() for why, n in whys.items()]
+    excluded = [
+        [name, why.replace("<", "&lt;"), str(n)]
+        for name, whys in results["excluded"].items()
+        for why, n in whys.items()
+    ]
     actions = ", ".join(f"{count:,} {what}" for what, count in results["actions"].items())
     scales = list(dict.fromkeys(scale for found in results["numerics"].values() for scale in found))
     errors = [[name, *(found.get(scale, "-") for scale in scales)] for name, found in results["numerics"].items()]
