@@ -40,10 +40,15 @@ def properties(**found: object) -> str:
 
 
 def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report(tmp_path / "without.xml", a=PASSED, b=skipped("no") + FAILED, c=skipped("needs a GPU"), d=PASSED)
-    report(tmp_path / "with.xml", a=FAILED, b=FAILED, c=skipped("needs a GPU"), e=PASSED)
+    report(tmp_path / "without.xml", a=PASSED, b=skipped("no") + FAILED, c=skipped("BertModel needs a GPU"), d=PASSED)
+    report(tmp_path / "with.xml", a=FAILED, b=FAILED, c=skipped("BertModel needs a GPU"), e=PASSED)
     for method in ("linear", "longformer"):
-        report(tmp_path / f"{method}.xml", a=skipped("asks for weights"), c=skipped("needs a GPU"), d=PASSED)
+        report(
+            tmp_path / f"{method}.xml",
+            a=skipped("asks for weights"),
+            c=skipped("LinearAttnBertModel needs a GPU"),
+            d=PASSED,
+        )
         report(tmp_path / f"peft-{method}.xml", f=skipped("fills a cache"), g=skipped("asks for weights"))
     report(tmp_path / "peft-without.xml", f=PASSED, g=skipped("asks for weights"))
     report(tmp_path / "peft-with.xml", f=FAILED, g=skipped("asks for weights"))
