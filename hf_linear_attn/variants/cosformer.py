@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -67,6 +68,7 @@ class CosformerAttention(AttentionVariant):
     def __init__(self, config: CosformerConfig, context: LayerContext) -> None:
         super().__init__(config, context)
         self.longest = context.max_length  # further apart, the cosine is negative
+        self._angle = math.pi / 2 / self.longest  # of one token
         if config.variance_reducer:
             for name in ("query_mean", "query_center", "key_center"):
                 self.register_buffer(name, torch.empty(context.num_heads, context.head_dim))
@@ -110,8 +112,7 @@ class CosformerAttention(AttentionVariant):
             _with_rank(inputs.query, rank[:, k_len - q_len :]),
             _with_rank(inputs.key, rank),
             inputs.value,
-            self._query_features,
-            lambda x: self._key_features(x, inputs.scaling),
+            *self._maps(inputs.scaling),
             token_mask=real,
             is_causal=inputs.is_causal,
             state=sums,
@@ -122,25 +123,31 @@ class CosformerAttention(AttentionVariant):
         count = state["count"] + (k_len if real is None else real.sum(-1))
         return output.to(inputs.query.dtype), {**sums, "count": count}
 
-    def _query_features(self, x: torch.Tensor) -> maps.Features:
-        x, rank = x[..., :-1], x[..., -1:]
-        return self._features(x - self.query_center.to(x.dtype)[:, None] if self.config.variance_reducer else x, rank)
+    def _maps(self, scaling: float) -> tuple[maps.SpelledMap, maps.SpelledMap]:
+        """Of tokens with their rank as a last coordinate."""
+        centers = (self.query_center, self.key_center) if self.config.variance_reducer else (None, None)
+        # Without calibration all keys weigh the same.
+        weighs = self.config.variance_reducer and not known_zero(self.query_mean)
+        weights = maps.KeyWeights(scaling, self.query_mean) if weighs else maps.KeyWeights()
 
-    def _key_features(self, x: torch.Tensor, scaling: float) -> maps.Features:
-        x, rank = x[..., :-1], x[..., -1:]
-        if not self.config.variance_reducer:
-            return self._features(x, rank)
-        features = self._features(x - self.key_center.to(x.dtype)[:, None], rank)
-        if known_zero(self.query_mean):  # as without calibration: all keys weigh the same
-            return features
-        return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling)
+        def key_features(x: torch.Tensor) -> maps.Features:
+            features = self._features(x, centers[1])
+            return maps.weighted_by_mean_logit(features, x[..., :-1], self.query_mean, scaling) if weighs else features
 
-    def _features(self, x: torch.Tensor, rank: torch.Tensor) -> maps.Features:
-        x, angle = x.relu(), rank * (math.pi / 2 / self.context.max_length)
+        def spelled(center: torch.Tensor | None, weights: maps.KeyWeights) -> maps.Spelled:
+            return maps.TokenMap("turned_relu", self._angle, center=center), weights
+
+        of_queries, of_keys = partial(spelled, centers[0], maps.KeyWeights()), partial(spelled, centers[1], weights)
+        q_map = maps.SpelledMap(lambda x: self._features(x, centers[0]), spelled=of_queries)
+        return q_map, maps.SpelledMap(key_features, spelled=of_keys)
+
+    def _features(self, x: torch.Tensor, center: torch.Tensor | None) -> maps.Features:
+        x, angle = x[..., :-1], x[..., -1:] * self._angle
+        x = (x if center is None else x - center.to(x.dtype)[:, None]).relu()
         return torch.cat([x * angle.cos(), x * angle.sin()], -1), None  # [B, H, T, 2D]
 
 
 def _with_rank(x: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
     """`x` with each token's rank `[B or 1, T]` as a last coordinate, in full precision: `[B, H, T, D + 1]`."""
-    x = x.to(accumulation_dtype(x.dtype))
-    return torch.cat([x, rank[:, None, :, None].to(x.dtype).expand(*x.shape[:-1], 1)], -1)
+    dtype = accumulation_dtype(x.dtype)
+    return torch.cat([x, rank[:, None, :, None].to(dtype).expand(*x.shape[:-1], 1)], -1)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_linear_attn.ops.base.numerics import accumulation_dtype
-from hf_linear_attn.ops.features.maps import FEATURE_MAPS, Features, weighted_by_mean_logit
+from hf_linear_attn.ops.features.maps import FeatureMap, ParametricMap, ScaledMap
 from hf_linear_attn.ops.features.named import feature_width
 from hf_linear_attn.ops.linear.attention import LogDecay, feature_map_attention, init_linear_state
 from hf_linear_attn.ops.starts.calibration import (
@@ -161,8 +161,7 @@ class GatedLinearAttention(AttentionVariant):
             inputs.query,
             inputs.key,
             inputs.value,
-            lambda x: self._features(x, inputs.scaling),
-            lambda x: self._key_features(x, inputs.scaling),
+            *self._maps(inputs.scaling),
             log_decay=self._log_decay(inputs),
             token_mask=inputs.token_mask,
             is_causal=inputs.is_causal,
@@ -183,13 +182,12 @@ class GatedLinearAttention(AttentionVariant):
 
         return LogDecay(gates, _hidden(inputs)[:, None], (self.gate_down, self.gate_up, self.gate_bias))
 
-    def _features(self, x: torch.Tensor, scaling: float) -> Features:
-        x = x.to(accumulation_dtype(x.dtype)) * scaling**0.5
-        return FEATURE_MAPS[self.config.feature_map](x) if self.normalized else (x, None)
-
-    def _key_features(self, x: torch.Tensor, scaling: float) -> Features:
-        features = self._features(x, scaling)
-        return weighted_by_mean_logit(features, x, self.query_mean, scaling) if self.reduces else features
+    def _maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
+        name, multiplier = self.config.feature_map, scaling**0.5
+        if not self.normalized:
+            return (ParametricMap(lambda x: (x.to(accumulation_dtype(x.dtype)) * multiplier, None)),) * 2
+        mean = self.query_mean if self.reduces else None
+        return ScaledMap(name, multiplier), ScaledMap(name, multiplier, mean, scaling)
 
 
 def _hidden(inputs: AttentionInputs) -> torch.Tensor:

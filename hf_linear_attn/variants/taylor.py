@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +134,16 @@ class TaylorAttention(FeatureMapVariant):
             features = query_features(x, weight, bias)
             return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling) if reduces else features
 
+        def spelled(weight: torch.Tensor, bias: torch.Tensor, weights: maps.KeyWeights) -> maps.Spelled:
+            return maps.TokenMap("projected_pairs", scaling**0.5, weight.mT, bias=bias), weights
+
         reduces = self.config.variance_reducer
-        q_map = maps.ParametricMap(query_features, (self.query_weight, self.query_bias))
-        return q_map, maps.ParametricMap(key_features, (self.key_weight, self.key_bias))
+        queries, keys = (self.query_weight, self.query_bias), (self.key_weight, self.key_bias)
+        if self.config.order == 1:
+            return maps.ParametricMap(query_features, queries), maps.ParametricMap(key_features, keys)
+        weights = maps.KeyWeights(scaling, self.query_mean) if reduces else maps.KeyWeights()
+        q_map = maps.SpelledMap(query_features, queries, spelled=partial(spelled, *queries, maps.KeyWeights()))
+        return q_map, maps.SpelledMap(key_features, keys, spelled=partial(spelled, *keys, weights))
 
     def _features(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scaling: float) -> maps.Features:
         x = x.to(accumulation_dtype(x.dtype))

@@ -1,4 +1,4 @@
-"""Kernels of linear attention: sums of segments, their scan, the forward pass, and a decode step.
+"""Kernels of linear attention: sums of segments, their scan, and the forward pass.
 
 A long sequence is cut into segments so that few heads fill a GPU: `sums` adds up each segment's keys on its own,
 `scan` turns the sums into the state before each segment, then `fwd` (or the backward pass) runs through every segment
@@ -17,8 +17,6 @@ import triton.language as tl
 from hf_linear_attn.kernels.linear.device import (
     FORWARD,
     LEAST_LOG_DECAY,
-    TINY,
-    feature_map,
     scan_tile,
     sum_tile,
 )
@@ -27,7 +25,6 @@ __all__ = [
     "LEAST_LOG_DECAY",
     "linear_attention_fwd_kernel",
     "linear_attention_scan_kernel",
-    "linear_attention_step_kernel",
     "linear_attention_sums_kernel",
 ]
 
@@ -314,90 +311,3 @@ def linear_attention_fwd_kernel(
             tl.store(last_state + bh * F * D + n[:, None] * D + cols[None, :], sums, mask=inner)
             if c0 == 0:
                 tl.store(last_vector + bh * F + n, sums_n, mask=n < F)
-
-
-@triton.jit(do_not_specialize=["heads", "steps"])
-def linear_attention_step_kernel(
-    q,
-    k,
-    v,
-    out,
-    den,
-    scale,
-    decay,
-    state,
-    vector,
-    next_state,
-    next_vector,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    v_batch,
-    v_head,
-    v_token,
-    out_batch,
-    out_head,
-    out_token,
-    scale_batch,
-    scale_head,
-    scale_token,
-    q_multiplier,
-    k_multiplier,
-    heads,
-    steps,
-    F: tl.constexpr,
-    D: tl.constexpr,
-    BF: tl.constexpr,
-    BD: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    MAP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_DECAY: tl.constexpr,
-):
-    """A few tokens one after the other: state in, state out, no dot products."""
-    tiles: tl.constexpr = (D + BD - 1) // BD
-    pid = tl.program_id(0)
-    tile, bh = pid % tiles, (pid // tiles).to(tl.int64)
-    batch, head = bh // heads, bh % heads
-    n, cols = tl.arange(0, BF), tile * BD + tl.arange(0, BD)
-    place = bh * F * D + n[:, None] * D + cols[None, :]
-    inner = (n[:, None] < F) & (cols[None, :] < D)
-    sums = tl.load(state + place, mask=inner, other=0.0)
-    sums_n = tl.load(vector + bh * F + n, mask=n < F, other=0.0)
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    out += batch * out_batch + head * out_head
-    scale += batch * scale_batch + head * scale_head
-    for t in range(steps):
-        if HAS_DECAY:
-            kept = tl.exp(tl.load(decay + bh * steps + t))
-            sums *= kept
-            sums_n *= kept
-        weight = 1.0
-        read_n, read_cols = n < F, cols < D
-        if HAS_SCALE:
-            weight = tl.load(scale + t * scale_token + n * 0)
-            read_n = read_n & (weight != 0.0)
-            read_cols = read_cols & (tl.load(scale + t * scale_token + cols * 0) != 0.0)
-        features = feature_map(tl.load(k + t * k_token + n, mask=read_n, other=0.0), k_multiplier, MAP)
-        features = tl.where(read_n, features * weight, 0.0)
-        row = tl.load(v + t * v_token + cols, mask=read_cols, other=0.0).to(tl.float32)
-        sums += features[:, None] * row[None, :]
-        sums_n += features
-        features = feature_map(tl.load(q + t * q_token + n, mask=n < F, other=0.0), q_multiplier, MAP)
-        features = tl.where(n < F, features, 0.0)
-        result = tl.sum(sums * features[:, None], 0)
-        below = tl.sum(sums_n * features, 0)
-        if tile == 0:
-            tl.store(den + bh * steps + t, below)
-        if NORMALIZED:
-            below = tl.where(tl.abs(below) < TINY, tl.where(below < 0, -TINY, TINY), below)
-            result = result / below
-        tl.store(out + t * out_token + cols, result.to(out.dtype.element_ty), mask=cols < D)
-    tl.store(next_state + place, sums, mask=inner)
-    if tile == 0:
-        tl.store(next_vector + bh * F + n, sums_n, mask=n < F)

@@ -1,4 +1,4 @@
-"""The launches of the linear attention kernels: what a forward pass, a backward pass and a decode step run."""
+"""The launches of the linear attention kernels: what a forward and a backward pass run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_linear_attn.kernels.linear import bwd, fwd
 from hf_linear_attn.kernels.linear import tiles as config
 from hf_linear_attn.kernels.linear.tiles import Tiles
 
-__all__ = ["Options", "backward", "forward", "step"]
+__all__ = ["Options", "backward", "forward"]
 
 Optional = torch.Tensor | None
 
@@ -404,37 +404,3 @@ def _decay_gradient(reached: torch.Tensor, boundaries: torch.Tensor, decay: torc
     sums = torch.nn.functional.pad(reached, (0, missing)).unflatten(-1, (-1, size))
     sums = sums.flip(-1).cumsum(-1).flip(-1) + boundaries[..., None]
     return torch.where(decay > fwd.LEAST_LOG_DECAY.value, sums.flatten(-2)[..., : reached.shape[-1]], 0.0)
-
-
-def step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: Optional,
-    decay: Optional,
-    before: tuple[torch.Tensor, torch.Tensor],
-    options: Options,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, denominator and next state of a few tokens, in one launch."""
-    (batch, heads, length, features), dim = q.shape, v.shape[-1]
-    out, den = _empty_heads(q, dim, v.dtype), _float(q, batch, heads, length)
-    state, vector = torch.empty_like(before[0]), torch.empty_like(before[1])
-    constants = config.step_constants(
-        features,
-        dim,
-        NORMALIZED=options.normalized,
-        MAP=options.feature_map,
-        HAS_SCALE=scale is not None,
-        HAS_DECAY=decay is not None,
-    )
-    with on_device(q.device):
-        _launch(
-            fwd.linear_attention_step_kernel,
-            batch * heads * -(-dim // constants["BD"]),
-            constants,
-            None,
-            *(q, k, v, out, den, _or(scale, den), _or(decay, den), *before, state, vector),
-            *(*_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(_or(scale, den))),
-            *(options.q_multiplier, options.k_multiplier, heads, length),
-        )
-    return out, den, state, vector

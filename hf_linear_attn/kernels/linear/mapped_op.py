@@ -10,7 +10,7 @@ from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device
 from hf_linear_attn.kernels.linear import tiles as config
 from hf_linear_attn.kernels.linear.mapped import mapped_attention_kernel, mapped_sums_kernel
 
-__all__ = ["KINDS", "mapped_attention", "serves"]
+__all__ = ["KINDS", "either", "mapped_attention", "serves", "weight_strides"]
 
 # Kinds of maps, and the code that the kernels know each by.
 KINDS = {"elu": 1, "relu": 2, "projected_relu": 3, "projected_exp": 4, "projected_softmax": 5}
@@ -136,8 +136,8 @@ def _forward(
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     nothing = normalizer  # stands for what there is not: the kernel never reads it
-    key_side = [_or(x, nothing) for x in (k_weight, k_center, k_bias, k_form, mean, square)]
-    k_strides, square_head = _weight_strides(k_weight), _weight_strides(square)[0]
+    key_side = [either(x, nothing) for x in (k_weight, k_center, k_bias, k_form, mean, square)]
+    k_strides, square_head = weight_strides(k_weight), weight_strides(square)[0]
     kv, z, log_scale, query_mask, token_mask = (
         None if x is None else x.contiguous() for x in (kv, z, log_scale, query_mask, token_mask)
     )
@@ -154,7 +154,7 @@ def _forward(
                 )
             )
             mapped_sums_kernel[(programs * count,)](
-                *(k, v, kv, z, log_scale, _or(token_mask, nothing), *key_side),
+                *(k, v, kv, z, log_scale, either(token_mask, nothing), *key_side),
                 *(*k.stride()[:3], *v.stride()[:3], *k_strides, square_head, k_multiplier, scaling),
                 *(heads, k_len, count, size),
                 HAS_MASK=token_mask is not None,
@@ -167,15 +167,14 @@ def _forward(
             size = k_len
         keys, values = (k, v) if is_causal else (q, q)  # read by the sums alone
         mapped_attention_kernel[(programs,)](
-            *(q, keys, values, out, normalizer, _or(kv, nothing), _or(z, nothing), _or(log_scale, nothing), *after),
-            *(_or(query_mask, nothing), _or(token_mask, nothing)),
-            *(_or(x, nothing) for x in (q_weight, q_center, q_bias, q_form)),
-            *(*key_side, _or(log_weight, nothing), _or(log_decay, nothing)),
+            *(q, keys, values, out, normalizer, *(either(x, nothing) for x in (kv, z, log_scale)), *after),
+            *(either(x, nothing) for x in (query_mask, token_mask, q_weight, q_center, q_bias, q_form)),
+            *(*key_side, either(log_weight, nothing), either(log_decay, nothing)),
             *(*q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:3]),
-            *(*_weight_strides(q_weight), *k_strides, square_head),
+            *(*weight_strides(q_weight), *k_strides, square_head),
             *(
-                *_or(log_weight, nothing).stride(),
-                *_or(log_decay, nothing).stride(),
+                *either(log_weight, nothing).stride(),
+                *either(log_decay, nothing).stride(),
                 q_multiplier,
                 k_multiplier,
                 scaling,
@@ -195,11 +194,12 @@ def _forward(
     return out, normalizer, after[0], after[1], after[2]
 
 
-def _or(x: Optional, other: torch.Tensor) -> torch.Tensor:
+def either(x: Optional, other: torch.Tensor) -> torch.Tensor:
+    """`x`, or what stands for it where there is none and no kernel reads it."""
     return other if x is None else x
 
 
-def _weight_strides(x: Optional) -> tuple[int, int, int]:
+def weight_strides(x: Optional) -> tuple[int, int, int]:
     """Of heads (0 where all share one), coordinates and features."""
     return (0, 0, 0) if x is None else (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2))
 

@@ -21,7 +21,7 @@ from hf_linear_attn.kernels.launch import NAMESPACE, check_launches
 from hf_linear_attn.kernels.linear import launch as run
 from hf_linear_attn.kernels.linear.tiles import FEATURE_MAPS
 
-__all__ = ["linear_attention", "recurrent_linear_attention"]
+__all__ = ["linear_attention"]
 
 Optional = torch.Tensor | None
 State = tuple[torch.Tensor, torch.Tensor]
@@ -84,32 +84,6 @@ def linear_attention(
     kv, z = (None, None) if initial_state is None else initial_state
     return _forward(
         *(q, k, v, key_scale, query_keep, log_decay, kv, z, is_causal, normalized),
-        *(FEATURE_MAPS[feature_map], float(q_multiplier), float(k_multiplier)),
-    )
-
-
-def recurrent_linear_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    key_scale: Optional = None,
-    log_decay: Optional = None,
-    state: State,
-    normalized: bool = True,
-    feature_map: str = "identity",
-    q_multiplier: float = 1.0,
-    k_multiplier: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A decode step over one token or a few, in one launch; without gradients.
-
-    Arguments and results as those of causal `linear_attention` with Tq == Tk and `initial_state=state`.
-    """
-    _check(q, k, v, key_scale, log_decay, state, feature_map, q_multiplier, k_multiplier)
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"A decode step needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}.")
-    return _step(
-        *(q, k, v, key_scale, log_decay, *state, normalized),
         *(FEATURE_MAPS[feature_map], float(q_multiplier), float(k_multiplier)),
     )
 
@@ -327,29 +301,3 @@ def _differentiate(ctx: Any, *gradients: Optional) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::linear_attention_step", mutates_args=())
-def _step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_scale: torch.Tensor | None,
-    log_decay: torch.Tensor | None,
-    kv: torch.Tensor,
-    z: torch.Tensor,
-    normalized: bool,
-    feature_map: int,
-    q_multiplier: float,
-    k_multiplier: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = run.Options(True, normalized, feature_map, q_multiplier, k_multiplier)
-    q, k, v, scale, _, decay, _ = _inputs(q, k, v, key_scale, None, log_decay, None, None)
-    return run.step(q, k, v, scale, decay, (kv.contiguous(), z.contiguous()), options)
-
-
-@_step.register_fake
-def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _fake_results(q, v)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hf_linear_attn.kernels.launch import Launch
-from hf_linear_attn.kernels.linear import bwd, fwd, mapped
+from hf_linear_attn.kernels.linear import bwd, fwd, mapped, step
 from hf_linear_attn.kernels.linear import exp_features as exp
 from hf_linear_attn.kernels.linear import tiles as config
 from hf_linear_attn.kernels.linear.mapped_op import KINDS
@@ -22,6 +22,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _INPUTS = ("q", "k", "v", "out", "b", "c", "d_out", "d_q", "d_k", "d_v", "x", "features")
 _INTEGERS = ("heads", "q_length", "k_length", "segments", "segment_length", "batch_heads", "steps", "length")
 _MASKS = ("mask", "q_mask", "k_mask")
+_STEP_FLAGS = ("HAS_LOG_WEIGHTS", "HAS_MEAN", "HAS_CENTER", "HAS_DECAY", "GATED")
 
 # (dtype, F, D, options): the everyday calls, then the largest tiles with everything on.
 _CASES: Sequence[tuple[str, int, int, str]] = (
@@ -152,9 +153,23 @@ def _small_launches(target: str) -> Iterator[Launch]:
     constants = {"SIZE_STATE": 4096, "SIZE_VECTOR": 64, "BLOCK": config.SCAN_BLOCK, "EXCLUSIVE": True}
     constants |= {"REVERSE": True, "HAS_BEFORE": True, "HAS_DECAY": True}
     yield launch(fwd.linear_attention_scan_kernel, "scan F64 D64", constants, uses_dot=False)
-    for features, map_code in ((64, 1), (256, 0)):
-        constants = config.step_constants(features, 64, NORMALIZED=True, MAP=map_code, HAS_SCALE=True, HAS_DECAY=True)
-        yield launch(fwd.linear_attention_step_kernel, f"step bf16 F{features} D64", constants, uses_dot=False)
+    for kind, features, rank, flags in (
+        ("elu", 64, 0, {"HAS_MEAN": True}),
+        ("elu", 64, 0, {"HAS_MEAN": True, "HAS_DECAY": True, "GATED": True}),
+        ("turned_relu", 128, 0, {"HAS_MEAN": True, "HAS_CENTER": True}),
+        ("projected_pairs", 153, 16, {"HAS_MEAN": True}),
+        ("identity", 256, 0, {"HAS_LOG_WEIGHTS": True, "HAS_DECAY": True}),
+    ):
+        constants = config.step_constants(features, 64, features if kind == "identity" else 64, rank)
+        constants |= {"KIND": step.KINDS[kind], "NORMALIZED": True, "HAS_MASK": False}
+        constants |= dict.fromkeys(_STEP_FLAGS, False) | flags
+        kernel = step.linear_attention_step_kernel
+        signature = _signature(kernel, "bf16", constants)
+        if kind in ("turned_relu", "identity"):  # with ranks, or as features, in full precision
+            signature |= {"q": "*fp32", "k": "*fp32"}
+        name = f"step bf16 {'gated ' if flags.get('GATED') else ''}{kind} F{features} D64 {target}"
+        warps = step.step_warps(step.KINDS[kind])
+        yield Launch(kernel, name, signature, constants, warps, uses_dot=False, targets=(target,))
     for dtype in (torch.bfloat16, torch.float32):
         precision = config.precision_of(dtype, is_amd=target.startswith("gfx"))
         for features in (128, 256):

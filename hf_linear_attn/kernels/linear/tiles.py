@@ -232,8 +232,9 @@ def backward_constants(num_features: int, head_dim: int, tiles: Tiles, **flags: 
     return {"F": num_features, "D": head_dim, **tile, "TILE_F": tiles.features, "TILE_D": tiles.values, **flags}
 
 
-def step_constants(num_features: int, head_dim: int, **flags: Any) -> dict[str, Any]:
-    """Constants of `linear_attention_step_kernel`, whose state stays in registers."""
+def step_constants(num_features: int, head_dim: int, dim: int, rank: int, **flags: Any) -> dict[str, Any]:
+    """Constants of `linear_attention_step_kernel`, whose state stays in registers; `rank` of pairs and their 1."""
     features = block_of(num_features)
-    tile = {"BF": features, "BD": min(block_of(head_dim), max(16, 4096 // features))}
-    return {"F": num_features, "D": head_dim, **tile, **flags}
+    blocks = {"BF": features, "BC": min(block_of(head_dim), max(16, 4096 // features))}
+    blocks |= {"BD": block_of(dim), "BR": block_of(rank + 1)}
+    return {"F": num_features, "C": head_dim, "D": dim, "R": rank, **blocks, **flags}

@@ -96,7 +96,7 @@ def _gpu_refusal(index: int | None) -> str | None:
 def _load_kernels() -> None:
     """Register the kernels' operators now: torch.compile would otherwise do so while it traces."""
     from hf_linear_attn.kernels.gated import op as gated  # noqa: F401
-    from hf_linear_attn.kernels.linear import mapped_op  # noqa: F401
+    from hf_linear_attn.kernels.linear import mapped_op, step  # noqa: F401
     from hf_linear_attn.kernels.linear import op as linear  # noqa: F401
     from hf_linear_attn.kernels.sparse import op as sparse  # noqa: F401
 

@@ -56,7 +56,9 @@ class TokenMap(NamedTuple):
 
     Attributes:
         kind: `"elu"`, elu(m x) + 1; `"relu"`, max(m x, 0); `"projected_relu"`, max(u, 0); `"projected_exp"`, exp(u);
-            `"projected_softmax"`, that of `softmax_map`. Kernels know no others.
+            `"projected_softmax"`, that of `softmax_map`. Of decode steps alone: `"identity"`, x, the features;
+            `"projected_pairs"`, `taylor_features(u, 2)`; `"turned_relu"`, max(x - c, 0) [cos, sin](m r), r the last
+            coordinate of the token and x the others, m r from 0 to pi / 2. Kernels know no others.
         multiplier: m.
         weight: W `[H or 1, D, F]`, any strides.
         center, bias: c `[H, D]` and b `[H, F]`, or None.

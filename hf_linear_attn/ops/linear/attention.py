@@ -260,16 +260,22 @@ def _attend_fused(
         "state": state,
     }
     gated = log_decay is not None and log_decay.shape[-1] > 1
-    if (
-        call.options.normalized
-        and not gated
-        and not _trains(call)
-        and use_triton(backend, v, fused.refusal(q.shape[-1], v))
-    ):
-        tokens = {name: given[name] for name in ("token_mask", "query_mask", "is_causal", "state")}
-        tokens |= {"log_weight": call.log_weight, "log_decay": None if log_decay is None else log_decay[..., 0]}
-        if (found := fused.attend_tokens(q, k, v, q_map, k_map, **tokens)) is not None:
-            return found
+    if not _trains(call):
+        shared = None if log_decay is None or gated else log_decay[..., 0]
+        weights = {"log_weight": call.log_weight, "token_mask": token_mask, "state": state}
+        if call.options.normalized and not gated and use_triton(backend, v, fused.refusal(q.shape[-1], v)):
+            given_tokens = {
+                "log_decay": shared,
+                "query_mask": query_mask,
+                "is_causal": call.options.is_causal,
+                **weights,
+            }
+            if (found := fused.attend_tokens(q, k, v, q_map, k_map, **given_tokens)) is not None:
+                return found
+        if state is not None and q.shape[2] <= fused.STEP_TOKENS:
+            if not use_triton(backend, v, fused.refusal(state["kv"].shape[2], v)):
+                return None
+            return fused.decode(q, k, v, q_map, k_map, log_decay=log_decay if gated else shared, **weights)
     if isinstance(q_map, ScaledMap) and isinstance(k_map, ScaledMap) and k_map.name in fused.MAPS and not gated:
         if not use_triton(backend, v, fused.refusal(q.shape[-1], v)):
             return None

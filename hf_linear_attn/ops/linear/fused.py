@@ -12,17 +12,17 @@ import torch
 
 from hf_linear_attn.ops.base.masking import safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY
-from hf_linear_attn.ops.features.maps import ExponentialMap, FeatureMap, Features
+from hf_linear_attn.ops.features.maps import ExponentialMap, FeatureMap, Features, KeyWeights, TokenMap
 from hf_linear_attn.ops.linear.layout import State, relative_to_peaks
 
-__all__ = ["MAPS", "attend", "attend_tokens", "map_features", "refusal"]
+__all__ = ["MAPS", "STEP_TOKENS", "attend", "attend_tokens", "decode", "map_features", "refusal"]
 
 MAPS = ("elu", "relu")  # of `feature_maps.FEATURE_MAPS`, those that the kernels apply as they read
+STEP_TOKENS = 4  # so many new tokens are decoded one by one, in one launch
 
 _MOST_FEATURES, _MOST_GATED, _MOST_DIM = 256, 128, 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST = -120.0  # a log-decay after which nothing is left in float32
-_STEP_TOKENS = 4  # so many new tokens are decoded one by one, in one launch
 
 
 def refusal(num_features: int, v: torch.Tensor, *, gated: bool = False) -> str | None:
@@ -162,6 +162,45 @@ def attend_tokens(
     )
 
 
+def decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_map: Any,
+    k_map: Any,
+    *,
+    log_weight: torch.Tensor | None,
+    log_decay: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    state: State,
+) -> tuple[torch.Tensor, torch.Tensor, State]:
+    """Attend from new tokens, at most `STEP_TOKENS`, to a state and themselves in one launch. Without gradients.
+
+    Arguments and results as those of `attend_tokens`; maps that the kernel does not know give it features.
+    """
+    from hf_linear_attn.kernels.linear import step as kernels
+
+    q_tokens = k_tokens = TokenMap("identity")
+    weights, query_scale, known = KeyWeights(), None, False
+    if hasattr(q_map, "spelled") and hasattr(k_map, "spelled") and q.dtype == k.dtype:
+        (q_tokens, (_, mean, square)), (k_tokens, weights) = q_map.spelled(), k_map.spelled()
+        known = mean is None and square is None and weights.square is None and k_tokens.kind in kernels.KINDS
+    if not known:
+        q_tokens, k_tokens, weights = TokenMap("identity"), TokenMap("identity"), KeyWeights()
+        q, query_scale = map_features(q_map, safe_masked_fill(q, token_mask))
+        k, of_key = map_features(k_map, safe_masked_fill(k, token_mask))
+        log_weight = of_key if log_weight is None else log_weight if of_key is None else log_weight + of_key
+    log_weight, log_decay = (None if x is None else x.float() for x in (log_weight, log_decay))
+    z, log_scale = (state[name].float() if name in state else None for name in ("z", "log_scale"))
+    given = q, k, v, q_tokens, k_tokens, weights, (state["kv"].float(), z, log_scale)
+    output, normalizer, after = kernels.decode_step(
+        *given, token_mask=token_mask, log_weight=log_weight, log_decay=log_decay
+    )
+    names = zip(("kv", "z", "log_scale"), after, strict=True)
+    named = {name: x for name, x in names if x is not None}
+    return output, normalizer if query_scale is None else normalizer + query_scale, named
+
+
 def _factors(
     log_weight: torch.Tensor | None,
     log_decay: torch.Tensor | None,
@@ -211,7 +250,5 @@ def _run(
         )
     options: dict[str, Any] = {"key_scale": scale, "normalized": normalized, **mapped}
     options["log_decay"] = None if decay is None else decay[..., 0]
-    if initial is not None and q.shape[2] <= _STEP_TOKENS and not torch.is_grad_enabled():
-        return plain.recurrent_linear_attention(safe_masked_fill(q, query_mask), k, v, state=initial, **options)
     keep = None if query_mask is None else query_mask[:, None]
     return plain.linear_attention(q, k, v, initial_state=initial, is_causal=is_causal, query_keep=keep, **options)

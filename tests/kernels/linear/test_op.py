@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="the extra [triton] is not installed")
 
 from hf_linear_attn.kernels.linear import tiles as config
-from hf_linear_attn.kernels.linear.op import linear_attention, recurrent_linear_attention
+from hf_linear_attn.kernels.linear.op import linear_attention
 
 NAMES = ("q", "k", "v", "key_scale", "log_decay", "kv", "z")
 Tensors = dict[str, torch.Tensor]
@@ -303,17 +303,6 @@ def test_split_and_resume() -> None:
     torch.testing.assert_close(state["z"], z)
 
 
-@pytest.mark.parametrize("feature_map", ["identity", "elu"])
-def test_steps_are_the_causal_form(feature_map: str) -> None:
-    x = {name: y.float() for name, y in make(5, 5, 20, 60, decay=True, scale=True, state=True).items()}
-    wanted = attend(x, is_causal=True, feature_map=feature_map)
-    state = (x["kv"], x["z"])
-    options = {"key_scale": x["key_scale"], "log_decay": x["log_decay"], "feature_map": feature_map}
-    found = recurrent_linear_attention(x["q"], x["k"], x["v"], state=state, **options)
-    for expected, actual in zip(wanted, found, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_output_lies_as_the_projection_reads_it() -> None:
     x = {name: y.float() for name, y in make(20, 20, 16, 16, heads=2).items()}
     assert attend(x, is_causal=True)[0].transpose(1, 2).is_contiguous()
@@ -329,14 +318,6 @@ def test_operators(everything: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = torch.ones(1, 1, 9, dtype=torch.bool) if everything else None
     arguments = (q, k, v, scale, keep, decay, kv, z, True, True, 1, 1.0, 1.0)
     torch.library.opcheck(torch.ops.hf_linear_attn.linear_attention, arguments)
-    state = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16)
-    torch.library.opcheck(
-        torch.ops.hf_linear_attn.linear_attention_step,
-        tuple(
-            y.detach() if isinstance(y, torch.Tensor) else y for y in (q, k, v, scale, decay, *state, True, 1, 1.0, 1.0)
-        ),
-        test_utils=("test_schema", "test_faketensor"),
-    )
 
 
 def test_compiles_as_one_graph() -> None:
@@ -466,18 +447,6 @@ def test_gpu_streams_do_not_disturb_each_other() -> None:
                 found.append(attend(x, is_causal=True)[0])
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", list(GPU_LIMITS), ids=str)
-def test_gpu_steps(dtype: torch.dtype) -> None:
-    x = make(3, 3, 128, 60, heads=2, decay=True, scale=True, state=True)
-    wanted = dense(x, is_causal=True)
-    x = {n: y.to("cuda", dtype if n in ("q", "k", "v") else torch.float32) for n, y in x.items()}
-    options = {"key_scale": x["key_scale"], "log_decay": x["log_decay"]}
-    found = recurrent_linear_attention(x["q"], x["k"], x["v"], state=(x["kv"], x["z"]), **options)
-    for expected, actual in zip(wanted, found, strict=True):
-        assert rms(actual.cpu() - expected) / rms(expected) < 2 * GPU_LIMITS[dtype][0]
 
 
 @pytest.mark.gpu
