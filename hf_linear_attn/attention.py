@@ -24,6 +24,7 @@ from hf_linear_attn.ops.base.packing import PACKED_MESSAGE, SequencePlan, attend
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, find_cache, prepare_cache_layer
 from hf_linear_attn.seam.extra_tokens import EXTRA_TOKENS, PACKED_WITH_EXTRA_TOKENS
+from hf_linear_attn.seam.generating import NEW_REAL
 from hf_linear_attn.seam.limits import named_arguments
 from hf_linear_attn.seam.masks import packed_rows
 from hf_linear_attn.variants.base import AttentionInputs
@@ -180,11 +181,14 @@ def linear_attention_forward(
     own_tokens = _is_self_attention(module)
     if own_tokens and kwargs.get("linear_attn_all_real"):
         mask = None
+    token_mask = _token_mask(mask, query, key, cache_layer)
+    if own_tokens and kwargs.get(NEW_REAL) and cache_layer is not None and cache_layer.state is not None:
+        token_mask = None
     inputs = AttentionInputs(
         query=query,
         key=key,
         value=value,
-        token_mask=_token_mask(mask, query, key, cache_layer),
+        token_mask=token_mask,
         is_causal=_is_causal(module, is_causal),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         hidden_states=None if of_layer is None else of_layer.hidden_states,
@@ -427,9 +431,10 @@ def _check_listed_as_softmax(module: nn.Module) -> None:
 def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a model's call, with the plan of its sequences for all layers if this is the base model.
 
-    Also `linear_attn_all_real`, whether its mask is known to have no padding: a mask is read here, if it lies on the
-    CPU, before Transformers moves it. Layers make the plan themselves when it is not given, every one again. Of
-    `position_ids` they learn by their mask (`seam.masks.packed_rows`).
+    Also `linear_attn_all_real`, whether its mask is known to have no padding, and `NEW_REAL`, whether what comes after
+    a cache is known to have none: a mask is read here, if it lies on the CPU, before Transformers moves it. Layers make
+    the plan themselves when it is not given, every one again. Of `position_ids` they learn by their mask
+    (`seam.masks.packed_rows`).
     """
     if model.base_model is not model or "linear_attn_plan" in kwargs or is_traced():
         return kwargs
@@ -439,12 +444,15 @@ def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         of_tokens = given["inputs_embeds"][..., 0]
     if of_tokens is None:
         return kwargs  # refused later on
+    length = of_tokens.shape[-1]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > length and is_on_host(mask):
+        kwargs = {**kwargs, NEW_REAL: bool(mask[:, -length:].all())}
     if not isinstance(mask, torch.Tensor) or mask.shape != of_tokens.shape:
         mask = None  # with a cache it covers past tokens, and nothing is regrouped; else it is refused later on
     all_real = mask is not None and is_on_host(mask) and bool(mask.all())
     if given.get("attention_mask") is None:
         _warn_of_positions(model, given)
-    batch, length = of_tokens.shape[:-1].numel(), of_tokens.shape[-1]
+    batch = of_tokens.shape[:-1].numel()
     packing = given.get("cu_seq_lens_q"), given.get("seq_idx"), of_tokens.device
     plan = plan_call(batch, length, None if all_real else mask, *packing)
     return {**kwargs, "linear_attn_plan": plan, "linear_attn_all_real": all_real}

@@ -43,9 +43,10 @@ from hf_linear_attn.patchers.base import SelfAttention
 from hf_linear_attn.registry import get_patcher, get_variant, list_patchers
 from hf_linear_attn.report import ConversionReport, describe
 from hf_linear_attn.saving import whole_folder
-from hf_linear_attn.seam.cache import check_cache, check_given, find_cache, refuse_generation, refuse_held
+from hf_linear_attn.seam.cache import check_cache, check_given, find_cache, refuse_held
 from hf_linear_attn.seam.checkpointing import is_checkpointing
 from hf_linear_attn.seam.extra_tokens import ExtraTokens, check_asked, fit_extra_tokens, without_extra_tokens
+from hf_linear_attn.seam.generating import Generating
 from hf_linear_attn.seam.heads import choices_of, task_of, with_global_tokens
 from hf_linear_attn.seam.initialization import is_initialized, mark_initialized, refuse_lost
 from hf_linear_attn.seam.limits import check_length, named_arguments
@@ -75,7 +76,7 @@ REPORT_ATTRIBUTE = "_linear_attn_report"
 WINDOW_OPTION = "window_size"  # of every variant that has a window
 
 
-class LinearAttnPreTrainedModel:
+class LinearAttnPreTrainedModel(Generating):
     """Mixin put before an upstream model class."""
 
     config: Any
@@ -137,16 +138,6 @@ class LinearAttnPreTrainedModel:
         settle(self)
         stored = self.base_model.__dict__.get(REPORT_ATTRIBUTE)  # type: ignore[attr-defined]
         return stored if stored is not None else describe(self)  # type: ignore[arg-type]
-
-    @property
-    def _is_stateful(self) -> bool:
-        """What generation asks before it rolls a cache back; softmax layers alone can do that."""
-        return bool(self.config._attn_implementation == IMPLEMENTATION)
-
-    def _validate_generation_mode(self, mode: Any, generation_config: Any, *args: Any, **kwargs: Any) -> None:
-        if self._is_stateful:
-            refuse_generation(mode, generation_config)
-        super()._validate_generation_mode(mode, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AttentionVariant | ExtraTokens):
@@ -418,12 +409,12 @@ def detach(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if hasattr(attention.module, "linear_attn"):
             del attention.module.linear_attn
         if isinstance(attention.module, ConvertedAttention):
-            attention.module.__class__ = type(attention.module).__mro__[2]
+            attention.module.__class__ = type(attention.module).__bases__[1]
         if not patcher.layers_are_numbered:
             attention.module.__dict__.pop("layer_idx", None)
     fit_extra_tokens(patcher, model, config)
     model.base_model.__dict__.pop(REPORT_ATTRIBUTE, None)
-    _rebrand(model, config, lambda converted: converted.__mro__[2])
+    _rebrand(model, config, lambda converted: converted.__bases__[1])
 
 
 def _rebrand(model: Any, config: PreTrainedConfig, new_class: Any) -> None:

@@ -307,7 +307,7 @@ CHECK_BREAKS: dict[str, Break] = {
     "reload": lambda m: m.setattr(GPT2LMHeadModel, "from_pretrained", classmethod(_changed_on_load)),
     "export": lambda m: m.setattr(torch.export, "export", lambda *args, **kwargs: None),
     "cache": lambda m: m.setattr(LinearAttnCacheLayer, "get_seq_length", lambda self: 0),
-    "generate": lambda m: m.setattr(LinearAttnCacheLayer, "get_mask_sizes", lambda self, length: (length, 0)),
+    "generate": lambda m: m.setattr(LinearAttnCacheLayer, "get_seq_length", lambda self: 0),
 }
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.cache_utils import EncoderDecoderCache
 
-from hf_linear_attn import convert_model, get_variant, list_variants, revert_model
+from hf_linear_attn import attention, convert_model, get_variant, list_variants, revert_model
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer
+from hf_linear_attn.variants.base import AttentionVariant
 from tests.tiny import (
     PAD,
     VOCAB,
@@ -99,6 +100,37 @@ def test_left_padding_equals_one_by_one(variant: str, family: str) -> None:
         real = batch["attention_mask"][row].bool()
         alone = model.generate(input_ids=batch["input_ids"][row : row + 1, real], **kwargs)[0, int(real.sum()) :]
         assert torch.equal(together[row], alone)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_drawn_tokens_are_known_to_be_real(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mask on a GPU too, which nobody may read: `generate` says so."""
+    masks: list[torch.Tensor | None] = []
+    model = converted("longformer")
+    for module in model.modules():
+        if isinstance(module, AttentionVariant):
+            module.register_forward_pre_hook(lambda _, args: masks.append(args[0].token_mask))
+    if not on_host:
+        monkeypatch.setattr(attention, "is_on_host", lambda _: False)
+    model.generate(**left_padded(), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=PAD)
+    layers = model.config.n_layer
+    assert all(x is not None for x in masks[:layers])
+    assert masks[layers:] == [None] * (3 * layers)
+
+
+def test_padding_among_later_tokens_is_still_padding() -> None:
+    """By hand: two new tokens at once, one of them padding in one row."""
+    model = converted("longformer")
+    ids = token_batch(batch=2, length=12)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 10] = 0
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :10], attention_mask=mask[:, :10], **cached(model, cache))
+        found = model(ids[:, 10:], attention_mask=mask, **cached(model, cache)).logits
+        wanted = model(ids, attention_mask=mask).logits[:, 10:]
+    torch.testing.assert_close(found[0, 1:], wanted[0, 1:])
+    torch.testing.assert_close(found[1], wanted[1])
 
 
 @pytest.mark.parametrize("chunks", [(30,), (1,) * 30, (7, 1, 15, 7), (29, 1)])

@@ -24,7 +24,6 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
 )
-from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
 from hf_linear_attn.ops.base.masking import is_on_host
 from hf_linear_attn.ops.base.packing import is_traced
@@ -32,13 +31,14 @@ from hf_linear_attn.variants.base import AttentionVariant, State, VariantConfig
 
 __all__ = [
     "CACHE_KEYWORDS",
+    "CROP_MESSAGE",
+    "OFFLOADED_MESSAGE",
     "LinearAttnCacheLayer",
     "cache_keyword",
     "check_cache",
     "check_given",
     "find_cache",
     "prepare_cache_layer",
-    "refuse_generation",
     "refuse_held",
 ]
 
@@ -262,24 +262,6 @@ def check_cache(cache: Cache, layer_indices: Iterable[int], mask: Any = None) ->
         first.padding = None
         if not is_traced():
             first.padding = _padding(mask, len(next(iter(first.state.values()))), first.seen_tokens)
-
-
-def refuse_generation(mode: GenerationMode, generation_config: Any) -> None:
-    """Raise `ValueError` if a way of generating needs a cache that no converted layer can keep its state in.
-
-    Args:
-        mode: how.
-        generation_config: the call's.
-    """
-    if mode == GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(CROP_MESSAGE)
-    if generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
-        raise ValueError(
-            f"cache_implementation={generation_config.cache_implementation!r}: converted layers work with a "
-            "DynamicCache. Leave cache_implementation unset."
-        )
-    if generation_config.cache_implementation == "offloaded":
-        raise ValueError(OFFLOADED_MESSAGE)
 
 
 def refuse_held(cache: Cache | None) -> None:

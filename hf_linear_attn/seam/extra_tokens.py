@@ -93,7 +93,7 @@ class WithExtraTokens:
 
     def __reduce__(self) -> Any:
         # Families have stacks of the same name, so that the class cannot be found by it.
-        return _of_class, (type(self).__mro__[2],), self.__dict__
+        return _of_class, (type(self).__bases__[1],), self.__dict__
 
 
 @cache
@@ -141,7 +141,7 @@ def fit_extra_tokens(patcher: ModelPatcher, model: nn.Module, config: PreTrained
         upstream: Any = type(stack)
         stack.__class__ = _with_extra_tokens(upstream)
     elif not count and isinstance(stack, WithExtraTokens):
-        stack.__class__ = type(stack).__mro__[2]
+        stack.__class__ = type(stack).__bases__[1]
         del stack.linear_attn
 
 

@@ -342,7 +342,8 @@ def _loading() -> None:
 @_fact("generation guards")
 def _generation_guards() -> None:
     """`generate` asks `_validate_generation_mode(mode, config, ...)` before the first forward, and `_is_stateful`; ways
-    of generating are members of GenerationMode, static caches are listed by name."""
+    of generating are members of GenerationMode, static caches are listed by name. Of each token that it draws it says
+    in `_update_model_kwargs_for_generation` that it is real; a keyword that is added there reaches the base model."""
     base: Any = type(tiny_model(_decoder(), decoder=True))
     met: list[Any] = []
 
@@ -351,9 +352,25 @@ def _generation_guards() -> None:
             met.append((mode, generation_config.cache_implementation))
             super()._validate_generation_mode(mode, generation_config, *args, **kwargs)
 
+        def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            updated = super()._update_model_kwargs_for_generation(*args, **kwargs)
+            drawn.append(updated["attention_mask"])
+            return {**updated, "linear_attn_probe": True}
+
+    drawn: list[torch.Tensor] = []
     model = Probe(tiny_config(_decoder())).eval()
     model.register_forward_pre_hook(lambda *_: met.append("forward"))
-    model.generate(token_batch()["input_ids"], max_new_tokens=1, do_sample=False, pad_token_id=0)
+    keywords: list[bool] = []
+    model.base_model.register_forward_pre_hook(
+        lambda _module, _args, given: keywords.append("linear_attn_probe" in given), with_kwargs=True
+    )
+    batch = token_batch(length=5)
+    batch["attention_mask"][0, :2] = 0
+    model.generate(**batch, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    require(keywords == [False, True], f"the keyword reached the base model's calls as {keywords}")
+    first = batch["attention_mask"]
+    covered = [x.shape == (2, 6 + n) and x[:, :5].equal(first) and bool(x[:, 5:].all()) for n, x in enumerate(drawn)]
+    require(drawn != [] and all(covered), "the mask does not say that each token that was drawn is real")
     require(met[:2] == [(generation.GenerationMode.GREEDY_SEARCH, None), "forward"], f"calls were {met}")
     require(base._is_stateful is False and isinstance(base._can_compile_fullgraph, bool), "flags of the class are gone")
     require(hasattr(generation.GenerationMode, "ASSISTED_GENERATION"), "there is no ASSISTED_GENERATION")

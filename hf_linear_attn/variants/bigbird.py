@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdRef
 from hf_linear_attn.ops.base.compaction import compact, init_kv_state, kv_state_after
 from hf_linear_attn.ops.base.tracing import is_exported
 from hf_linear_attn.ops.sparse import global_tokens
-from hf_linear_attn.ops.sparse.attention import BlockGrid, block_grid, block_sparse_attention
+from hf_linear_attn.ops.sparse.attention import BlockGrid, block_sparse_attention
 from hf_linear_attn.ops.sparse.patterns import BlockLists, bigbird_lists, hashed, random_blocks
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, recorded_meter
 from hf_linear_attn.ops.window.attention import sliding_window_attention
@@ -182,15 +182,15 @@ class BigBirdAttention(AttentionVariant):
             if not torch.compiler.is_compiling():
                 _note_full(limit)
             where: dict[str, Any] = {"left": k_len, "right": 0 if inputs.is_causal else k_len, "backend": self.backend}
-            where |= {"key_allowed": None if aligned else call.rank >= 0, "scaling": scaling}
+            where |= {"key_allowed": call.real, "scaling": scaling}
             out = sliding_window_attention(call.q, call.k, call.v, **where)
         else:
-            grid, extra, kept_as = block_grid(call, self.config.block_size, aligned=aligned), None, None
+            grid, extra, kept_as = BlockGrid(call, self.config.block_size, aligned=aligned), None, None
             if self.num_global_tokens:
                 extra = global_tokens.global_columns(call, self.global_tokens, self.global_shift, scaling)
             elif inputs.extra is not None:
                 extra = global_tokens.traveling_columns(inputs.extra, self.global_shift)
-            if aligned and not torch.compiler.is_compiling() and not self.codes.is_inference():
+            if (aligned or call.real is None) and not torch.compiler.is_compiling() and not self.codes.is_inference():
                 kept_as = "bigbird", self.config, inputs.is_causal, WeakIdRef(self.codes), self.codes._version
             given: dict[str, Any] = {"extra": extra, "kept_as": kept_as, "backend": self.backend}
             out = block_sparse_attention(call, grid, functools.partial(self.lists, grid), scaling=scaling, **given)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.base.compaction import compact, window_state_after
+from hf_linear_attn.ops.base.compaction import compact, init_count, window_state_after
 from hf_linear_attn.ops.features import softmax_map as maps
 from hf_linear_attn.ops.features.maps import FeatureMap, Features, ParametricMap, TaylorMap
 from hf_linear_attn.ops.linear.attention import init_linear_state
@@ -156,7 +156,7 @@ class LolcatsAttention(AttentionVariant):
         shape = (batch_size, heads, self.window_size, dim)
         return {
             **{name: torch.zeros(shape, dtype=dtype, device=device) for name in ("key", "value")},
-            "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+            "count": init_count(batch_size, device),
             **init_linear_state(batch_size, heads, self.num_features, dim, dtype, device),
         }
 
@@ -166,8 +166,9 @@ class LolcatsAttention(AttentionVariant):
         w, s = self.window_size, inputs.scaling
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
-        held = call.rank >= (call.past - w).clamp(min=0)[:, None]  # older keys have left for the sums
-        real = None if inputs.token_mask is None and state is None else held
+        real = call.real
+        if real is not None:
+            real = call.rank >= (call.past - w).clamp(min=0)[:, None]  # older keys have left for the sums
         sums = None if state is None else {name: state[name] for name in ("kv", "z", "log_scale")}
         left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
         band: dict[str, Any] = {"left": left, "right": right, "scaling": s, "backend": self.backend}

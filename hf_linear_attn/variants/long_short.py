@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from hf_linear_attn.ops.base.backend import use_triton
-from hf_linear_attn.ops.base.compaction import compact, window_state_after
+from hf_linear_attn.ops.base.compaction import compact, init_count, window_state_after
 from hf_linear_attn.ops.pooled import landmarks as landmark
 from hf_linear_attn.ops.starts.calibration import choose_start, collect_rows, head_tokens, kmeans
 from hf_linear_attn.ops.window.attention import sliding_window_attention
@@ -156,7 +156,7 @@ class LongShortAttention(AttentionVariant):
         state = {name: empty(self.config.window_size - 1, dim) for name in ("key", "value")}
         if self.r:
             state |= {"landmark_key": empty(0, dim + 1), "landmark_value": empty(0, dim)}
-        return {**state, "count": torch.zeros(batch_size, dtype=torch.long, device=device)}
+        return {**state, "count": init_count(batch_size, device)}
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         if inputs.is_causal != self.context.is_causal:
@@ -167,8 +167,7 @@ class LongShortAttention(AttentionVariant):
         past = None if state is None else (state["key"], state["value"], state["count"])
         call, w = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past), self.config.window_size
         left, right = (w - 1, 0) if inputs.is_causal else (w // 2, w // 2)
-        allowed = None if inputs.token_mask is None and state is None else call.rank >= 0
-        window: dict[str, Any] = {"left": left, "right": right, "key_allowed": allowed, "scaling": inputs.scaling}
+        window: dict[str, Any] = {"left": left, "right": right, "key_allowed": call.real, "scaling": inputs.scaling}
         window["backend"] = self.backend
         q, k = call.q, self.window_norm(call.k)
         v = k if call.v is call.k else self.window_norm(call.v)

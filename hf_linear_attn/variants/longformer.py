@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_linear_attn.ops.base.compaction import compact, global_tokens, take_tokens, window_state_after
+from hf_linear_attn.ops.base.compaction import compact, global_tokens, init_count, take_tokens, window_state_after
 from hf_linear_attn.ops.base.text_pairs import GlobalChoice, tokens_of_task, tokens_with_ids
 from hf_linear_attn.ops.window.attention import sliding_window_attention
 from hf_linear_attn.ops.window.global_rows import check_hidden, check_marks, keep_old, rows_over_all, rows_over_first
@@ -141,7 +141,7 @@ class LongformerAttention(AttentionVariant):
         dilation = self.config.dilation
         span = (self.window_size - 1) * (max(dilation) if isinstance(dilation, tuple) else dilation)
         state = {"key": empty(span), "value": empty(span)}
-        state["count"] = torch.zeros(batch_size, dtype=torch.long, device=device)
+        state["count"] = init_count(batch_size, device)
         if self.num_global_tokens > 0:
             names = ("key", "value", "key_projected", "value_projected")[: 4 if self.projects else 2]
             state.update({f"global_{name}": empty(self.num_global_tokens) for name in names})
@@ -153,8 +153,7 @@ class LongformerAttention(AttentionVariant):
         call = compact(inputs.query, inputs.key, inputs.value, inputs.token_mask, past)
         q_len, k_len = call.q.shape[2], call.k.shape[2]
         tokens = global_tokens(inputs.global_mask, self.num_global_tokens, call)
-        in_window = None if inputs.token_mask is None and state is None else call.rank >= 0
-        extra, rows = None, None
+        in_window, extra, rows = call.real, None, None
         kept: State = {}
         if tokens is not None:
             in_window = tokens.in_window

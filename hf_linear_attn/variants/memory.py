@@ -152,9 +152,10 @@ class MemoryAttention(AttentionVariant):
         past = None if state is None else (state["key"], state["value"], state["count"])
         call = compact(query, inputs.key, inputs.value, inputs.token_mask, past)
         if self.config.form == "chunked":
-            real = None if inputs.token_mask is None and state is None else call.rank >= 0
             given: dict[str, Any] = {"is_causal": inputs.is_causal, "chunk_size": self.config.chunk_size}
-            out = chunked_softmax_attention(call.q, call.k, call.v, scaling=inputs.scaling, token_mask=real, **given)
+            out = chunked_softmax_attention(
+                call.q, call.k, call.v, scaling=inputs.scaling, token_mask=call.real, **given
+            )
             after = kv_state_after(call)
         else:
             out, after = self._memory(inputs, call, state)

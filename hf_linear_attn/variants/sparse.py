@@ -21,10 +21,10 @@ import torch
 
 from hf_linear_attn.ops.base.compaction import CompactedCall, compact, init_kv_state, kv_state_after, take_tokens
 from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
-from hf_linear_attn.ops.sparse.attention import NOBODY, BlockGrid, Extra, block_grid, block_sparse_attention
+from hf_linear_attn.ops.sparse.attention import NOBODY, BlockGrid, Extra, block_sparse_attention
 from hf_linear_attn.ops.sparse.factored import FactoredPattern, factored_attention
 from hf_linear_attn.ops.sparse.patterns import own_block_lists
-from hf_linear_attn.ops.sparse.strided import column_attention, strided_attention
+from hf_linear_attn.ops.sparse.strided import attend_all, column_attention, is_last_row, strided_attention
 from hf_linear_attn.ops.window.attention import sliding_window_attention
 from hf_linear_attn.registry import register_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext, State, VariantConfig
@@ -152,7 +152,7 @@ class SparseAttention(AttentionVariant):
     def _strided(self, call: CompactedCall, inputs: AttentionInputs, part: str, is_first: bool) -> torch.Tensor:
         # The pattern knows distances only, and with the padding in front places differ as ranks do.
         stride, is_causal = self.stride, inputs.is_causal
-        where: dict[str, Any] = {"scaling": inputs.scaling, "key_allowed": call.rank >= 0, "backend": self.backend}
+        where: dict[str, Any] = {"scaling": inputs.scaling, "key_allowed": call.real, "backend": self.backend}
         if part == "near":
             where.update(left=stride, right=0 if is_causal else stride)
             return sliding_window_attention(call.q, call.k, call.v, **where)
@@ -161,15 +161,28 @@ class SparseAttention(AttentionVariant):
 
     def _fixed(self, call: CompactedCall, inputs: AttentionInputs, part: str, is_first: bool) -> torch.Tensor:
         k_len = call.k.shape[2]
+        if is_last_row(call.q, inputs.is_causal, call.real):
+            k, v = self._fixed_of_last(call, part)
+            return attend_all(call.q, k, v, scaling=inputs.scaling, backend=self.backend)
         aligned = is_first and inputs.token_mask is None and inputs.query.shape[2] == k_len
         whole = not is_exported() and self.stride >= k_len
-        grid = block_grid(call, k_len if whole else self.stride, aligned=aligned)  # one block: of the tokens there are
+        grid = BlockGrid(call, k_len if whole else self.stride, aligned=aligned)  # one block: of the tokens there are
         alone = part == "near" or self.config.pattern == "block_local" or whole
         extra = None if alone else self._summaries(call, grid)
         lists = partial(own_block_lists, grid.row, grid.blocks, inputs.is_causal)
         kept_as = ("own block", inputs.is_causal) if aligned else None
         given: dict[str, Any] = {"extra": extra, "kept_as": kept_as, "backend": self.backend}
         return block_sparse_attention(call, grid, lists, scaling=inputs.scaling, **given)
+
+    def _fixed_of_last(self, call: CompactedCall, part: str) -> list[torch.Tensor]:
+        """The keys and the values that the last token sees: earlier blocks' last c tokens, and its own block."""
+        own = (call.k.shape[2] - 1) // self.stride * self.stride
+        if part == "near" or self.config.pattern == "block_local":
+            return [x[:, :, own:] for x in (call.k, call.v)]
+        earlier = [x[:, :, :own].unflatten(2, (own // self.stride, self.stride)) for x in (call.k, call.v)]
+        number = min(self.config.num_summary_tokens, self.stride)
+        summaries = [x[:, :, :, self.stride - number :].flatten(2, 3) for x in earlier]
+        return [torch.cat([s, x[:, :, own:]], 2) for s, x in zip(summaries, (call.k, call.v), strict=True)]
 
     def _summaries(self, call: CompactedCall, grid: BlockGrid) -> Extra:
         """The last c tokens of each block, as columns for the others; of the last block its last real ones."""

@@ -12,6 +12,7 @@ import torch
 
 from hf_linear_attn.ops.base.growing import append_tokens, last_tokens, may_grow
 from hf_linear_attn.ops.base.masking import invert_permutation, pads_first_permutation, safe_masked_fill
+from hf_linear_attn.ops.base.memo import known_number, lazy, note_number
 from hf_linear_attn.ops.base.tracing import is_exported
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "first_tokens",
     "global_tokens",
     "heads_apart",
+    "init_count",
     "init_kv_state",
     "kv_state_after",
     "marked_tokens",
@@ -74,7 +76,8 @@ class CompactedCall:
         perm: long `[B, Tq]`, row i was token `perm[b, i]` of the call; None without a padding mask.
         query_mask: bool `[B, Tq]` in the call's own order, or None.
         past: long `[B or 1]`, real tokens before the call.
-        rank: long `[B or 1, Tk]`, rank of each key among all real tokens; negative where there is no token.
+        new: real tokens of the call, one number or long `[B]`.
+        tokens: `past + new`, if all rows are known to have as many.
     """
 
     q: torch.Tensor
@@ -83,7 +86,19 @@ class CompactedCall:
     perm: torch.Tensor | None
     query_mask: torch.Tensor | None
     past: torch.Tensor
-    rank: torch.Tensor
+    new: int | torch.Tensor
+    tokens: int | None
+
+    @lazy
+    def rank(self) -> torch.Tensor:
+        """Rank of each key among all real tokens, long `[B or 1, Tk]`; negative where there is no token."""
+        length = self.k.shape[2]
+        return torch.arange(length, device=self.k.device) + (self.past + (self.new - length))[:, None]
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """Which keys are tokens, bool `[B or 1, Tk]`; None if all are known to be."""
+        return None if self.tokens is not None and self.tokens >= self.k.shape[2] else self.rank >= 0
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Bring an output `[B, H, Tq, D]` back to the call's order, 0 at padding."""
@@ -116,7 +131,7 @@ def compact(
             tokens so far, long `[B]` (it may be more or less than W).
     """
     q_len, device = q.shape[2], q.device
-    count, new = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), k.shape[2], device=device)
+    new: int | torch.Tensor = k.shape[2]
     query_mask = perm = None
     real = token_mask
     if real is not None:
@@ -124,8 +139,14 @@ def compact(
         perm = pads_first_permutation(query_mask)
         q = take_tokens(safe_masked_fill(q, query_mask), perm)
         k, v = safe_masked_fill(k, real), safe_masked_fill(v, real)
-    if past is not None:
+    tokens = k.shape[2] if past is None and real is None else None
+    if past is None:
+        count = torch.zeros(1, dtype=torch.long, device=device)
+    else:
         past_key, past_value, count = past
+        known = known_number(count) if real is None else None
+        if known is not None:
+            count, tokens = count[:1], known + k.shape[2]
         k, v = append_tokens(past_key.to(k.dtype), k), append_tokens(past_value.to(v.dtype), v)
         if real is not None:
             window = past_key.shape[2]
@@ -134,8 +155,7 @@ def compact(
     if real is not None:
         order = pads_first_permutation(real)
         k, v = take_tokens(k, order), take_tokens(v, order)
-    rank = torch.arange(k.shape[2], device=device) - k.shape[2] + (count + new)[:, None]
-    return CompactedCall(q, k, v, perm, query_mask, count, rank)
+    return CompactedCall(q, k, v, perm, query_mask, count, new, tokens)
 
 
 def init_kv_state(
@@ -149,8 +169,13 @@ def init_kv_state(
     return {
         "key": torch.zeros(shape, dtype=dtype, device=device),
         "value": torch.zeros(shape, dtype=dtype, device=device),
-        "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+        "count": init_count(batch_size, device),
     }
+
+
+def init_count(batch_size: int, device: torch.device) -> torch.Tensor:
+    """The count of a state that has seen no token: long `[B]`."""
+    return note_number(torch.zeros(batch_size, dtype=torch.long, device=device), 0)
 
 
 def kv_state_after(call: CompactedCall) -> dict[str, torch.Tensor]:
@@ -168,7 +193,8 @@ def window_state_after(call: CompactedCall, size: int, dtype: torch.dtype) -> di
 
 
 def _count_after(call: CompactedCall) -> torch.Tensor:
-    return (call.rank[:, -1] + 1).expand(call.k.shape[0]).contiguous()
+    count = (call.past + call.new).expand(call.k.shape[0]).contiguous()
+    return count if call.tokens is None else note_number(count, call.tokens)
 
 
 @dataclass

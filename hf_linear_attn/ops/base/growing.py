@@ -45,7 +45,7 @@ _NO_ROOM = _Memory(torch.empty(1, 1, 0, 1), 0)  # of those that have not grown y
 
 def may_grow(x: torch.Tensor) -> torch.Tensor:
     """The same tensor `[B, H, T, D]`, with the permission to give it room when tokens are appended."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x not in _places:
+    if _keeps_account(x) and x not in _places:
         _places[x] = _NO_ROOM, 0
     return x
 
@@ -57,7 +57,7 @@ def append_tokens(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         past: `[B, H, T, D]`.
         new: `[B, H, n, D]`, of the same dtype.
     """
-    place = None if torch.compiler.is_compiling() else _places.get(past)
+    place = _places.get(past) if _keeps_account(past) else None
     T, n = past.shape[2], new.shape[2]
     if place is None or T == 0 or torch.is_grad_enabled():
         return torch.cat([past, new], dim=2)
@@ -82,14 +82,18 @@ def last_tokens(x: torch.Tensor, count: int) -> torch.Tensor:
     window = x[:, :, x.shape[2] - count :]
     if window.numel() < _LEAST_WINDOW:
         return window.contiguous()
-    if x.device.type != "cpu" and not torch.compiler.is_compiling():
-        held, token = x.untyped_storage().nbytes() // x.element_size(), window.numel() // count
-        return window if held <= window.numel() + token * _room(count) else window.contiguous()
-    memory, end = (None if torch.compiler.is_compiling() else _places.get(x)) or (_NO_ROOM, 0)
+    memory, end = (_places.get(x) if _keeps_account(x) else None) or (_NO_ROOM, 0)
     if memory is _NO_ROOM or memory.x.shape[2] > count + 2 * _room(count):
         return may_grow(window.contiguous())
     _places[window] = memory, end
     return window
+
+
+def _keeps_account(x: torch.Tensor) -> bool:
+    """Not in a graph that is compiled or captured: what is known of memory once would not hold when it runs again."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _room(tokens: int) -> int:

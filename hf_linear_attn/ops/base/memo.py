@@ -1,24 +1,43 @@
-"""What is kept from call to call: lists that follow from lengths and settings alone, and whether a buffer is all 0."""
+"""What is kept from call to call: lists that follow from lengths and settings alone, and what is known of tensors."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["kept_lists", "known_zero"]
+__all__ = ["kept_lists", "known_number", "known_zero", "lazy", "note_number"]
 
 _KEPT_LISTS = 64
 _kept: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 _lock = threading.Lock()
 T = TypeVar("T")
+S = TypeVar("S")
 
 _looked: Any = WeakTensorKeyDictionary()
+_numbers: Any = WeakTensorKeyDictionary()
 _MOST_LOOKS = 2  # at a buffer on a GPU, which the CPU waits for: who changes it in every step gets no third
+
+
+class lazy(Generic[S, T]):  # noqa: N801
+    """A property that is computed when it is first read.
+
+    `functools.cached_property` holds a lock before Python 3.12, at which torch.compile stops.
+    """
+
+    def __init__(self, function: Callable[[S], T]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance: S, owner: type[S]) -> T:
+        found = instance.__dict__
+        name = self.function.__name__
+        if name not in found:
+            found[name] = self.function(instance)
+        return found[name]  # type: ignore[no-any-return]
 
 
 def kept_lists(key: tuple[object, ...], device: torch.device, build: Callable[[], T]) -> T:
@@ -70,3 +89,27 @@ def known_zero(buffer: torch.Tensor) -> bool:
         zero, looks = not bool(buffer.detach().any()), looks + 1
         _looked[buffer] = present, zero, looks
     return zero
+
+
+def note_number(x: torch.Tensor, number: int) -> torch.Tensor:
+    """`x`, with the note that all of it is `number`, which `known_number` reads without waiting for a device."""
+    if _may_note(x):
+        _numbers[x] = x._version, number
+    return x
+
+
+def known_number(x: torch.Tensor) -> int | None:
+    """What `note_number` noted of this very tensor, unless it was changed in place since; else None.
+
+    None too where what is read once must hold for other inputs: in a graph that is compiled, traced or captured.
+    """
+    version, number = _numbers.get(x, (None, None)) if _may_note(x) else (None, None)
+    return number if number is not None and version == x._version else None
+
+
+def _may_note(x: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_inference():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())

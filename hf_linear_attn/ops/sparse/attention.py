@@ -20,7 +20,7 @@ from hf_linear_attn.ops.base.memo import kept_lists
 from hf_linear_attn.ops.base.pieces import serves
 from hf_linear_attn.ops.base.tracing import blocks_of, is_exported
 from hf_linear_attn.ops.sparse.blocks import Tiled, Tiles, attend_tiles
-from hf_linear_attn.ops.sparse.layout import NOBODY, BlockGrid, Extra, block_grid
+from hf_linear_attn.ops.sparse.layout import NOBODY, BlockGrid, Extra
 from hf_linear_attn.ops.sparse.patterns import CAUSAL, EMPTY, FULL, TAIL, BlockLists
 from hf_linear_attn.ops.window.attention import attend_blocks, in_front
 
@@ -28,7 +28,6 @@ __all__ = [
     "NOBODY",
     "BlockGrid",
     "Extra",
-    "block_grid",
     "block_sparse_attention",
     "gather_tokens",
     "segment_rows",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -47,11 +48,16 @@ def block_sparse_attention(
         made = lists() if callable(lists) else lists
         return blocks_csr(made, grid, q_len, k_len, tile=size), made.is_causal, made.full_rows
 
+    # A decode step without padding has the lists of every token of its block, and is at another place in it.
+    steps = q_len == 1 < k_len == call.tokens
     if kept_as is None:
         csr, is_causal, full_rows = build()
     else:
-        key = "blocks", kept_as, grid.block_size, q_len, k_len, q.device, size
+        length = ("blocks", -(-k_len // grid.block_size)) if steps else k_len
+        key = "blocks", kept_as, grid.block_size, q_len, length, q.device, size
         csr, is_causal, full_rows = kept_lists(key, q.device, build)
+        if steps:
+            csr = replace(csr, q_start=torch.full((1,), k_len - 1, dtype=torch.int32, device=q.device))
     columns = shift = None
     if extra is not None:
         row = call.rank[:, k_len - q_len :] // grid.block_size

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from hf_linear_attn.ops.base.compaction import CompactedCall, take_tokens
+from hf_linear_attn.ops.base.memo import lazy
 from hf_linear_attn.ops.base.tracing import blocks_of
 
-__all__ = ["ANYONE", "NOBODY", "BlockGrid", "Extra", "block_grid"]
+__all__ = ["ANYONE", "NOBODY", "BlockGrid", "Extra"]
 
 # In `Extra.block`: a column that every query sees, and one that is not there.
 ANYONE, NOBODY = -1, -2
@@ -37,29 +38,82 @@ class Extra:
         return ((block < row[..., None]) if is_causal else (block != row[..., None])) & (block != NOBODY)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BlockGrid:
     """Where the queries and keys of a compacted call stand in a grid of blocks, by their ranks.
 
+    Tensors are made when they are first read: a decode step whose lists are kept reads none.
+
     Attributes:
+        call: the call.
         block_size: b, tokens per block.
-        row: long `[B or 1, R]`, the block of each tile of queries.
-        place: long `[B or 1, t]`, where the t queries of a tile stand in their block.
-        start: long `[B or 1]`, place of the token of rank 0 among the keys.
-        count: long `[B or 1]`, real tokens among the keys.
-        source: long `[B or 1, R * t]`, the query at each place of the tiles; None when it is that place.
-        back: long `[B or 1, Tq]`, the place of each query; None likewise.
-        aligned: whether there is neither padding nor an earlier key: blocks are slices.
+        aligned: whether there is neither padding nor an earlier key: its blocks are slices.
     """
 
+    call: CompactedCall
     block_size: int
-    row: torch.Tensor
-    place: torch.Tensor
-    start: torch.Tensor
-    count: torch.Tensor
-    source: torch.Tensor | None
-    back: torch.Tensor | None
     aligned: bool = False
+
+    @property
+    def q_len(self) -> int:
+        return self.call.q.shape[2]
+
+    @lazy
+    def start(self) -> torch.Tensor:
+        """Place of the token of rank 0 among the keys: long `[B or 1]`."""
+        return -self.call.rank[:, 0]
+
+    @lazy
+    def count(self) -> torch.Tensor:
+        """Real tokens among the keys: long `[B or 1]`."""
+        return self.call.rank[:, -1] + 1
+
+    @lazy
+    def _rank(self) -> torch.Tensor:
+        """Of the queries, `[B or 1, Tq]`."""
+        return self.call.rank[:, self.call.k.shape[2] - self.q_len :]
+
+    @lazy
+    def _first(self) -> torch.Tensor:
+        """The block of the first query, `[B or 1, 1]`."""
+        return self._rank[:, :1].clamp(min=0) // self.block_size
+
+    @lazy
+    def row(self) -> torch.Tensor:
+        """The block of each tile of queries: long `[B or 1, R]`."""
+        q_len, b = self.q_len, self.block_size
+        if q_len == 1:
+            return self._first
+        # Queries after earlier keys may begin in the middle of a block.
+        tiles = blocks_of(q_len, b) if q_len == self.call.k.shape[2] else (q_len + b - 2) // b + 1
+        return self._first + torch.arange(tiles, device=self.call.q.device)
+
+    @lazy
+    def place(self) -> torch.Tensor:
+        """Where the t queries of a tile stand in their block: long `[B or 1, t]`."""
+        if self.q_len == 1:  # decoding: one query is a tile, not a block of which one row counts
+            return self._rank.clamp(min=0) % self.block_size
+        return torch.arange(self.block_size, device=self.call.q.device)[None]
+
+    @lazy
+    def _shift(self) -> torch.Tensor:
+        """From a place in the tiles to a query, `[B or 1, 1]`."""
+        return self._first * self.block_size - self._rank[:, :1]
+
+    @lazy
+    def source(self) -> torch.Tensor | None:
+        """The query at each place of the tiles, long `[B or 1, R * t]`; None when it is that place."""
+        if self.q_len == 1 or self.aligned:
+            return None
+        places = torch.arange(self.row.shape[1] * self.block_size, device=self.call.q.device)
+        return (places + self._shift).clamp(0, self.q_len - 1)
+
+    @lazy
+    def back(self) -> torch.Tensor | None:
+        """The place of each query, long `[B or 1, Tq]`; None when it is that place."""
+        if self.q_len == 1 or self.aligned:
+            return None
+        return (torch.arange(self.q_len, device=self.call.q.device) - self._shift).clamp(min=0)
 
     @property
     def blocks(self) -> torch.Tensor:
@@ -88,30 +142,3 @@ class BlockGrid:
         """The inverse of `tiles`."""
         out = out.transpose(1, 2).flatten(2, 3)
         return out[:, :, :q_len] if self.back is None else take_tokens(out, self.back.expand(out.shape[0], -1))
-
-
-def block_grid(call: CompactedCall, block_size: int, *, aligned: bool) -> BlockGrid:
-    """The grid of blocks of `block_size` ranks.
-
-    Args:
-        call: the compacted call.
-        block_size: b, in tokens.
-        aligned: whether the call has neither padding nor earlier keys; its blocks are then slices.
-    """
-    q_len, k_len, device = call.q.shape[2], call.k.shape[2], call.q.device
-    start, count = -call.rank[:, 0], call.rank[:, -1] + 1
-    rank = call.rank[:, k_len - q_len :]
-    if q_len == 1:  # decoding: one query is a tile, not a block of which one row counts
-        rank = rank.clamp(min=0)
-        return BlockGrid(block_size, rank // block_size, rank % block_size, start, count, None, None, aligned)
-    # Queries after earlier keys may begin in the middle of a block.
-    num_tiles = blocks_of(q_len, block_size) if q_len == k_len else (q_len + block_size - 2) // block_size + 1
-    first = rank[:, :1].clamp(min=0) // block_size
-    row = first + torch.arange(num_tiles, device=device)
-    place = torch.arange(block_size, device=device)[None]
-    if aligned:
-        return BlockGrid(block_size, row, place, start, count, None, None, aligned)
-    shift = first * block_size - rank[:, :1]  # from a place in the tiles to a query
-    source = (torch.arange(num_tiles * block_size, device=device) + shift).clamp(0, q_len - 1)
-    back = (torch.arange(q_len, device=device) - shift).clamp(min=0)
-    return BlockGrid(block_size, row, place, start, count, source, back)

@@ -19,7 +19,7 @@ from hf_linear_attn.ops.exact.dense import row_logits
 from hf_linear_attn.ops.sparse.attention import segment_rows
 from hf_linear_attn.ops.window.attention import sliding_window_attention
 
-__all__ = ["column_attention", "naive_strided_attention", "strided_attention"]
+__all__ = ["attend_all", "column_attention", "is_last_row", "naive_strided_attention", "strided_attention"]
 
 
 def strided_attention(
@@ -49,6 +49,10 @@ def strided_attention(
     Returns:
         `[B, H, Tq, D]`; a row that may see no key is finite.
     """
+    if is_last_row(q, is_causal, key_allowed) and stride < k.shape[2] - 1:
+        begin = k.shape[2] - 1 - stride
+        listed = (torch.cat([x[:, :, begin % stride : begin : stride], x[:, :, begin:]], dim=2) for x in (k, v))
+        return attend_all(q, *listed, scaling=scaling, backend=backend)
     if use_triton(backend, q):
         from hf_linear_attn.ops.sparse import fused
         from hf_linear_attn.ops.window.fused import refusal
@@ -121,6 +125,9 @@ def column_attention(
     backend: str = "auto",
 ) -> torch.Tensor:
     """The second part alone: position i sees j with (i - j) mod l = 0; arguments as in `strided_attention`."""
+    if is_last_row(q, is_causal, key_allowed):
+        first = (k.shape[2] - 1) % stride
+        return attend_all(q, k[:, :, first::stride], v[:, :, first::stride], scaling=scaling, backend=backend)
     if use_triton(backend, q):
         from hf_linear_attn.ops.sparse import fused
         from hf_linear_attn.ops.window.fused import refusal
@@ -156,6 +163,16 @@ def column_attention(
         outputs.append(F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scaling))
     out = torch.cat(outputs, dim=2).unflatten(0, (B, stride)).permute(0, 2, 3, 1, 4)
     return out.flatten(2, 3)[:, :, num_rows * stride - q_len :]
+
+
+def is_last_row(q: torch.Tensor, is_causal: bool, key_allowed: torch.Tensor | None) -> bool:
+    """Whether the call is a decode step without padding: its keys are found by slicing."""
+    return q.shape[2] == 1 and is_causal and key_allowed is None and not is_exported()
+
+
+def attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scaling: float, backend: str) -> torch.Tensor:
+    """One query over all of some keys."""
+    return sliding_window_attention(q, k, v, left=k.shape[2], right=0, scaling=scaling, backend=backend)
 
 
 def _windows(x: torch.Tensor, reach: int, dim: int) -> torch.Tensor:

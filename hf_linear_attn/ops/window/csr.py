@@ -6,6 +6,8 @@ graph contains it. Lists that depend on lengths alone are kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hf_linear_attn.kernels.sparse.lists import ANYWHERE, BlockCSR
@@ -37,9 +39,18 @@ def window_csr(
         tiles: queries and keys of a tile, in the lists of rows and in those of columns.
         hole: distances query - key, from least to greatest, that are not seen.
     """
-    left, right = min(left, k_len), min(right, k_len)
-    key = "window", q_len, k_len, left, right, device, tiles, hole
-    return kept_lists(key, device, lambda: _window_csr(q_len, k_len, left, right, device, tiles, hole))
+
+    def kept(length: int) -> BlockCSR:
+        reach = min(left, length), min(right, length)
+        key = "window", q_len, length, *reach, device, tiles, hole
+        return kept_lists(key, device, lambda: _window_csr(q_len, length, *reach, device, tiles, hole))
+
+    if not (q_len == 1 < k_len <= left and hole is None):
+        return kept(k_len)
+    # A decode step that sees everything: the lists of as many tiles, the last one partly filled, at its own place.
+    size = min(n for _, n in tiles)
+    start = torch.full((1,), k_len - 1, dtype=torch.int32, device=device)
+    return replace(kept(max(2, (k_len - 1) // size * size + 1)), q_start=start, q_first=start)
 
 
 def _window_csr(

@@ -59,6 +59,9 @@ def plain_window(
     """Output and log-sum-exp of a plain window."""
     from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 
+    if q.shape[2] == 1 and (begin := k.shape[2] - 1 - left) > 0:  # the same lists for every length
+        k, v = k[:, :, begin:], v[:, :, begin:]
+        key_allowed = None if key_allowed is None else key_allowed[:, begin:]
     k_len = k.shape[2]
     lists = window_csr(q.shape[2], k_len, left, right, q.device, tiles=tiles_for(k.dtype, k.shape[-1]), hole=hole)
     columns = None if extra is None else (extra[0].to(k.dtype), extra[1].to(v.dtype), extra[2])

@@ -9,7 +9,7 @@ from hf_linear_attn.kernels.sparse.launch import tiles_for
 from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.sparse import fused, strided
-from hf_linear_attn.ops.sparse.layout import block_grid
+from hf_linear_attn.ops.sparse.layout import BlockGrid
 from hf_linear_attn.ops.sparse.patterns import bigbird_lists, hashed, random_blocks
 from hf_linear_attn.ops.window import attention as sliding_window
 from hf_linear_attn.ops.window.csr import window_csr
@@ -73,7 +73,7 @@ def test_bigbird(length, dim, block, padded, is_causal, dtype):
     def attend(function):
         def call(q, k, v):
             call = compact(q, k, v, mask)
-            grid = block_grid(call, block, aligned=mask is None)
+            grid = BlockGrid(call, block, aligned=mask is None)
             codes = hashed(torch.arange(2, device="cuda"))
             numbers = {"codes": codes, "number": 3, "num_window_blocks": 3, "is_causal": is_causal}
             drawn = random_blocks(grid.row, grid.blocks, **numbers)

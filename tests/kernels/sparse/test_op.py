@@ -11,7 +11,7 @@ from hf_linear_attn.kernels.sparse.lists import ANYWHERE
 from hf_linear_attn.kernels.sparse.op import block_sparse_attention
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.sparse import fused, strided
-from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, Extra, block_grid
+from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, BlockGrid, Extra
 from hf_linear_attn.ops.sparse.patterns import bigbird_lists, hashed, own_block_lists, random_blocks
 from hf_linear_attn.ops.window import attention as sliding_window
 from hf_linear_attn.ops.window import fused as window_fused
@@ -199,7 +199,7 @@ def test_the_block_op_equals_its_twin(is_causal, padding, block, monkeypatch):
     def attend(function):
         def call(q, k, v, xk, xv):
             call = compact(q, k, v, mask)
-            grid = block_grid(call, block, aligned=mask is None)
+            grid = BlockGrid(call, block, aligned=mask is None)
             codes, numbers = hashed(torch.arange(2)), {"number": 2, "num_window_blocks": 3, "is_causal": is_causal}
             lists = bigbird_lists(
                 grid.row, grid.blocks, random_blocks(grid.row, grid.blocks, codes=codes, **numbers), 3, is_causal
@@ -270,7 +270,7 @@ def test_lists_of_blocks_are_made_in_the_graph_and_kept_under_a_key(monkeypatch)
 
     def attend(q, k, v, kept_as=None):
         call = compact(q, k, v, None)
-        grid = block_grid(call, 8, aligned=True)
+        grid = BlockGrid(call, 8, aligned=True)
 
         def lists():
             made.append(1)

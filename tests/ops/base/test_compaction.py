@@ -83,3 +83,39 @@ def test_first_and_marked_tokens():
     for b in range(3):
         assert torch.equal(placed[b][:, marks[b]], rows[b])
     assert compaction.marked_tokens(torch.zeros_like(mask), call) is None
+
+
+def _tokens(count):
+    return (torch.randn(3, 2, count, 4) for _ in range(3))
+
+
+def test_all_keys_are_known_to_be_tokens_without_padding_alone():
+    """Nothing is read for it: the calls say so, and a state that came another way is asked no more."""
+    state = compaction.init_kv_state(3, 2, 4, torch.float32, torch.device("cpu"))
+
+    def extend(state, mask=None):
+        return compaction.compact(*_tokens(2), mask, (state["key"], state["value"], state["count"]))
+
+    for total in (2, 4, 6):
+        call = extend(state)
+        assert call.real is None
+        assert call.tokens == total
+        state = compaction.kv_state_after(call)
+    reordered = {name: x[[1, 0, 2]] for name, x in state.items()}
+    assert extend(reordered).real.all()
+    padded = compaction.kv_state_after(extend(state, torch.tensor([[True, True], [False, True], [True, True]])))
+    call = extend(padded)
+    assert call.tokens is None
+    assert call.real.tolist() == [[True] * 10, [False] + [True] * 9, [True] * 10]
+
+
+def test_the_places_of_a_window_are_tokens_once_it_is_full():
+    count = compaction.init_count(3, torch.device("cpu"))
+    state = {"key": torch.zeros(3, 2, 5, 4), "value": torch.zeros(3, 2, 5, 4), "count": count}
+    seen = []
+    for _ in range(4):
+        call = compaction.compact(*_tokens(2), None, (state["key"], state["value"], state["count"]))
+        seen.append(None if call.real is None else call.real[0].tolist())
+        state = compaction.window_state_after(call, 5, torch.float32)
+    empty = [[False] * 5 + [True] * 2, [False] * 3 + [True] * 4, [False] + [True] * 6]
+    assert seen == [*empty, None]

@@ -4,7 +4,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_linear_attn.ops.base import memo
-from hf_linear_attn.ops.base.memo import kept_lists, known_zero
+from hf_linear_attn.ops.base.memo import kept_lists, known_number, known_zero, note_number
 
 CPU = torch.device("cpu")
 
@@ -107,3 +107,20 @@ def test_nobody_looks_where_values_are_not_known():
         assert not known_zero(torch.zeros(2))
     with torch.inference_mode():
         assert not known_zero(torch.zeros(2))
+
+
+def test_a_number_is_known_of_the_tensor_that_was_noted_until_it_changes():
+    x = note_number(torch.full((3,), 7), 7)
+    assert known_number(x) == 7
+    assert known_number(x.clone()) is None
+    assert known_number(x[[2, 0, 1]]) is None
+    x.add_(1)
+    assert known_number(x) is None
+
+
+def test_no_number_is_noted_where_it_would_be_read_for_other_inputs(monkeypatch):
+    with torch.inference_mode():  # writes are not counted there
+        assert known_number(note_number(torch.zeros(2), 0)) is None
+    x = note_number(torch.zeros(2), 0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert known_number(x) is None

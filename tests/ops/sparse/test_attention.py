@@ -5,7 +5,7 @@ import torch
 
 from hf_linear_attn.ops.sparse import attention as block_sparse
 from hf_linear_attn.ops.sparse.attention import block_sparse_attention
-from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, Extra, block_grid
+from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, BlockGrid, Extra
 from hf_linear_attn.ops.sparse.patterns import (
     BlockLists,
     bigbird_lists,
@@ -22,7 +22,7 @@ from tests.ops.sparse.calls import DIM, HEADS, draw, drawn_lists, make_call
 @pytest.mark.parametrize(("q_len", "k_len", "block"), [(33, 33, 4), (32, 32, 8), (11, 33, 4), (1, 33, 4), (5, 5, 8)])
 def test_equals_the_dense_form(is_causal, heads, kind, q_len, k_len, block):
     call = make_call(kind, q_len, k_len)
-    grid = block_grid(call, block, aligned=kind is None and q_len == k_len)
+    grid = BlockGrid(call, block, aligned=kind is None and q_len == k_len)
     lists = drawn_lists(grid, heads, is_causal)
     actual, expected = (
         f(call, grid, lists, scaling=0.7) for f in (block_sparse_attention, naive_block_sparse_attention)
@@ -39,7 +39,7 @@ def test_columns_full_rows_and_segments(is_causal, segment, kind, monkeypatch):
     """Columns with a shift, for other blocks, for all and for nobody; rows that see everything; pieces of any size."""
     monkeypatch.setattr(block_sparse, "SEGMENT_ELEMENTS", segment)
     call = make_call(kind, 30, 30)
-    grid = block_grid(call, 4, aligned=kind is None)
+    grid = BlockGrid(call, 4, aligned=kind is None)
     lists = drawn_lists(grid, HEADS, is_causal)
     full = None if is_causal else torch.stack([grid.blocks - 1, torch.ones_like(grid.blocks)], dim=1)
     lists = BlockLists(lists.columns, lists.kind, is_causal, full)
@@ -60,7 +60,7 @@ def test_gradients_equal_those_of_the_dense_form(is_causal):
     for function in (block_sparse_attention, naive_block_sparse_attention):
         call = make_call(None, 22, 22)
         call.q, call.k, call.v = (x.requires_grad_() for x in (call.q, call.k, call.v))
-        grid = block_grid(call, 4, aligned=True)
+        grid = BlockGrid(call, 4, aligned=True)
         out = function(call, grid, drawn_lists(grid, HEADS, is_causal), scaling=0.7)
         results.append(torch.autograd.grad((out * draw(*out.shape, seed=5)).sum(), (call.q, call.k, call.v)))
     for actual, expected in zip(*results, strict=True):
@@ -78,7 +78,7 @@ def test_gathered_keys_and_all_keys_behind_a_mask_are_the_same(heads, kind, q_le
         call = make_call(kind, q_len, k_len)
         leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
         call.q, call.k, call.v = leaves
-        grid = block_grid(call, 4, aligned=kind is None and q_len == k_len)
+        grid = BlockGrid(call, 4, aligned=kind is None and q_len == k_len)
         lists = drawn_lists(grid, heads, False)
         full = torch.stack([grid.blocks - 1, torch.ones_like(grid.blocks)], dim=1)
         out = function(call, grid, BlockLists(lists.columns, lists.kind, False, full), scaling=0.7)
@@ -93,7 +93,7 @@ def test_gathered_keys_and_all_keys_behind_a_mask_are_the_same(heads, kind, q_le
 def test_all_keys_are_read_while_the_lists_name_most_of_them(blocks, behind_a_mask):
     """BigBird's lists: a window of 3, the first and the last block, 3 random ones; two rows see everything."""
     call = make_call(None, 2 * blocks, 2 * blocks)
-    grid = block_grid(call, 2, aligned=True)
+    grid = BlockGrid(call, 2, aligned=True)
     given = {"codes": hashed(torch.arange(HEADS)), "number": 3, "num_window_blocks": 3, "is_causal": False}
     lists = bigbird_lists(grid.row, grid.blocks, random_blocks(grid.row, grid.blocks, **given), 3, False)
     assert block_sparse._dense_is_cheaper(lists, blocks, blocks) == behind_a_mask

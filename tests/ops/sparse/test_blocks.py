@@ -5,7 +5,7 @@ import torch
 
 from hf_linear_attn.ops.sparse import attention as block_sparse
 from hf_linear_attn.ops.sparse.attention import block_sparse_attention
-from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, Extra, block_grid
+from hf_linear_attn.ops.sparse.layout import ANYONE, NOBODY, BlockGrid, Extra
 from hf_linear_attn.ops.sparse.patterns import (
     BlockLists,
 )
@@ -28,7 +28,7 @@ def test_gradients_of_segments_and_columns(kind, in_heads, heads, is_causal, tra
         leaves = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in leaves]
     call.q, call.k, call.v = (x.requires_grad_() for x in leaves)
     wanted = (call.q, call.k, call.v, *pair, *((shift,) if trains_shift else ()))
-    grid = block_grid(call, 4, aligned=kind is None)
+    grid = BlockGrid(call, 4, aligned=kind is None)
     lists = drawn_lists(grid, heads, is_causal)
     if not is_causal:
         full = torch.stack([grid.blocks - 1, torch.ones_like(grid.blocks)], dim=1)
@@ -52,7 +52,7 @@ def test_gathered_keys_are_not_kept(heads):
     """What is kept for the backward pass is the inputs, the output and a number per row, whatever the lists hold."""
     call = make_call(None, 200, 200)
     call.q, call.k, call.v = (x.requires_grad_() for x in (call.q, call.k, call.v))
-    grid = block_grid(call, 4, aligned=True)
+    grid = BlockGrid(call, 4, aligned=True)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
         block_sparse_attention(call, grid, drawn_lists(grid, heads, True), scaling=0.7)

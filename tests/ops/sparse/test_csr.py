@@ -5,7 +5,7 @@ import torch
 
 from hf_linear_attn.ops.base.compaction import compact
 from hf_linear_attn.ops.sparse.csr import blocks_csr
-from hf_linear_attn.ops.sparse.layout import block_grid
+from hf_linear_attn.ops.sparse.layout import BlockGrid
 from hf_linear_attn.ops.sparse.patterns import FULL, BlockLists, bigbird_lists, hashed, own_block_lists, random_blocks
 from tests.kernels.sparse.reference import seen_by_lists
 from tests.ops.references import naive_block_sparse_attention
@@ -37,7 +37,7 @@ PATTERNS = {
 def test_grids_of_blocks(pattern, is_causal, kind, q_len, k_len, block):
     """Blocks that are a quarter of a tile, odd, a tile, and several tiles; padding; earlier keys."""
     call = call_of(kind, q_len, k_len)
-    grid = block_grid(call, block, aligned=kind is None and q_len == k_len)
+    grid = BlockGrid(call, block, aligned=kind is None and q_len == k_len)
     lists = PATTERNS[pattern](grid, is_causal)
     real = (call.rank[:, k_len - q_len :] >= 0).expand(2, -1)[:, None, :, None]
     # Padded keys are 0 in a compacted call; here all values are what shows a key.
@@ -51,7 +51,7 @@ def test_grids_of_blocks(pattern, is_causal, kind, q_len, k_len, block):
 
 def test_the_longest_lists_come_first():
     call = call_of(None, 61, 61)
-    grid = block_grid(call, 4, aligned=True)
+    grid = BlockGrid(call, 4, aligned=True)
     csr = blocks_csr(bigbird_of(grid, False), grid, 61, 61, tile=8)
     for pointers, order in ((csr.rows, csr.row_order), (csr.cols, csr.col_order)):
         length = (pointers[..., 2] - pointers[..., 0]).gather(-1, order.long())
@@ -61,7 +61,7 @@ def test_the_longest_lists_come_first():
 
 def test_equal_entries_are_one():
     call = call_of(None, 16, 16)
-    grid = block_grid(call, 4, aligned=True)
+    grid = BlockGrid(call, 4, aligned=True)
     columns = torch.tensor([0, 1, 1, 3]).expand(1, 1, 4, 4)
     lists = BlockLists(columns, torch.full((1, 4, 4), FULL), False)
     seen = seen_by_lists(blocks_csr(lists, grid, 16, 16, tile=8), 16, 16)
