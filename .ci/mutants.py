@@ -46,6 +46,7 @@ TESTS = {
     "facts": ["test_doctor.py"],
     "family_facts": ["test_doctor.py"],
     "head_slots": ["variants/test_linformer.py"],
+    "generating": ["test_generation.py"],
     "heads": ["test_global_tokens.py"],
     "initialization": ["test_reinit.py", "test_composites.py"],
     "places": ["test_surgery.py"],
@@ -53,7 +54,7 @@ TESTS = {
     "tiny": ["test_doctor.py"],
     "trainer": ["training/test_safety.py", "training/test_stage.py"],
     "versions": ["test_doctor.py"],
-    "weights": ["test_saving.py", "test_damaged_checkpoints.py"],
+    "weights": ["test_saving.py", "test_damaged_checkpoints.py", "test_auto.py"],
 }
 BROADER = ["tests/test_model_contract.py"]  # for changes that those do not notice
 IMPORTED = ("torch", "transformers.trainer", "peft", "hypothesis", "pytest")  # before the fork

@@ -14,6 +14,7 @@ from transformers import AutoModel, BertModel, RobertaModel
 
 from hf_linear_attn import convert_model
 from hf_linear_attn.registry import get_patcher
+from hf_linear_attn.seam import limits
 from tests.test_convert import assert_unchanged, snapshot
 from tests.tiny import (
     FAMILIES,
@@ -42,6 +43,19 @@ def test_too_many_tokens_name_the_limit_and_the_option(family: str) -> None:
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match=f"at most {limit}"):
         model(inputs_embeds=torch.zeros(1, limit + 1, model.get_input_embeddings().embedding_dim))
+
+
+@pytest.mark.parametrize("reason", ["exported", "traced"])
+def test_a_program_for_any_length_is_not_asked_for_its_length(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = convert_model(base_model("bert"), "linear")
+    batch = token_batch(length=get_patcher("bert").max_length(model.config) + 1)
+    with pytest.raises(ValueError, match="at most"):
+        limits.check_length(model, (), batch)
+    if reason == "exported":
+        monkeypatch.setattr(limits, "is_exported", lambda: True)
+    else:
+        monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    limits.check_length(model, (), batch)
 
 
 def test_too_many_tokens_while_generating() -> None:

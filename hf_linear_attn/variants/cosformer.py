@@ -131,18 +131,19 @@ class CosformerAttention(AttentionVariant):
         weights = maps.KeyWeights(scaling, self.query_mean) if weighs else maps.KeyWeights()
 
         def key_features(x: torch.Tensor) -> maps.Features:
-            features = self._features(x, centers[1])
-            return maps.weighted_by_mean_logit(features, x[..., :-1], self.query_mean, scaling) if weighs else features
+            x, rank = x[..., :-1], x[..., -1:]
+            features = self._features(x, rank, centers[1])
+            return maps.weighted_by_mean_logit(features, x, self.query_mean, scaling) if weighs else features
 
         def spelled(center: torch.Tensor | None, weights: maps.KeyWeights) -> maps.Spelled:
             return maps.TokenMap("turned_relu", self._angle, center=center), weights
 
         of_queries, of_keys = partial(spelled, centers[0], maps.KeyWeights()), partial(spelled, centers[1], weights)
-        q_map = maps.SpelledMap(lambda x: self._features(x, centers[0]), spelled=of_queries)
+        q_map = maps.SpelledMap(lambda x: self._features(x[..., :-1], x[..., -1:], centers[0]), spelled=of_queries)
         return q_map, maps.SpelledMap(key_features, spelled=of_keys)
 
-    def _features(self, x: torch.Tensor, center: torch.Tensor | None) -> maps.Features:
-        x, angle = x[..., :-1], x[..., -1:] * self._angle
+    def _features(self, x: torch.Tensor, rank: torch.Tensor, center: torch.Tensor | None) -> maps.Features:
+        angle = rank * self._angle
         x = (x if center is None else x - center.to(x.dtype)[:, None]).relu()
         return torch.cat([x * angle.cos(), x * angle.sin()], -1), None  # [B, H, T, 2D]
 
