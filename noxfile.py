@@ -23,15 +23,17 @@ TRANSFORMERS = {
 MATRIX = [(transformers, torch) for transformers in ("5.17", "5.23", "newest") for torch in TORCH]
 
 
-def make(session: nox.Session, target: str, python: str, transformers: str, torch: str) -> None:
-    """One target of the Makefile under these versions."""
+def make(session: nox.Session, target: str, python: str, transformers: str, torch: str) -> str:
+    """One target of the Makefile under these versions; returns its environment."""
+    environment = f".nox/py{python}-transformers{transformers}-torch{torch}"
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text("\n".join(TRANSFORMERS[transformers] + BESIDE[torch]) + "\n")
     session.run(
-        *("make", target, f"PYTHON=python{python}", f"VENV=.nox/py{python}-transformers{transformers}-torch{torch}"),
+        *("make", target, f"PYTHON=python{python}", f"VENV={environment}"),
         *(f"TORCH={TORCH[torch]}", f"CONSTRAINTS={constraints.resolve()}", *session.posargs),
         external=True,
     )
+    return environment
 
 
 @nox.session(venv_backend="none")
@@ -48,3 +50,12 @@ def suite(session: nox.Session, transformers: str, torch: str, python_version: s
 def nightly(session: nox.Session, target: str, transformers: str) -> None:
     """`make doctor` and `make test-all` under the newest of everything, and under Transformers' main."""
     make(session, target, "3.12", transformers, "newest")
+
+
+@nox.session(venv_backend="none")
+def without_triton(session: nox.Session) -> None:
+    """`make test` where Triton is not installed: what needs it is refused by name or skipped."""
+    given = "3.12", "newest", "newest"
+    environment = make(session, "doctor", *given)
+    session.run(f"{environment}/bin/python", "-m", "pip", "uninstall", "--yes", "triton", external=True)
+    make(session, "test", *given)
