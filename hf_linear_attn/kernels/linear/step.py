@@ -64,18 +64,16 @@ def _token_features(
     if KIND == PAIRS:
         place, d_stride, r_stride = weight
         r, d = tl.arange(0, BR), tl.arange(0, BD)
-        chosen = (r >= 1) & (r <= R)  # coordinate 0 is the 1 that u is paired with
-        inner = chosen[:, None] & (d[None, :] < D)
-        w = tl.load(place + (r[:, None] - 1) * r_stride + d[None, :] * d_stride, mask=inner, other=0.0).to(tl.float32)
+        inner = (r[:, None] < R) & (d[None, :] < D)
+        w = tl.load(place + r[:, None] * r_stride + d[None, :] * d_stride, mask=inner, other=0.0).to(tl.float32)
         token = tl.load(x + d, mask=(d < D) & real, other=0.0).to(tl.float32)
-        u = tl.sum(w * token[None, :], 1) + tl.load(bias + r - 1, mask=chosen, other=0.0).to(tl.float32)
-        u = tl.where(r == 0, 1.0, u * multiplier)
-        # Pairs i <= j by rows: row i begins after (R + 1) + R + .. of those before it.
-        begins = r * (R + 1) - r * (r - 1) // 2
-        i = tl.sum((chosen[None, :] & (begins[None, :] <= n[:, None])).to(tl.int32), 1)
+        u = (tl.sum(w * token[None, :], 1) + tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)) * multiplier
+        # Pairs i <= j of 0 for a 1 and the coordinates from 1 on, by rows; row i begins after those before it.
+        begins = (r + 1) * (R + 1) - (r + 1) * r // 2
+        i = tl.sum(((r < R)[None, :] & (begins[None, :] <= n[:, None])).to(tl.int32), 1)
         j = n - (i * (R + 1) - i * (i - 1) // 2) + i
-        first = tl.sum(tl.where(r[None, :] == i[:, None], u[None, :], 0.0), 1)
-        second = tl.sum(tl.where(r[None, :] == j[:, None], u[None, :], 0.0), 1)
+        first = tl.where(i == 0, 1.0, tl.sum(tl.where(r[None, :] == i[:, None] - 1, u[None, :], 0.0), 1))
+        second = tl.where(j == 0, 1.0, tl.sum(tl.where(r[None, :] == j[:, None] - 1, u[None, :], 0.0), 1))
         features = first * second * tl.where((i == j) & (i > 0), 0.7071067811865476, 1.0)  # a square counts half
     elif KIND == TURNED:
         place = n % D

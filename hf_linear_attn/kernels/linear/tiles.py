@@ -233,8 +233,8 @@ def backward_constants(num_features: int, head_dim: int, tiles: Tiles, **flags: 
 
 
 def step_constants(num_features: int, head_dim: int, dim: int, rank: int, **flags: Any) -> dict[str, Any]:
-    """Constants of `linear_attention_step_kernel`, whose state stays in registers; `rank` of pairs and their 1."""
+    """Constants of `linear_attention_step_kernel`, whose state stays in registers."""
     features = block_of(num_features)
     blocks = {"BF": features, "BC": min(block_of(head_dim), max(16, 4096 // features))}
-    blocks |= {"BD": block_of(dim), "BR": block_of(rank + 1)}
+    blocks |= {"BD": block_of(dim), "BR": block_of(rank)}
     return {"F": num_features, "C": head_dim, "D": dim, "R": rank, **blocks, **flags}
