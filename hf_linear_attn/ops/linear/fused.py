@@ -180,10 +180,10 @@ def decode(
     """
     from hf_linear_attn.kernels.linear import step as kernels
 
-    q_tokens = k_tokens = TokenMap("identity")
-    weights, query_scale, known = KeyWeights(), None, False
-    if hasattr(q_map, "spelled") and hasattr(k_map, "spelled") and q.dtype == k.dtype:
-        (q_tokens, (_, mean, square)), (k_tokens, weights) = q_map.spelled(), k_map.spelled()
+    spelled = [getattr(x, "spelled", None) for x in (q_map, k_map)]
+    query_scale, known = None, False
+    if spelled[0] is not None and spelled[1] is not None and q.dtype == k.dtype:
+        (q_tokens, (_, mean, square)), (k_tokens, weights) = spelled[0](), spelled[1]()
         known = mean is None and square is None and weights.square is None and k_tokens.kind in kernels.KINDS
     if not known:
         q_tokens, k_tokens, weights = TokenMap("identity"), TokenMap("identity"), KeyWeights()
