@@ -153,8 +153,8 @@ def linear_attention_forward(
 
     Packed sequences do not see one another: `cu_seq_lens_q` or `seq_idx` say where they begin, or the plan in place of
     a mask, which is what Transformers made of a decoder's `position_ids`. A batch that is mostly padding runs without
-    most of it, unless its mask lies on a GPU. `linear_attn_plan` and `linear_attn_all_real` are what
-    `with_sequence_plan` made of these keywords for all layers.
+    most of it, unless its mask lies on a GPU. `linear_attn_plan`, `linear_attn_all_real` and
+    `linear_attn_new_real` are what `with_sequence_plan` made of these keywords for all layers.
 
     At masked positions self-attention gives 0, whatever the method, the layout and the batch, as flash attention does.
     One of them is read nevertheless, the last place of a decoder's prompt that is padded on the right: there stands
@@ -185,10 +185,7 @@ def linear_attention_forward(
     if own_tokens and kwargs.get(NEW_REAL) and cache_layer is not None and cache_layer.state is not None:
         token_mask = None
     inputs = AttentionInputs(
-        query=query,
-        key=key,
-        value=value,
-        token_mask=token_mask,
+        *(query, key, value, token_mask),
         is_causal=_is_causal(module, is_causal),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         hidden_states=None if of_layer is None else of_layer.hidden_states,
@@ -436,7 +433,11 @@ def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     the plan themselves when it is not given, every one again. Of `position_ids` they learn by their mask
     (`seam.masks.packed_rows`).
     """
-    if model.base_model is not model or "linear_attn_plan" in kwargs or is_traced():
+    if model.base_model is not model or "linear_attn_plan" in kwargs:
+        return kwargs
+    kwargs = dict(kwargs)
+    promised = kwargs.pop(NEW_REAL, None)
+    if is_traced():
         return kwargs
     given = named_arguments(model, args, kwargs)
     mask, of_tokens = given.get("attention_mask"), given.get("input_ids")
@@ -445,8 +446,8 @@ def with_sequence_plan(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if of_tokens is None:
         return kwargs  # refused later on
     length = of_tokens.shape[-1]
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > length and is_on_host(mask):
-        kwargs = {**kwargs, NEW_REAL: bool(mask[:, -length:].all())}
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > length:
+        kwargs[NEW_REAL] = bool(mask[:, -length:].all()) if is_on_host(mask) else mask is promised
     if not isinstance(mask, torch.Tensor) or mask.shape != of_tokens.shape:
         mask = None  # with a cache it covers past tokens, and nothing is regrouped; else it is refused later on
     all_real = mask is not None and is_on_host(mask) and bool(mask.all())

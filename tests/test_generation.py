@@ -118,6 +118,27 @@ def test_drawn_tokens_are_known_to_be_real(on_host: bool, monkeypatch: pytest.Mo
     assert masks[layers:] == [None] * (3 * layers)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_mask_than_that_of_generate_is_asked(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop of one's own that puts padding among the tokens that were drawn, on a GPU or in a compiled graph."""
+    model = converted("linear")
+    ids = token_batch(batch=2, length=16)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 12] = mask[1, 14] = 0
+    run = torch.compile(model, backend="eager") if compiled else model
+    monkeypatch.setattr(attention, "is_on_host", lambda _: compiled)
+    given: dict[str, Any] = {"attention_mask": mask[:, :10], **cached(model, DynamicCache(config=model.config))}
+    with torch.no_grad():
+        outputs = model(ids[:, :10], **given)
+        for t in range(10, 16):
+            given = model._update_model_kwargs_for_generation(outputs, given)
+            given |= {"attention_mask": mask[:, : t + 1]}
+            given.pop("position_ids", None)
+            outputs = run(ids[:, t : t + 1], **given)
+        wanted = model(ids, attention_mask=mask).logits[:, -1:]
+    torch.testing.assert_close(outputs.logits, wanted)
+
+
 def test_padding_among_later_tokens_is_still_padding() -> None:
     """By hand: two new tokens at once, one of them padding in one row."""
     model = converted("longformer")

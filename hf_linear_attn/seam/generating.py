@@ -12,7 +12,7 @@ from hf_linear_attn.seam.names import IMPLEMENTATION
 __all__ = ["NEW_REAL", "Generating"]
 
 NEW_REAL = "linear_attn_new_real"
-"""Keyword of a model's call and its layers: no token that comes after a cache's is padding."""
+"""Keyword of layers: whether no token after those of a cache is padding. Of models: the mask of which that holds."""
 
 
 class Generating:
@@ -40,6 +40,10 @@ class Generating:
         super()._validate_generation_mode(mode, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As upstream, whose mask covers each token that it has drawn: layers need not ask, nor wait for a GPU."""
+        """As upstream, whose mask covers each token that it has drawn: layers need not ask, nor wait for a GPU.
+
+        The promise is of that very tensor. Who puts another in its place is asked as ever.
+        """
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        return {**updated, NEW_REAL: True} if self._is_stateful else updated
+        mask = updated.get("attention_mask") if self._is_stateful else None
+        return updated if mask is None else {**updated, NEW_REAL: mask}

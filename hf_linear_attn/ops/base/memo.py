@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["kept_lists", "known_number", "known_zero", "lazy", "note_number"]
 
-_KEPT_LISTS = 64
+_KEPT_LISTS = 256
 _kept: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 _lock = threading.Lock()
 T = TypeVar("T")
@@ -101,10 +101,13 @@ def note_number(x: torch.Tensor, number: int) -> torch.Tensor:
 def known_number(x: torch.Tensor) -> int | None:
     """What `note_number` noted of this very tensor, unless it was changed in place since; else None.
 
+    PyTorch does not tell of a write through `.data`, nor of what other ranks write: on a CPU it is looked at as well.
     None too where what is read once must hold for other inputs: in a graph that is compiled, traced or captured.
     """
     version, number = _numbers.get(x, (None, None)) if _may_note(x) else (None, None)
-    return number if number is not None and version == x._version else None
+    if number is None or version != x._version:
+        return None
+    return number if x.device.type != "cpu" or bool((x == number).all()) else None
 
 
 def _may_note(x: torch.Tensor) -> bool:

@@ -84,7 +84,8 @@ def block_sparse_attention(
             return fused.block_sparse_attention(call, grid, lists, scaling=scaling, extra=extra, kept_as=kept_as)
     if callable(lists):
         key = "lists", kept_as, grid.block_size, call.q.shape[2], call.k.shape[2], call.q.device
-        lists = lists() if kept_as is None else kept_lists(key, call.q.device, lists)
+        keeps = kept_as is not None and grid.aligned  # those of a decode step serve no other
+        lists = kept_lists(key, call.q.device, lists) if keeps else lists()
     if is_exported() and not lists.is_causal:
         return _attend_dense(call, grid, lists, scaling, extra)
     q, shift = grid.tiles(call.q), None

@@ -116,6 +116,9 @@ def test_a_number_is_known_of_the_tensor_that_was_noted_until_it_changes():
     assert known_number(x[[2, 0, 1]]) is None
     x.add_(1)
     assert known_number(x) is None
+    x = note_number(torch.full((3,), 7), 7)
+    x.data[1] = 3
+    assert known_number(x) is None
 
 
 def test_no_number_is_noted_where_it_would_be_read_for_other_inputs(monkeypatch):
