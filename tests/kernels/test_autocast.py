@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="the extra [triton] is not installed")
+
 from hf_linear_attn import convert_model, get_variant, set_backend
 from hf_linear_attn.kernels.sparse import op as block_sparse
 from hf_linear_attn.ops.features.maps import ExponentialMap, KeyWeights, ScaledMap, TokenMap
