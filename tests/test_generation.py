@@ -395,6 +395,20 @@ def test_a_later_mask_cannot_hide_or_show_what_a_cache_holds(variant: str) -> No
                 step(before, after)
 
 
+def test_a_compiled_step_between_two_others_forgets_which_tokens_were_padding() -> None:
+    """Nobody looks at a mask within a graph, so that what an earlier call saw holds no more, nor is it compared."""
+    model, ids = converted("linear").eval(), token_batch(length=11)["input_ids"]
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, :3] = 0
+    cache, compiled = DynamicCache(), torch.compile(model, backend="eager")
+    with torch.no_grad():
+        model(ids[:, :9], attention_mask=mask[:, :9], **cached(model, cache))
+        compiled(ids[:, 9:10], attention_mask=mask[:, :10], **cached(model, cache))
+        last = model(ids[:, 10:], attention_mask=mask, **cached(model, cache)).logits
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(last[:, -1], whole[:, -1])
+
+
 def test_padding_of_a_cache_follows_its_rows() -> None:
     model, ids, cache = converted("linear"), token_batch(length=8)["input_ids"], DynamicCache()
     padded = torch.ones(2, 8, dtype=torch.long)

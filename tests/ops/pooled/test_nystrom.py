@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hf_linear_attn.ops.pooled.nystrom import iterative_pinv, nystrom_attention, rank_convolution
+from hf_linear_attn.ops.pooled.nystrom import (
+    CENTROIDS,
+    OWN_QUERIES,
+    SEGMENT_MEANS,
+    iterative_pinv,
+    nystrom_attention,
+    rank_convolution,
+)
 
 F64 = torch.float64
 
@@ -35,6 +42,38 @@ def test_is_the_formula_whatever_is_padded():
         x[:, :, mask[0]] = given
     found = nystrom_attention(*padded, token_mask=mask, **options)
     torch.testing.assert_close(found[:, :, mask[0]], expected)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_landmarks_of_each_head_are_its_own_whatever_is_padded(short):
+    """By loops: a head with means of segments, one with means of its queries, one with given points, among padding."""
+    g = torch.Generator().manual_seed(0)
+    length, m, scaling = 4 if short else 24, 6, 0.5
+    q, k, v = torch.randn(3, 1, 3, length, 4, generator=g, dtype=F64)
+    points = torch.randn(3, m, 4, generator=g, dtype=F64)
+    rows = []
+    for head, form in enumerate((SEGMENT_MEANS, OWN_QUERIES, CENTROIDS)):
+        query, key, value = q[0, head], k[0, head], v[0, head]
+        if short:
+            rows.append((query @ key.T * scaling).softmax(-1) @ value)
+            continue
+        own = query.unflatten(0, (m, -1)).mean(1)
+        q_marks = points[head] if form == CENTROIDS else own
+        k_marks = key.unflatten(0, (m, -1)).mean(1) if form == SEGMENT_MEANS else q_marks
+        size = 0 if form == SEGMENT_MEANS else k_marks.square().sum(-1) / 2
+        near, core = (((x @ k_marks.T - size) * scaling).softmax(-1) for x in (query, q_marks))
+        rows.append(near @ iterative_pinv(core, 6) @ (q_marks @ key.T * scaling).softmax(-1) @ value)
+    real = torch.rand(length + 12, generator=g).argsort() < length
+    mask = torch.stack([real, torch.ones_like(real)])  # a row that is long beside it
+    padded = [torch.full((2, 3, len(real), 4), torch.nan, dtype=F64) for _ in range(3)]
+    for x, given in zip(padded, (q, k, v), strict=True):
+        x[1] = torch.randn(3, len(real), 4, generator=g, dtype=F64)
+        x[0][:, real] = given[0]
+    forms = {"form": torch.tensor([SEGMENT_MEANS, OWN_QUERIES, CENTROIDS]), "centroids": points}
+    options = {"num_landmarks": m, "num_iterations": 6, "scaling": scaling, **forms}
+    found = nystrom_attention(*padded, token_mask=mask, **options)
+    torch.testing.assert_close(found[0][:, real], torch.stack(rows))
+    torch.testing.assert_close(nystrom_attention(q, k, v, **options)[0], torch.stack(rows))
 
 
 @pytest.mark.parametrize("length", [3, 6])
