@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
 from hf_linear_attn.auto_config import IMPLEMENTATION, converted_name, made_once
+from hf_linear_attn.ops.base.groups import of_each_head
 from hf_linear_attn.ops.base.masking import causal_mask, is_on_host
 from hf_linear_attn.ops.base.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
 from hf_linear_attn.registry import get_patcher
@@ -147,9 +148,9 @@ def linear_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention function of converted models: query, key, value `[B, H, T, D]` to output `[B, Tq, H, D]`.
 
-    Keys and values that serve a group of heads, `[B, H / groups, T, D]`, are repeated for every head, so that variants
-    need not know of groups; a decode state that keeps keys grows by that factor. `sliding_window` (tokens) concerns
-    layers that keep softmax: a layer that upstream runs with one is not converted.
+    Keys and values that serve a group of heads, `[B, H / groups, T, D]`, are repeated for every head, so that a variant
+    need not know of groups (`AttentionVariant.reads_groups`); a decode state that keeps keys grows by that factor.
+    `sliding_window` (tokens) concerns layers that keep softmax.
 
     Packed sequences do not see one another: `cu_seq_lens_q` or `seq_idx` say where they begin, or the plan in place of
     a mask, which is what Transformers made of a decoder's `position_ids`. A batch that is mostly padding runs without
@@ -174,9 +175,9 @@ def linear_attention_forward(
     if of_layer is None:
         _check_listed_as_softmax(module)
     cache_layer = None if of_layer is None else of_layer.cache_layer
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    recorder: AttentionRecorder | None = kwargs.get("linear_attn_recorder")
+    if of_layer is not None and not (recorder is None and module.linear_attn.reads_groups):  # type: ignore[union-attr]
+        key, value = of_each_head(key, query.shape[1]), of_each_head(value, query.shape[1])
     packed, mask = (attention_mask, None) if isinstance(attention_mask, SequencePlan) else (None, attention_mask)
     own_tokens = _is_self_attention(module)
     if own_tokens and kwargs.get("linear_attn_all_real"):
@@ -196,7 +197,6 @@ def linear_attention_forward(
         return _softmax(inputs, dropout).transpose(1, 2), None
 
     plan = _plan(packed, inputs, kwargs)
-    recorder: AttentionRecorder | None = kwargs.get("linear_attn_recorder")
     regroups = cache_layer is None and recorder is None and query.shape[2] == key.shape[2] and inputs.extra is None
     if plan.packed and not regroups:
         raise ValueError(PACKED_MESSAGE)
@@ -377,6 +377,7 @@ def softmax_attention(
     SDPA drops causality as soon as it is given a mask, so padding, causality and the sliding window (the last
     `sliding_window` tokens of a causal layer, None for all) are combined here.
     """
+    key, value = of_each_head(key, query.shape[1]), of_each_head(value, query.shape[1])
     q_len, k_len = query.shape[-2], key.shape[-2]
     windowed = is_causal and sliding_window is not None and k_len > sliding_window
     if token_mask is None and not windowed and (not is_causal or q_len == k_len):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 
-__all__ = ["NAMESPACE", "Launch", "check_launches", "exact_products", "on_device"]
+__all__ = ["NAMESPACE", "Launch", "check_launches", "exact_products", "on_device", "readable"]
 
 # Where PyTorch registers the kernels' operators: a copy of these files under another name has its own.
 NAMESPACE = __name__.removesuffix(".kernels.launch").replace(".", "_")
@@ -25,6 +25,11 @@ def check_launches(device: torch.device) -> None:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels start on the device of their tensors, on its current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """With the last dimension contiguous, as the kernels read it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def exact_products(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from hf_linear_attn.testing.contract import Subject, law
 from hf_linear_attn.testing.tools import assert_close, draw, each, floats, merged, padding_masks
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, State
 
-__all__ = ["calls_of_nothing", "padding_of_any_content", "redraws", "second_derivatives"]
+__all__ = ["calls_of_nothing", "keys_of_groups", "padding_of_any_content", "redraws", "second_derivatives"]
 
 # The tensors of a call that have gradients.
 LEAVES = ("query", "key", "value", "hidden_states")
@@ -59,6 +59,26 @@ def padding_of_any_content(subject: Subject) -> None:
                         assert_close(grads[name], grad, f"{what}: gradient of {name}")
                     if state is not None:
                         assert_close(module(rest, after)[0], module(rest, expected_state)[0], f"{what}: what follows")
+
+
+@law(lambda subject: subject.served and subject.build().reads_groups)
+def keys_of_groups(subject: Subject) -> None:
+    """Keys that heads share give what keys repeated for every head give, and have the sum of their gradients."""
+    module = subject.build(trained=True)
+    for mask in (None, padding_masks(2, 36)["left"]):
+        whole = draw(module.context, 36, padding=mask)
+        of_group = {name: getattr(whole, name)[:, ::2] for name in ("key", "value")}
+        repeated = {name: x.repeat_interleave(2, dim=1) for name, x in of_group.items()}
+        for state in _states(subject, module, whole):
+            found, after, grads = _attend(module, dataclasses.replace(whole, **of_group), state)
+            expected, expected_after, wanted = _attend(module, dataclasses.replace(whole, **repeated), state)
+            assert_close(found, expected, "output")
+            for name, x in expected_after.items():
+                assert_close(after[name], x, name)
+            for name, gradient in wanted.items():
+                if name in of_group and gradient is not None:
+                    gradient = gradient.unflatten(1, (-1, 2)).sum(2)
+                assert_close(grads[name], gradient, f"gradient of {name}")
 
 
 @law()

@@ -192,8 +192,9 @@ class AttentionInputs:
 
     Attributes:
         query: `[B, H, Tq, D]`.
-        key: `[B, H, Tk, D]`, the keys of this call. With a decode state these are the *new* keys only (Tk == Tq).
-        value: `[B, H, Tk, D]`.
+        key: `[B, H, Tk, D]`, the keys of this call. With a decode state these are the *new* keys only (Tk == Tq). Fewer
+            heads, of a group each, for a variant that `reads_groups`.
+        value: `[B, H, Tk, D]`, likewise.
         token_mask: bool `[B, Tk]`, True for a real token, or None when all are real. A variant need not care what it
             gives at masked queries, as long as it is finite: in a model 0 stands there.
         is_causal: query row r sees keys up to position `Tk - Tq + r` (right-aligned) and everything in the state.
@@ -264,6 +265,8 @@ class AttentionVariant(nn.Module):
     Attributes:
         spec: what the registry knows of it.
         backend: `"auto"`, `"triton"` or `"torch"`, which its ops are called with (`ops.base.backend`); never saved.
+        reads_groups: whether keys and values come as the model has them, `[B, H / groups, Tk, D]`, each for a group of
+            heads side by side, and not repeated for every head.
         longest: most tokens that a decode state may follow, if their number has a limit which the state does not tell.
         num_extra_tokens: G, tokens that it asks an encoder to send through the layers in front of the sequence; what it
             reads of them is in `AttentionInputs.extra`. All layers that ask, ask for as many.
@@ -271,6 +274,7 @@ class AttentionVariant(nn.Module):
 
     spec: ClassVar[VariantSpec]
     num_extra_tokens: int = 0
+    reads_groups: ClassVar[bool] = False
     backend: str = "auto"
     longest: int | None = None
 
@@ -414,6 +418,7 @@ class FeatureMapVariant(AttentionVariant):
     """
 
     num_features: int
+    reads_groups = True
 
     def feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
         """phi of queries and phi of keys, for the factor of the softmax logits."""

@@ -61,6 +61,7 @@ class CosformerAttention(AttentionVariant):
     Buffers (persistent), with the variance reducer: `query_mean`, `query_center`, `key_center [H, D]`.
     """
 
+    reads_groups = True
     query_mean: torch.Tensor
     query_center: torch.Tensor
     key_center: torch.Tensor

@@ -97,6 +97,7 @@ class GatedLinearAttention(AttentionVariant):
     variance reducer: `query_mean [H, D]`.
     """
 
+    reads_groups = True
     query_mean: torch.Tensor
 
     def __init__(self, config: GatedConfig, context: LayerContext) -> None:

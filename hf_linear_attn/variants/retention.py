@@ -86,6 +86,7 @@ class RetentionAttention(AttentionVariant):
     `query_mean [H, D]` a buffer with the variance reducer.
     """
 
+    reads_groups = True
     decay_rate: torch.Tensor
     query_mean: torch.Tensor
 
@@ -130,7 +131,7 @@ class RetentionAttention(AttentionVariant):
         return init_linear_state(batch_size, heads, self.num_features, dim, dtype, device, normalized=self.normalized)
 
     def forward(self, inputs: AttentionInputs, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        batch, heads, length, _ = inputs.key.shape
+        (batch, heads), length = inputs.query.shape[:2], inputs.key.shape[2]
         dtype = accumulation_dtype(inputs.value.dtype)
         log_decay = -self.decay_rate.to(dtype).abs()[:, None].expand(batch, heads, length)
         output, state = feature_map_attention(

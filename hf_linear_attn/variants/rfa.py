@@ -33,7 +33,6 @@ from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, Laye
 __all__ = ["RFAAttention", "RFAConfig"]
 
 _MEANS = ("query_mean", "query_center", "key_center")
-
 # Multiples of the calibrated tau to try: flatter kernels vary less. arccos is homogeneous, its width is no choice.
 _WIDTHS = {"arccos": (1.0,), "sincos": (2.0, 3.0), "positive": (1.0, 1.5, 2.0)}
 
@@ -83,6 +82,7 @@ class RFAAttention(AttentionVariant):
     `omega [m, D]`, `tau [H]`; with the variance reducer `query_mean`, `query_center`, `key_center [H, D]`.
     """
 
+    reads_groups = True
     omega: torch.Tensor
     tau: torch.Tensor
 

@@ -3,7 +3,7 @@
 `BROKEN` names, for every copy, the side to test and the law of the contract that must catch it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -345,6 +345,17 @@ class LooksFirst(DenseAttention):
         return super().__call__(inputs, state)
 
 
+class TakesTurns(DenseAttention):
+    """A key of a group goes to every other head, not to heads side by side."""
+
+    reads_groups = True
+
+    def forward(self, inputs, state=None):
+        times = inputs.query.shape[1] // inputs.key.shape[1]
+        key, value = (x.repeat(1, times, 1, 1) for x in (inputs.key, inputs.value))
+        return super().forward(replace(inputs, key=key, value=value), state)
+
+
 class BuiltAnyway(DenseAttention):
     """Encoder-only by its spec, and built for a decoder without a word."""
 
@@ -410,6 +421,7 @@ BROKEN = [
     (spec_of(NanWithoutKeys), DECODER, {}, "fully_masked_rows", "not finite"),
     (spec_of(HeadMixing), ENCODER, {}, "head_permutation", "permuted heads"),
     (spec_of(LooksFirst), DECODER, {}, "calls_of_nothing", "amax"),
+    (spec_of(TakesTurns), DECODER, {}, "keys_of_groups", "output"),
     (spec_of(WrongLayout), ENCODER, {}, "shapes_and_dtypes", "shape (2, 1, 4, 16)"),
     (spec_of(IgnoresScaling), ENCODER, {}, "exact_limit", "padding=none"),
     (spec_of(OverflowsHalf), ENCODER, {}, "low_precision", "torch.float16"),

@@ -14,10 +14,12 @@ from hf_linear_attn.bench.kernels.trace import Trace, trace_layer
 from hf_linear_attn.bench.peers.layers import LayerShape
 from hf_linear_attn.registry import get_variant, list_variants
 
-__all__ = ["LENGTHS", "MODEL", "SHAPE", "count_passes", "measure_kernels", "served", "spell_constants"]
+__all__ = ["CASES", "LENGTHS", "MODEL", "SHAPE", "count_passes", "measure_kernels", "served", "spell_constants"]
 
 SHAPE = {"batch": 8, "hidden_size": 768, "num_heads": 12}
 LENGTHS = (1024, 4096, 16384)
+# What is counted beside the layer as it is: with weights of keys, and with keys that four heads share (of decoders).
+CASES: dict[str, dict[str, Any]] = {"": {}, ", calibrated": {"calibrated": True}, ", 4 heads a key": {"group": 4}}
 # Of time, per launch or operator: assumptions about an H200 and a CPU beside it, none of them measured here.
 MODEL = {"bytes_per_second": 4.0e12, "least_seconds": 2e-6, "host_seconds_launch": 4e-5, "host_seconds_op": 5e-6}
 _TARGET = "sm_90"
@@ -38,30 +40,32 @@ def served(only: Sequence[str] | None = None) -> list[tuple[str, bool]]:
     return [pair for pair in found if only is None or pair[0] in only]
 
 
-def count_passes(
-    key: str, is_causal: bool, length: int, *, calibrated: bool = False
-) -> list[tuple[dict[str, Any], Trace]]:
+def count_passes(key: str, is_causal: bool, length: int, case: str = "") -> list[tuple[dict[str, Any], Trace]]:
     """A row of the result for each pass of a layer with the default options in bfloat16, and its trace.
 
-    With `calibrated` those that weights of keys change alone.
+    In another of `CASES` than the first, those that it changes alone; encoders have no keys that heads share.
 
     Bytes and their floor are of a token and head; of a decode step, of a head. The floor of a forward pass is query,
     key and value read once and the output written; of a backward pass these three and the output's gradient read and
     three gradients written; of a decode step the state read, and written where it has one size.
     """
     shape = LayerShape(**SHAPE, length=length, is_causal=is_causal)
-    rows = []
-    traces = trace_layer(key, shape, calibrated=calibrated)
-    others = trace_layer(key, shape) if calibrated else {}
+    rows: list[tuple[dict[str, Any], Trace]] = []
+    group = CASES[case].get("group", 1)
+    if group > 1 and not is_causal:
+        return rows
+    traces = trace_layer(key, shape, **CASES[case])
+    others = trace_layer(key, shape) if case else {}
     for name, (trace, state_bytes) in traces.items():
-        if calibrated and [step.name for step in trace.steps] == [step.name for step in others[name][0].steps]:
+        if case and [(x.name, x.bytes) for x in trace.steps] == [(x.name, x.bytes) for x in others[name][0].steps]:
             continue
         per = shape.batch * shape.num_heads * (1 if name == "decode" else length)
         times = 2 if get_variant(key).state == "constant" else 1
         token = shape.head_dim * 2
-        floor = {"forward": 4 * token, "backward": 7 * token, "decode": times * state_bytes / per}[name]
+        passed = {"forward": 2 + 2 / group, "backward": 3 + 4 / group}
+        floor = passed[name] * token if name in passed else times * state_bytes / per
         row = {
-            "method": f"{key}, calibrated" if calibrated else key,
+            "method": key + case,
             "side": "decoder" if is_causal else "encoder",
             "pass": name,
             "length": length,
@@ -103,8 +107,8 @@ def measure_kernels(only: Sequence[str] | None, command: str, say: Callable[[str
     found: dict[tuple[str, str, int, int], tuple[Any, set[str]]] = {}
     for key, is_causal in served(only):
         say(f"{key}, {'decoder' if is_causal else 'encoder'}")
-        for length, calibrated in product(LENGTHS, (False, True)):
-            for row, trace in count_passes(key, is_causal, length, calibrated=calibrated):
+        for length, case in product(LENGTHS, CASES):
+            for row, trace in count_passes(key, is_causal, length, case):
                 rows.append(row)
                 for step in trace.launches:
                     assert step.launch is not None

@@ -19,7 +19,7 @@ def _about(results: Mapping[str, Any]) -> str:
     return (
         f"One layer between its projections, batch {meta['batch']}, {meta['num_heads']} heads of "
         f"{meta['hidden_size'] // meta['num_heads']}, {meta['dtype']}, default options, no mask, without "
-        "calibration but where a row says so; "
+        "calibration but where a row says so; *4 heads a key*: as in models with grouped keys; "
         f"torch {meta['torch']}, triton {meta['triton']}. Made by `{meta['command']}`, on a CPU: counted, not "
         "measured. A launch or operator moves each of its tensors once. *x floor*: bytes over those of an attention's "
         "inputs and outputs (and gradients) moved once; of a decode step, over those of its state. *Model*: the larger "

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from hf_linear_attn.bench.peers.layers import LayerShape, build_variant
+from hf_linear_attn.ops.base.groups import of_each_head
 from hf_linear_attn.testing.on_gpu import OnGpu, Watched, gpu, move
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant
 
@@ -132,6 +133,7 @@ def trace_layer(
     dtype: torch.dtype = torch.bfloat16,
     *,
     calibrated: bool = False,
+    group: int = 1,
 ) -> dict[str, tuple[Trace, int]]:
     """The passes of one layer of a variant between its projections: its second call of each, when lists are kept.
 
@@ -141,6 +143,7 @@ def trace_layer(
         options: that differ from the defaults.
         dtype: of tokens and parameters.
         calibrated: keys have weights, as calibration may give them; changes nothing in a variant without `query_mean`.
+        group: heads that share a key and a value.
 
     Returns:
         a trace for `"forward"` (without gradients), `"backward"`, and for `"decode"` where a decoder keeps a state;
@@ -154,21 +157,32 @@ def trace_layer(
         module.get_buffer("query_mean").fill_(1)
     module = move(module)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    given, found = _inputs(shape, shape.length, dtype, fake), dict[str, tuple[Trace, int]]()
+    given, token = (_inputs(shape, length, dtype, group, fake) for length in (shape.length, 1))
+    found: dict[str, tuple[Trace, int]] = {}
     with gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):
-            found["forward"] = count(torch.no_grad()(lambda: module(given)), fake)[1], 0
+            found["forward"] = count(torch.no_grad()(lambda: _attend(module, given)), fake)[1], 0
             found["backward"] = _backward(module, given, fake), 0
         if shape.is_causal and module.spec.state != "none":
-            found["decode"] = _decode(module, given, _inputs(shape, 1, dtype, fake), fake)
+            found["decode"] = _decode(module, given, token, fake)
     return found
 
 
-def _inputs(shape: LayerShape, length: int, dtype: torch.dtype, fake: FakeTensorMode) -> AttentionInputs:
+def _attend(module: AttentionVariant, inputs: AttentionInputs, state: Any = None) -> tuple[torch.Tensor, Any]:
+    """A call as the seam makes it, which repeats keys for variants that read none of groups."""
+    if not module.reads_groups:
+        heads = inputs.query.shape[1]
+        inputs = replace(inputs, key=of_each_head(inputs.key, heads), value=of_each_head(inputs.value, heads))
+    found: tuple[torch.Tensor, Any] = module(inputs, state)
+    return found
+
+
+def _inputs(shape: LayerShape, length: int, dtype: torch.dtype, group: int, fake: FakeTensorMode) -> AttentionInputs:
     """Tokens as projections leave them, `[B, T, H, D]` in memory."""
     with fake:
-        heads = [torch.empty(shape.batch, length, shape.num_heads, shape.head_dim, dtype=dtype) for _ in range(3)]
+        counts = shape.num_heads, *[shape.num_heads // group] * 2
+        heads = [torch.empty(shape.batch, length, count, shape.head_dim, dtype=dtype) for count in counts]
         hidden = torch.empty(shape.batch, length, shape.hidden_size, dtype=dtype)
         query, key, value = (OnGpu(x.transpose(1, 2)).requires_grad_() for x in heads)
         tokens = OnGpu(hidden)
@@ -177,7 +191,7 @@ def _inputs(shape: LayerShape, length: int, dtype: torch.dtype, fake: FakeTensor
 
 
 def _backward(module: AttentionVariant, inputs: AttentionInputs, fake: FakeTensorMode) -> Trace:
-    output, _ = count(lambda: module(inputs)[0], fake)
+    output, _ = count(lambda: _attend(module, inputs)[0], fake)
     gradient = OnGpu(torch.empty_like(output.values))
     wanted = [inputs.query, inputs.key, inputs.value, *(x for x in module.parameters() if x.requires_grad)]
     return count(lambda: torch.autograd.grad(output, wanted, gradient, allow_unused=True), fake)[1]
@@ -191,7 +205,7 @@ def _decode(
 
     def begin() -> Any:
         state = module.init_state(inputs.query.shape[0], inputs.query.dtype, inputs.query.device)
-        return module(token, module(inputs, state)[1])[1]
+        return _attend(module, token, _attend(module, inputs, state)[1])[1]
 
     state, _ = count(begin, fake)
-    return count(lambda: module(token, state), fake)[1], _bytes(state.values())
+    return count(lambda: _attend(module, token, state), fake)[1], _bytes(state.values())

@@ -24,7 +24,7 @@ from hf_linear_attn.kernels.gated.fwd import (
     gated_scan_kernel,
     gated_sums_kernel,
 )
-from hf_linear_attn.kernels.launch import NAMESPACE, Launch, check_launches, exact_products, on_device
+from hf_linear_attn.kernels.launch import NAMESPACE, Launch, check_launches, exact_products, on_device, readable
 
 __all__ = ["MOST_FEATURES", "gated_linear_attention", "shipped_launches"]
 
@@ -158,7 +158,7 @@ def _forward(
     normalized: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     check_launches(q.device)
-    q, k, v, log_decay = (_rows(x) for x in (q, k, v, log_decay))
+    q, k, v, log_decay = (readable(x) for x in (q, k, v, log_decay))
     batch, heads, q_length, features = q.shape
     k_length, dim = v.shape[2:]
     out, den, _, _ = _outputs(q, v)
@@ -209,7 +209,7 @@ def _backward(
     den: torch.Tensor,
     normalized: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v, log_decay, d_out, out = (_rows(x) for x in (q, k, v, log_decay, d_out, out))
+    q, k, v, log_decay, d_out, out = (readable(x) for x in (q, k, v, log_decay, d_out, out))
     batch, heads, q_length, features = q.shape
     k_length, dim = v.shape[2:]
     shape = _shape(q.dtype, features, dim, k_length, exact_products(q.device))
@@ -341,10 +341,6 @@ def _states(
         **{"REVERSE": reverse, "HAS_BEFORE": before is not None, "num_warps": 4, "num_stages": 1},
     )
     return state, vector, last, last_z
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _or(x: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

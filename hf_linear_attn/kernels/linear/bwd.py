@@ -121,6 +121,7 @@ def linear_attention_bwd_kernel(
     segments,
     segment_length,
     batch_heads,
+    GROUP: tl.constexpr,
     F: tl.constexpr,
     D: tl.constexpr,
     BT: tl.constexpr,
@@ -163,8 +164,8 @@ def linear_attention_bwd_kernel(
     d_vector += place * F
     queries = (q + batch * q_batch + head * q_head - shift * q_token, q_token, q_multiplier)
     d_outs = (d_out + batch * d_out_batch + head * d_out_head - shift * d_out_token, d_out_token, 1.0)
-    keys = (k + batch * k_batch + head * k_head, k_token, k_multiplier)
-    values = (v + batch * v_batch + head * v_head, v_token, 1.0)
+    keys = (k + batch * k_batch + head // GROUP * k_head, k_token, k_multiplier)
+    values = (v + batch * v_batch + head // GROUP * v_head, v_token, 1.0)
     scale += batch * scale_batch + head * scale_head
     inverse += bh * q_length - shift
     d_den += bh * q_length - shift

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device, readable
 from hf_linear_attn.kernels.linear.tiles import block_of, dot_constants, precision_of
 
 __all__ = ["exp_features", "exp_features_constants", "exp_features_kernel"]
@@ -122,7 +122,7 @@ def exp_features(
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     check_launches(x.device)
     (batch, heads, length, dim), num_features = x.shape, weight.shape[2]
-    x = x if x.stride(-1) == 1 or dim == 1 else x.contiguous()
+    x = readable(x)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     features = torch.empty(batch, heads, length, num_features, dtype=x.dtype, device=x.device)
     peak = torch.empty(batch, heads, length, dtype=torch.float32, device=x.device)

@@ -56,6 +56,7 @@ def linear_attention_sums_kernel(
     k_length,
     segments,
     segment_length,
+    GROUP: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     BT: tl.constexpr,
@@ -89,8 +90,8 @@ def linear_attention_sums_kernel(
         else:
             length = q_length
         extra += bh * q_length - shift
-    b += batch * b_batch + head * b_head - shift * b_token
-    c += batch * c_batch + head * c_head - shift * c_token
+    b += batch * b_batch + head // GROUP * b_head - shift * b_token
+    c += batch * c_batch + head // GROUP * c_head - shift * c_token
     factor += batch * factor_batch + head * factor_head - shift * factor_token
     start = segment * segment_length
     end = tl.minimum(start + segment_length, length)  # chunks here need not be those that cut the segments
@@ -214,6 +215,7 @@ def linear_attention_fwd_kernel(
     k_length,
     segments,
     segment_length,
+    GROUP: tl.constexpr,
     F: tl.constexpr,
     D: tl.constexpr,
     BT: tl.constexpr,
@@ -242,8 +244,8 @@ def linear_attention_fwd_kernel(
         shift += offset  # in 64 bits, as all addresses are
         length = k_length
     q += batch * q_batch + head * q_head - shift * q_token
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
+    k += batch * k_batch + head // GROUP * k_head
+    v += batch * v_batch + head // GROUP * v_head
     out += batch * out_batch + head * out_head - shift * out_token
     den += bh * q_length - shift
     keep += bh * q_length - shift

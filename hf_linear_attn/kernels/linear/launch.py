@@ -39,9 +39,9 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _empty_heads(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+def _empty_heads(x: torch.Tensor, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
     """`[B, H, T, dim]` that lies `[B, T, H, dim]` in memory, as the output projection reads it."""
-    batch, heads, length = x.shape[:3]
+    batch, _, length = x.shape[:3]
     return torch.empty(batch, length, heads, dim, dtype=dtype, device=x.device).transpose(1, 2)
 
 
@@ -61,6 +61,7 @@ def _segment_sums(
     extra: Optional,
     decay: Optional,
     options: Options,
+    heads: int,
     lengths: tuple[int, int],
     segments: tuple[int, int],
     *,
@@ -68,7 +69,7 @@ def _segment_sums(
     guard: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums of each segment `[B, H, N, F, D]` and `[B, H, N, F]`, and its total log-decay in base 2 `[B, H, N]`."""
-    batch, heads, _, features = b.shape
+    batch, features = b.shape[0], b.shape[-1]
     dim, (count, size) = c.shape[-1], segments
     state, vector = _float(b, batch, heads, count, features, dim), _float(b, batch, heads, count, features)
     total = _float(b, batch, heads, count)
@@ -78,6 +79,7 @@ def _segment_sums(
         features,
         dim,
         tiles,
+        GROUP=heads // b.shape[1],
         REVERSE=reverse,
         CAUSAL=options.is_causal,
         MAP=options.feature_map,
@@ -157,7 +159,7 @@ def forward(
         backward=False,
         has_decay=decay is not None,
     )
-    out, den = _empty_heads(q, dim, v.dtype), _float(q, batch, heads, q_len)
+    out, den = _empty_heads(q, heads, dim, v.dtype), _float(q, batch, heads, q_len)
     with on_device(q.device):
         state, vector, count, size = _states(q, k, v, scale, decay, before, options, tiles, processors)
         if options.is_causal:
@@ -172,6 +174,7 @@ def forward(
             features,
             dim,
             tiles,
+            GROUP=heads // k.shape[1],
             CAUSAL=options.is_causal,
             NORMALIZED=options.normalized,
             HAS_STATE=state is not None,
@@ -215,7 +218,7 @@ def _states(
     processors: int,
 ) -> tuple[Optional, Optional, int, int]:
     """The state before each segment (of all keys if bidirectional), and the segments."""
-    batch, heads, k_len = k.shape[:3]
+    (batch, heads), k_len = q.shape[:2], k.shape[2]
     programs = batch * heads * -(-v.shape[-1] // tiles.values)
     if options.is_causal:
         count, size = config.forward_segments_for(k_len, programs, tiles, processors)
@@ -225,7 +228,7 @@ def _states(
         count, size = config.segments_for(k_len, programs, tiles, processors, has_decay=False)
     lengths = (q.shape[2], k_len)
     state, vector, total = _segment_sums(
-        *(k, v, scale, None, decay, options, lengths, (count, size)), reverse=False, guard=scale is not None
+        *(k, v, scale, None, decay, options, heads, lengths, (count, size)), reverse=False, guard=scale is not None
     )
     carried = total if decay is not None else None
     if not options.is_causal and count == 1:
@@ -264,8 +267,8 @@ def backward(
     )
     f_tiles, d_tiles = -(-features // tiles.features), -(-dim // tiles.values)
     causal = options.is_causal
-    d_q, d_k = _empty_heads(q, features, q.dtype), _empty_heads(k, features, k.dtype)
-    d_v = _empty_heads(v, dim, v.dtype)
+    d_q, d_k = _empty_heads(q, heads, features, q.dtype), _empty_heads(k, heads, features, k.dtype)
+    d_v = _empty_heads(v, heads, dim, v.dtype)
     inverse, below = torch.empty_like(den), torch.empty_like(den)
     with on_device(q.device):
         _launch(
@@ -293,7 +296,7 @@ def backward(
             state, vector = after
         elif count > 1:
             state, vector, total = _segment_sums(
-                *(k, v, scale, None, decay, options, lengths, (count, size)),
+                *(k, v, scale, None, decay, options, heads, lengths, (count, size)),
                 reverse=False,
                 guard=scale is not None,
             )
@@ -301,7 +304,7 @@ def backward(
             _scan(state, vector, before, carried, reverse=False, exclusive=True)
         if not causal or count > 1:
             d_state, d_vector, _ = _segment_sums(
-                *(q, d_out, inverse, below, decay, options, lengths, (count, size)),
+                *(q, d_out, inverse, below, decay, options, heads, lengths, (count, size)),
                 reverse=True,
                 guard=keep is not None,
             )
@@ -314,6 +317,7 @@ def backward(
             features,
             dim,
             tiles,
+            GROUP=heads // k.shape[1],
             CAUSAL=causal,
             HAS_STATE=state is not None,
             HAS_D_STATE=d_state is not None,
@@ -346,7 +350,15 @@ def backward(
         d_decay = _decay_gradient(reached, boundaries, decay, size)
     if not causal:
         first, first_vector = first.zero_(), first_vector.zero_()
+    d_k, d_v = _summed_over_groups(d_k, k.shape[1]), _summed_over_groups(d_v, v.shape[1])
     return d_q, d_k, d_v, d_scale if scale is not None else None, d_decay, first, first_vector
+
+
+def _summed_over_groups(gradient: torch.Tensor, heads: int) -> torch.Tensor:
+    """Gradient of what serves a group of heads, `[B, H / group, T, dim]`, from those of the heads; as they lie."""
+    if gradient.shape[1] == heads:
+        return gradient
+    return gradient.transpose(1, 2).unflatten(2, (heads, -1)).sum(3).transpose(1, 2)
 
 
 def _row_products(

@@ -64,6 +64,7 @@ def mapped_sums_kernel(
     length,
     segments,
     segment_length,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     C: tl.constexpr,
@@ -88,8 +89,8 @@ def mapped_sums_kernel(
     c0, block = pid % tiles * BC, (pid // tiles).to(tl.int64)
     segment, bh = (block % segments).to(tl.int32), block // segments
     batch, head = bh // heads, bh % heads
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
+    k += batch * k_batch + head // GROUP * k_head
+    v += batch * v_batch + head // GROUP * v_head
     mask += batch * length
     offsets, d, n, cols = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BF), c0 + tl.arange(0, BC)
     side = load_side(
@@ -211,6 +212,7 @@ def mapped_attention_kernel(
     k_length,
     segments,
     segment_length,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     C: tl.constexpr,
@@ -255,8 +257,8 @@ def mapped_attention_kernel(
     batch, head = bh // heads, bh % heads
     shifted = bh * 0 + offset  # in 64 bits, as all addresses are
     q += batch * q_batch + head * q_head - shifted * q_token
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
+    k += batch * k_batch + head // GROUP * k_head
+    v += batch * v_batch + head // GROUP * v_head
     out += batch * out_batch + head * out_head - shifted * out_token
     normalizer += bh * q_length - shifted
     q_mask += batch * q_length - shifted

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device, readable
 from hf_linear_attn.kernels.linear import tiles as config
 from hf_linear_attn.kernels.linear.mapped import mapped_attention_kernel, mapped_sums_kernel
 
@@ -49,7 +49,8 @@ def mapped_attention(
     """Linear attention over a whole sequence, or over tokens that come after a state.
 
     Args:
-        q: `[B, H, Tq, D]`; k: `[B, H, Tk, D]`; v: `[B, H, Tk, C]`, of one dtype, any strides.
+        q: `[B, H, Tq, D]`; k: `[B, H / group, Tk, D]` and v: `[B, H / group, Tk, C]`, each for a group of heads side by
+            side; of one dtype, any strides.
         q_map, k_map, weights: features of queries and of keys, as many of both, and what else keys weigh; a `TokenMap`
             each, and `KeyWeights`, of `ops.features.maps`.
         query_mask, token_mask: bool `[B, Tq]` and `[B, Tk]`, True for a token; what stands at others has no effect.
@@ -118,7 +119,7 @@ def _forward(
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     check_launches(q.device)
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = readable(q), readable(k), readable(v)
     (batch, heads, q_len, dim), k_len, width = q.shape, k.shape[2], v.shape[-1]
     features = dim if q_weight is None else q_weight.shape[-1]
     out, normalizer, *after = _results(q, v, features)
@@ -128,7 +129,7 @@ def _forward(
     assert tiles is not None  # `serves` was asked
     programs = batch * heads * -(-width // tiles.values)
     constants = {
-        **{"D": dim, "F": features, "C": width, "BT": tiles.tokens, "BC": tiles.values},
+        **{"GROUP": heads // k.shape[1], "D": dim, "F": features, "C": width, "BT": tiles.tokens, "BC": tiles.values},
         **{"BD": config.block_of(dim), "BF": config.block_of(features)},
         **{"K_KIND": k_kind, "K_EXP_FORM": k_exp_form, "NORMALIZED": k_normalized, "HAS_CENTER": k_center is not None},
         **{"HAS_MEAN": mean is not None, "HAS_SQUARE": square is not None, "HAS_BIAS": k_bias is not None},

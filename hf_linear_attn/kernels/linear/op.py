@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_linear_attn.kernels.launch import NAMESPACE, check_launches
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, readable
 from hf_linear_attn.kernels.linear import launch as run
 from hf_linear_attn.kernels.linear.tiles import FEATURE_MAPS
 
@@ -49,8 +49,8 @@ def linear_attention(
 
     Args:
         q: `[B, H, Tq, F]`, features or what the feature map takes; F at most 256. Any strides.
-        k: `[B, H, Tk, F]`, of q's dtype.
-        v: `[B, H, Tk, D]`, D at most 128.
+        k: `[B, H / group, Tk, F]`, of q's dtype, each for a group of heads side by side.
+        v: `[B, H / group, Tk, D]`, D at most 128.
         key_scale: w, float32 `[B or 1, H or 1, Tk]`, may be expanded. A key of scale 0 is padding: it and its value
             count for nothing whatever they hold, nan included, and get no gradient.
         query_keep: bool `[B or 1, H or 1, Tq]`, False for a query whose output is 0 whatever it holds.
@@ -71,7 +71,7 @@ def linear_attention(
     """
     _check(q, k, v, key_scale, log_decay, initial_state, feature_map, q_multiplier, k_multiplier)
     if query_keep is not None:
-        _check_rows("query_keep", query_keep, q, (torch.bool,))
+        _check_rows("query_keep", query_keep, tuple(q.shape[:3]), (torch.bool,))
     if is_causal and q.shape[2] > k.shape[2]:
         raise ValueError(f"Causal attention needs at least as many keys as queries, got {q.shape[2]} > {k.shape[2]}.")
     if log_decay is not None and not is_causal:
@@ -99,10 +99,10 @@ def _check(
     q_multiplier: float,
     k_multiplier: float,
 ) -> None:
-    fits = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
-    if not fits or q.shape[-1] != k.shape[-1] or k.shape[2] != v.shape[2] or 0 in (*q.shape, *v.shape):
+    fits = q.ndim == k.ndim == v.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[-1] == k.shape[-1]
+    if not fits or k.shape[:3] != v.shape[:3] or 0 in (*q.shape, *k.shape, *v.shape) or q.shape[1] % k.shape[1]:
         raise ValueError(
-            "Allowed: q [B, H, Tq, F], k [B, H, Tk, F], v [B, H, Tk, D], none of them empty; got "
+            "Allowed: q [B, H, Tq, F], k [B, H / group, Tk, F], v [B, H / group, Tk, D], none of them empty; got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
         )
     if q.shape[-1] > _LARGEST["features"] or v.shape[-1] > _LARGEST["head_dim"]:
@@ -119,12 +119,11 @@ def _check(
         raise ValueError(f"feature_map={feature_map!r}; allowed: {', '.join(map(repr, FEATURE_MAPS))}.")
     if feature_map == "identity" and not q_multiplier == k_multiplier == 1.0:
         raise ValueError(f"Multipliers need a feature map, got {q_multiplier} and {k_multiplier} with 'identity'.")
+    keys = *q.shape[:2], k.shape[2]
     if key_scale is not None:
-        _check_rows("key_scale", key_scale, k, (torch.float32,))
-    if log_decay is not None and (log_decay.shape != k.shape[:3] or log_decay.dtype != torch.float32):
-        raise ValueError(
-            f"log_decay must be float32 {tuple(k.shape[:3])}, got {log_decay.dtype} {tuple(log_decay.shape)}."
-        )
+        _check_rows("key_scale", key_scale, keys, (torch.float32,))
+    if log_decay is not None and (log_decay.shape != keys or log_decay.dtype != torch.float32):
+        raise ValueError(f"log_decay must be float32 {keys}, got {log_decay.dtype} {tuple(log_decay.shape)}.")
     if state is not None:
         wanted = [(*q.shape[:2], q.shape[-1], v.shape[-1]), (*q.shape[:2], q.shape[-1])]
         if [tuple(x.shape) for x in state] != wanted or any(x.dtype != torch.float32 for x in state):
@@ -134,21 +133,11 @@ def _check(
             )
 
 
-def _check_rows(name: str, x: torch.Tensor, like: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    wanted = like.shape[:3]
+def _check_rows(name: str, x: torch.Tensor, wanted: tuple[int, ...], dtypes: Sequence[torch.dtype]) -> None:
     if x.ndim != 3 or x.shape[2] != wanted[2] or any(a not in (1, b) for a, b in zip(x.shape, wanted, strict=True)):
         raise ValueError(f"{name} must be [{wanted[0]} or 1, {wanted[1]} or 1, {wanted[2]}], got {tuple(x.shape)}.")
     if x.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}.")
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    """With the last dimension contiguous, as the kernels read it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _per_token(x: Optional, like: torch.Tensor) -> Optional:
-    return None if x is None else x.expand(like.shape[:3])
 
 
 def _or_zeros(x: Optional, like: torch.Tensor) -> torch.Tensor:
@@ -170,7 +159,8 @@ def _inputs(
     keep = None if query_keep is None else query_keep.expand(q.shape[:3]).to(torch.float32).contiguous()
     decay = None if log_decay is None else log_decay.contiguous()
     before = (None, None) if kv is None or z is None else (kv.contiguous(), z.contiguous())
-    return _readable(q), _readable(k), _readable(v), _per_token(key_scale, k), keep, decay, before
+    scale = None if key_scale is None else key_scale.expand(*q.shape[:2], k.shape[2])
+    return readable(q), readable(k), readable(v), scale, keep, decay, before
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_attention", mutates_args=())
@@ -239,7 +229,7 @@ def _backward(
         d_after = _or_zeros(d_kv, kv_after), _or_zeros(d_z, z_after)
     d_q, d_k, d_v, d_scale, d_decay, d_first, d_first_z = run.backward(
         *_inputs(q, k, v, key_scale, query_keep, log_decay, kv, z),
-        *(out, den, (kv_after, z_after), _readable(d_out.to(v.dtype))),
+        *(out, den, (kv_after, z_after), readable(d_out.to(v.dtype))),
         *(None if d_den is None else d_den.contiguous(), d_after, options),
     )
     nothing = q.new_empty(0, dtype=torch.float32)

@@ -70,6 +70,7 @@ def _launches(target: str, dtype: str, features: int, dim: int, options: str) ->
     causal, scale, decay = "causal" in named, "scale" in named, "decay" in named
     precision = config.precision_of(_DTYPES[dtype], is_amd=target.startswith("gfx"))
     common = {
+        "GROUP": 1,
         "CAUSAL": causal,
         "HAS_DECAY": decay,
         "MAP": config.FEATURE_MAPS["elu" if "elu" in named else "identity"],
@@ -107,7 +108,7 @@ def _mapped_launches(target: str, dtype: str, kind: str, features: int) -> Itera
     precision = config.precision_of(_DTYPES[dtype], is_amd=target.startswith("gfx"))
     is_projection = kind not in ("elu", "relu")
     common = {
-        **{"D": 64, "F": features, "C": 64, "BD": 64, "BF": config.block_of(features)},
+        **{"GROUP": 1, "D": 64, "F": features, "C": 64, "BD": 64, "BF": config.block_of(features)},
         **{"K_KIND": KINDS[kind], "K_EXP_FORM": 2, "NORMALIZED": False},
         **{"HAS_CENTER": kind == "projected_exp", "HAS_BIAS": is_projection and kind != "projected_exp"},
         **{"HAS_MEAN": kind != "projected_softmax", "HAS_SQUARE": kind == "projected_exp"},
@@ -161,7 +162,7 @@ def _small_launches(target: str) -> Iterator[Launch]:
         ("identity", 256, 0, {"HAS_LOG_WEIGHTS": True, "HAS_DECAY": True}),
     ):
         constants = config.step_constants(features, 64, features if kind == "identity" else 64, rank)
-        constants |= {"KIND": step.KINDS[kind], "NORMALIZED": True, "HAS_MASK": False}
+        constants |= {"GROUP": 1, "KIND": step.KINDS[kind], "NORMALIZED": True, "HAS_MASK": False}
         constants |= dict.fromkeys(_STEP_FLAGS, False) | flags
         kernel = step.linear_attention_step_kernel
         signature = _signature(kernel, "bf16", constants)

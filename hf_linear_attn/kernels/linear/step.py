@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device, readable
 from hf_linear_attn.kernels.linear import tiles as config
 from hf_linear_attn.kernels.linear.device import LEAST_LOG_DECAY, TINY, feature_map
 from hf_linear_attn.kernels.linear.map_device import LOG2E, LOG_ZERO
@@ -139,6 +139,7 @@ def linear_attention_step_kernel(
     scaling,
     heads,
     steps,
+    GROUP: tl.constexpr,
     F: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -172,8 +173,8 @@ def linear_attention_step_kernel(
         sums_n = tl.zeros([BF], dtype=tl.float32)
         before = 0.0
     q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
+    k += batch * k_batch + head // GROUP * k_head
+    v += batch * v_batch + head // GROUP * v_head
     out += batch * out_batch + head * out_head
     log_weights += batch * log_weights_batch + head * log_weights_head
     decay += batch * decay_batch + head * decay_head
@@ -269,9 +270,9 @@ def decode_step(
     """A decode step over new tokens, one after the other.
 
     Args:
-        q, k: `[B, H, T, D]`, tokens, or features `[B, H, T, F]` for maps of kind `"identity"`, of one dtype; for
-            `"turned_relu"` with the token's rank as a last coordinate, in float32.
-        v: `[B, H, T, C]`.
+        q: `[B, H, T, D]`, tokens, or features `[B, H, T, F]` for maps of kind `"identity"`; for `"turned_relu"` with
+            the token's rank as a last coordinate, in float32.
+        k, v: `[B, H / group, T, D]` and `[B, H / group, T, C]`, which serve a group of heads each; k like q.
         q_map, k_map, weights: two `TokenMap` of one of `KINDS`, and `KeyWeights` without `square`, of
             `ops.features.maps`.
         state: kv `[B, H, F, C]`, z `[B, H, F]` and the log scale of both `[B, H]`, float32; without z and the scale,
@@ -330,9 +331,9 @@ def _step(
     mean: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     check_launches(q.device)
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    if log_decay is not None and log_decay.ndim == 4 and log_decay.stride(-1) != 1:
-        log_decay = log_decay.contiguous()
+    q, k, v = readable(q), readable(k), readable(v)
+    if log_decay is not None and log_decay.ndim == 4:
+        log_decay = readable(log_decay)
     kv = kv.contiguous()
     z, log_scale, token_mask, q_bias, k_bias, q_center, k_center, mean = (
         None if x is None else x.contiguous()
@@ -343,6 +344,7 @@ def _step(
     out, normalizer, *after = _results(q, v, kv)
     constants = config.step_constants(
         *(features, width, dim, 0 if k_weight is None else k_weight.shape[-1]),
+        GROUP=heads // k.shape[1],
         KIND=kind,
         NORMALIZED=z is not None,
         HAS_MASK=token_mask is not None,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, exact_products, on_device
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, exact_products, on_device, readable
 from hf_linear_attn.kernels.sparse.bwd import (
     block_sparse_dkv_kernel,
     block_sparse_dq_kernel,
@@ -147,10 +147,6 @@ def _zeros_like_tokens(x: torch.Tensor) -> torch.Tensor:
     return x.new_zeros(B, T, H, D).transpose(1, 2)
 
 
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(x: torch.Tensor | None, names: str, *, skip: int = 1) -> dict[str, int]:
     """Strides by name; 0 for dimensions of size 1, which are broadcast. The last `skip` dimensions have stride 1."""
     fields = names.split()
@@ -168,12 +164,12 @@ class _Call:
         names = "rows col_idx bits row_order cols row_idx bits_t col_order q_start q_first k_start "
         names += "q_pos k_pos q_bucket k_bucket x_allowed x_shift seed"
         # Lists are contiguous as they are made; of what callers give, the last dimension must be.
-        tensors = [x if x is None else _dense_rows(x) for x in tensors]
+        tensors = [x if x is None else readable(x) for x in tensors]
         self.given: dict[str, Any] = dict(zip(names.split(), tensors, strict=True))
         *tiles, sub, block, padded, has_band, has_hole, lo, hi, hole_lo, hole_hi = numbers
         (B, H, q_len, D), k_len = q.shape, k.shape[2]
-        self.q, self.k, self.v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-        self.xk, self.xv = (None if x is None else _dense_rows(x) for x in (xk, xv))
+        self.q, self.k, self.v = readable(q), readable(k), readable(v)
+        self.xk, self.xv = (None if x is None else readable(x) for x in (xk, xv))
         self.tile, self.tile_t = tiles[:2], tiles[2:]
         self.heads, self.x_len = B * H, 0 if xk is None else xk.shape[2]
         self.has_start, self.has_k_start = self.given["q_start"] is not None, self.given["k_start"] is not None
@@ -291,7 +287,7 @@ def _backward(
     dxk, dxv = (q.new_empty(0) if x is None else _zeros_like_tokens(x) for x in (xk, xv))
     if o.numel() == 0 or call.num_rows == 0 or (call.num_cols == 0 and call.x_len == 0):
         return dq.zero_(), dk.zero_(), dv.zero_(), dxk, dxv
-    d_out, o = _dense_rows(d_out), _dense_rows(o)
+    d_out, o = readable(d_out), readable(o)
     # Rows of no tile keep delta 0; their log-sum-exp says that they weigh nothing.
     delta = torch.zeros_like(lse) if call.has_start else torch.empty_like(lse)
     gradient = {"d_out": d_out, "lse": lse, "delta": delta, **_strides(d_out, "do_sb do_sh do_st")}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from hf_linear_attn.ops.base.backend import use_triton
+from hf_linear_attn.ops.base.groups import of_each_head
 from hf_linear_attn.ops.base.masking import query_mask_of, safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, accumulation_dtype, full_precision
 from hf_linear_attn.ops.features.gradients import map_parts, trains_unnamed
@@ -126,8 +127,8 @@ def feature_map_attention(
     Neither the features of a long sequence nor its log-decays are held at once where they can be computed in blocks.
 
     Args:
-        q: `[B, H, Tq, D]`; k, v: `[B, H, Tk, D]`.
-        q_map: `x -> (features, log scale)`; the log scale cancels.
+        q: `[B, H, Tq, D]`; k, v: `[B, H / groups, Tk, D]`, each for a group of heads side by side.
+        q_map: `x -> (features, log scale)`; the log scale cancels. Maps see a key for each of its heads.
         k_map: `x -> (features, log weight [B, H, T] or None)`.
         log_decay: as a tensor, or how to compute it from tokens.
         key_log_weight: `[B, H, Tk]`, added to that of `k_map`.
@@ -179,8 +180,11 @@ def _attend(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None, State | None]:
     """Output, log denominator (None with decay or without a normalizer) and state, by the form that fits the call."""
-    q_len, k_len = q.shape[2], v.shape[2]
+    q_len, k_len, heads = q.shape[2], v.shape[2], q.shape[1]
     _check(q_len, k_len, log_decay, is_causal, normalized, state)
+    by_kernels = use_triton(backend, v, ONE_DIRECTION if log_decay is not None and not is_causal else None)
+    if not by_kernels:
+        k, v = of_each_head(k, heads), of_each_head(v, heads)
     (q_function, q_parameters), (k_function, k_parameters) = map_parts(q_map), map_parts(k_map)
     decay = _given(log_decay) if isinstance(log_decay, torch.Tensor) else log_decay
     options = Options(
@@ -195,11 +199,14 @@ def _attend(
     tokens, d_parameters = (None, ()) if decay is None else (decay.tokens, decay.parameters)
     tensors = q, k, v, log_weight, tokens, token_mask, query_mask, *start
     call = Call(options, (*tensors, *q_parameters, *k_parameters, *d_parameters))
-    if use_triton(backend, v, ONE_DIRECTION if decay is not None and not is_causal else None):
+    if by_kernels:
         with full_precision(v):
             found = _attend_fused(call, q_map, k_map, decay, state, backend)
         if found is not None:
             return found
+        if k.shape[1] != heads:
+            rest = log_decay, log_weight, token_mask, query_mask, is_causal, normalized, state, "torch"
+            return _attend(q, of_each_head(k, heads), of_each_head(v, heads), q_map, k_map, *rest)
     if state is not None and q_len == 1:
         return step.attend(call)
     # A traced graph has no reentrant backward, and a map that trains tensors which it does not name needs autograd to
@@ -250,6 +257,7 @@ def _attend_fused(
 ) -> tuple[torch.Tensor, torch.Tensor | None, State | None] | None:
     """Attention by the Triton kernels; None for features that they do not take."""
     q, k, v, token_mask, query_mask = call.q, call.k, call.v, call.token_mask, call.query_mask
+    heads = q.shape[1]
     log_decay = None if decay is None else decay(token_mask)
     given: dict[str, Any] = {
         "log_decay": log_decay,
@@ -280,7 +288,9 @@ def _attend_fused(
         if not use_triton(backend, v, fused.refusal(q.shape[-1], v)):
             return None
         given |= {"feature_map": k_map.name, "multipliers": (q_map.multiplier, k_map.multiplier)}
-        return fused.attend(q, k, v, log_weight=call.weigh(k_map.log_weight(k), call.log_weight), **given)
+        weight = None if k_map.query_mean is None else k_map.log_weight(of_each_head(k, heads))
+        return fused.attend(q, k, v, log_weight=call.weigh(weight, call.log_weight), **given)
+    k, v = of_each_head(k, heads), of_each_head(v, heads)
     k_features, weight = fused.map_features(k_map, safe_masked_fill(k, token_mask))
     if not use_triton(backend, v, fused.refusal(k_features.shape[-1], v, gated=gated)):
         return None

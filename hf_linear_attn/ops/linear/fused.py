@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_linear_attn.ops.base.groups import of_each_head
 from hf_linear_attn.ops.base.masking import safe_masked_fill
 from hf_linear_attn.ops.base.numerics import LOG_ZERO, TINY
 from hf_linear_attn.ops.features.maps import ExponentialMap, FeatureMap, Features, KeyWeights, TokenMap
@@ -72,7 +73,8 @@ def attend(
     """Attend, checked arguments given.
 
     Args:
-        q: `[B, H, Tq, F]`, features, or what `feature_map` takes; k: `[B, H, Tk, F]`; v: `[B, H, Tk, D]`.
+        q: `[B, H, Tq, F]`, features, or what `feature_map` takes; k: `[B, H / groups, Tk, F]`; v: `[B, H / groups, Tk,
+            D]`, each for a group of heads side by side.
         feature_map: `"identity"`, or a map that the kernels apply as they read, of q and k times the multipliers.
         multipliers: of q and of k.
         log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0; needs is_causal.
@@ -90,7 +92,7 @@ def attend(
     q_len, k_len = q.shape[2], k.shape[2]
     start = None if state is None else state.get("log_scale")
     if log_weight is None and start is not None:  # the state may hold weighted keys
-        log_weight = torch.zeros_like(v[..., 0], dtype=torch.float32)
+        log_weight = v.new_zeros(*q.shape[:2], k_len, dtype=torch.float32)
     scale, decay, peaks = _factors(log_weight, log_decay, token_mask, start, is_causal)
     initial = None
     if state is not None:
@@ -128,7 +130,7 @@ def attend_tokens(
     """Attend with features that the kernels compute from tokens; None where they do not. Without gradients.
 
     Args:
-        q: `[B, H, Tq, D]`; k: `[B, H, Tk, D]`; v: `[B, H, Tk, C]`.
+        q: `[B, H, Tq, D]`; k: `[B, H / groups, Tk, D]`; v: `[B, H / groups, Tk, C]`.
         q_map, k_map: feature maps.
         log_weight, log_decay: as for `attend`, the decay of all features alike.
         token_mask, query_mask, is_causal, state: as for `attend`.
@@ -188,6 +190,7 @@ def decode(
     if not known:
         q_tokens, k_tokens, weights = TokenMap("identity"), TokenMap("identity"), KeyWeights()
         q, query_scale = map_features(q_map, safe_masked_fill(q, token_mask))
+        k, v = of_each_head(k, q.shape[1]), of_each_head(v, q.shape[1])
         k, of_key = map_features(k_map, safe_masked_fill(k, token_mask))
         log_weight = of_key if log_weight is None else log_weight if of_key is None else log_weight + of_key
     log_weight, log_decay = (None if x is None else x.float() for x in (log_weight, log_decay))
