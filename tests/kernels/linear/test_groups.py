@@ -153,3 +153,26 @@ def test_heads_that_no_group_divides_are_refused() -> None:
     q, k, v = _given(5, 5)
     with pytest.raises(ValueError, match=r"k \[B, H / group, Tk, F\]"):
         op.linear_attention(q[:, :3], k, v, is_causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_gpu_outputs_and_gradients(dtype: torch.dtype) -> None:
+    given = [x.to(dtype) for x in _given(200, 200, "cuda")]
+    for is_causal in (True, False):
+        options = {"is_causal": is_causal, "feature_map": "elu"}
+        _same(*(_outputs_and_gradients(repeat, given, **options) for repeat in (False, True)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["linear", "hedgehog"])
+@torch.no_grad()
+def test_gpu_models(method: str) -> None:
+    """Of a prompt and of a step."""
+    model = convert_model(causal_lm("llama"), method).to("cuda")
+    ids, logits = token_batch(2, 24)["input_ids"].to("cuda"), []
+    for backend in ("torch", "triton"):
+        set_backend(model, backend)
+        cache = {cache_keyword(model.forward): DynamicCache(), "use_cache": True}
+        logits.append(torch.cat([model(ids, **cache).logits, model(ids[:, :1], **cache).logits], 1))
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
