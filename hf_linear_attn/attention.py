@@ -20,8 +20,9 @@ from transformers.utils import logging
 
 from hf_linear_attn.auto_config import IMPLEMENTATION, converted_name, made_once
 from hf_linear_attn.ops.base.groups import of_each_head
-from hf_linear_attn.ops.base.masking import causal_mask, is_on_host
+from hf_linear_attn.ops.base.masking import is_on_host
 from hf_linear_attn.ops.base.packing import PACKED_MESSAGE, SequencePlan, attend_by_bucket, is_traced, plan_call
+from hf_linear_attn.ops.exact.softmax import softmax_attention
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.cache import LinearAttnCacheLayer, find_cache, prepare_cache_layer
 from hf_linear_attn.seam.extra_tokens import EXTRA_TOKENS, PACKED_WITH_EXTRA_TOKENS
@@ -360,42 +361,6 @@ OUTPUT_ATTENTIONS_MESSAGE = (
     "output_attentions=True: a converted layer never forms attention weights. For softmax weights call "
     'model.set_attn_implementation("eager") first (the projections are the checkpoint\'s own).'
 )
-
-
-def softmax_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    is_causal: bool,
-    scaling: float,
-    dropout: float,
-    sliding_window: int | None = None,
-) -> torch.Tensor:
-    """Softmax attention of a layer that was not converted, `[B, H, Tq, D]`; rows that see no key are 0.
-
-    SDPA drops causality as soon as it is given a mask, so padding, causality and the sliding window (the last
-    `sliding_window` tokens of a causal layer, None for all) are combined here.
-    """
-    key, value = of_each_head(key, query.shape[1]), of_each_head(value, query.shape[1])
-    q_len, k_len = query.shape[-2], key.shape[-2]
-    windowed = is_causal and sliding_window is not None and k_len > sliding_window
-    if token_mask is None and not windowed and (not is_causal or q_len == k_len):
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=is_causal and q_len > 1, scale=scaling
-        )
-    allowed = torch.ones((1, 1, 1, k_len), dtype=torch.bool, device=query.device)
-    if token_mask is not None:
-        allowed = token_mask[:, None, None, :]
-    if is_causal:
-        past = causal_mask(q_len, k_len, query.device)
-        allowed = allowed & (past.triu(k_len - q_len - sliding_window + 1) if windowed else past)  # type: ignore[operator]
-    sees_a_key = allowed.any(-1, keepdim=True)
-    # Rows without a key attend everywhere and are zeroed afterwards: no NaN in the output nor in the gradients.
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed | ~sees_a_key, dropout_p=dropout, scale=scaling
-    )
-    return output.masked_fill(~sees_a_key, 0.0)
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:

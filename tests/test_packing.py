@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_linear_attn import convert_model
-from hf_linear_attn.attention import softmax_attention, with_sequence_plan
+from hf_linear_attn.attention import with_sequence_plan
 from hf_linear_attn.ops.base import packing
+from hf_linear_attn.ops.exact.softmax import softmax_attention
 from hf_linear_attn.registry import get_patcher
 from hf_linear_attn.seam.checkpointing import enable_checkpointing
 from tests.tiny import (

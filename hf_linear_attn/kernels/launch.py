@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 
-__all__ = ["NAMESPACE", "Launch", "check_launches", "exact_products", "on_device", "readable"]
+__all__ = ["NAMESPACE", "Launch", "check_launches", "exact_products", "group_of", "on_device", "readable"]
 
 # Where PyTorch registers the kernels' operators: a copy of these files under another name has its own.
 NAMESPACE = __name__.removesuffix(".kernels.launch").replace(".", "_")
@@ -30,6 +30,18 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def readable(x: torch.Tensor) -> torch.Tensor:
     """With the last dimension contiguous, as the kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def group_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
+    """How many heads of q share a head of k and v.
+
+    Raises:
+        ValueError: for heads that k and v do not divide into groups.
+    """
+    heads, shared = q.shape[1], k.shape[1]
+    if v.shape[1] != shared or shared == 0 or heads % shared:
+        raise ValueError(f"k and v must have H / group heads each, got {shared} and {v.shape[1]} for {heads} of q.")
+    return heads // shared
 
 
 def exact_products(device: torch.device) -> str:

@@ -418,7 +418,6 @@ class FeatureMapVariant(AttentionVariant):
     """
 
     num_features: int
-    reads_groups = True
 
     def feature_maps(self, scaling: float) -> tuple[FeatureMap, FeatureMap]:
         """phi of queries and phi of keys, for the factor of the softmax logits."""

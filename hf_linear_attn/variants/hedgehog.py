@@ -62,6 +62,7 @@ class HedgehogAttention(FeatureMapVariant):
     [H]`, how each head's features are normalized (see `ops.features.softmax_map`).
     """
 
+    reads_groups = True
     form: torch.Tensor
 
     def __init__(self, config: HedgehogConfig, context: LayerContext) -> None:

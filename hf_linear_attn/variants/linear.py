@@ -90,6 +90,7 @@ class LinearAttention(FeatureMapVariant):
     with the reducer `query_center`, `key_center [H, D]`, and for positive features of Laplace's `width [m, D]`.
     """
 
+    reads_groups = True
     query_mean: torch.Tensor
     query_center: torch.Tensor
     key_center: torch.Tensor

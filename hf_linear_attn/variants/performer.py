@@ -76,6 +76,7 @@ class PerformerAttention(FeatureMapVariant):
     `query_map`, `key_map [H, D, D]`, applied as `(q - query_mean) @ query_map`.
     """
 
+    reads_groups = True
     omega: torch.Tensor
     query_mean: torch.Tensor
     key_mean: torch.Tensor

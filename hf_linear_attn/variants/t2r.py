@@ -66,6 +66,7 @@ class T2RAttention(FeatureMapVariant):
     `query_mean [H, D]` with the variance reducer.
     """
 
+    reads_groups = True
     query_weight: nn.Parameter
     query_bias: nn.Parameter
     key_weight: nn.Parameter

@@ -74,6 +74,7 @@ class TaylorAttention(FeatureMapVariant):
     `query_mean [H, D]` with the variance reducer.
     """
 
+    reads_groups = True
     query_weight: nn.Parameter
     query_bias: nn.Parameter
     key_weight: nn.Parameter

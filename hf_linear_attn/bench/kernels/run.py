@@ -43,7 +43,7 @@ def served(only: Sequence[str] | None = None) -> list[tuple[str, bool]]:
 def count_passes(key: str, is_causal: bool, length: int, case: str = "") -> list[tuple[dict[str, Any], Trace]]:
     """A row of the result for each pass of a layer with the default options in bfloat16, and its trace.
 
-    In another of `CASES` than the first, those that it changes alone; encoders have no keys that heads share.
+    With `calibrated` those that weights of keys change alone; encoders have no keys that heads share.
 
     Bytes and their floor are of a token and head; of a decode step, of a head. The floor of a forward pass is query,
     key and value read once and the output written; of a backward pass these three and the output's gradient read and
@@ -57,7 +57,7 @@ def count_passes(key: str, is_causal: bool, length: int, case: str = "") -> list
     traces = trace_layer(key, shape, **CASES[case])
     others = trace_layer(key, shape) if case else {}
     for name, (trace, state_bytes) in traces.items():
-        if case and [(x.name, x.bytes) for x in trace.steps] == [(x.name, x.bytes) for x in others[name][0].steps]:
+        if case and group == 1 and [step.name for step in trace.steps] == [step.name for step in others[name][0].steps]:
             continue
         per = shape.batch * shape.num_heads * (1 if name == "decode" else length)
         times = 2 if get_variant(key).state == "constant" else 1

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hf_linear_attn.attention import softmax_attention
+from hf_linear_attn.ops.exact.softmax import softmax_attention
 from hf_linear_attn.registry import get_variant
 from hf_linear_attn.variants.base import AttentionInputs, AttentionVariant, LayerContext
 

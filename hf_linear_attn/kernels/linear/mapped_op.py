@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device, readable
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, group_of, on_device, readable
 from hf_linear_attn.kernels.linear import tiles as config
 from hf_linear_attn.kernels.linear.mapped import mapped_attention_kernel, mapped_sums_kernel
 
@@ -66,7 +66,8 @@ def mapped_attention(
 
     Raises:
         ValueError: for a device on which no kernel can start, what is causal only without causality, one map alone with
-            a center or bias or normalized, a bias of normalized ones, or a projection that does not go with the kind.
+            a center or bias or normalized, a bias of normalized ones, a projection that does not go with the kind, or
+            heads that k and v do not divide.
     """
     if not is_causal and not (state is None and log_weight is None and log_decay is None):
         raise ValueError("state, log_weight and log_decay need is_causal=True, got False.")
@@ -129,7 +130,7 @@ def _forward(
     assert tiles is not None  # `serves` was asked
     programs = batch * heads * -(-width // tiles.values)
     constants = {
-        **{"GROUP": heads // k.shape[1], "D": dim, "F": features, "C": width, "BT": tiles.tokens, "BC": tiles.values},
+        **{"GROUP": group_of(q, k, v), "D": dim, "F": features, "C": width, "BT": tiles.tokens, "BC": tiles.values},
         **{"BD": config.block_of(dim), "BF": config.block_of(features)},
         **{"K_KIND": k_kind, "K_EXP_FORM": k_exp_form, "NORMALIZED": k_normalized, "HAS_CENTER": k_center is not None},
         **{"HAS_MEAN": mean is not None, "HAS_SQUARE": square is not None, "HAS_BIAS": k_bias is not None},

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, on_device, readable
+from hf_linear_attn.kernels.launch import NAMESPACE, check_launches, group_of, on_device, readable
 from hf_linear_attn.kernels.linear import tiles as config
 from hf_linear_attn.kernels.linear.device import LEAST_LOG_DECAY, TINY, feature_map
 from hf_linear_attn.kernels.linear.map_device import LOG2E, LOG_ZERO
@@ -287,7 +287,7 @@ def decode_step(
 
     Raises:
         ValueError: for a device on which no kernel can start, maps of two kinds or of one that is not known, or
-            weights of keys without z.
+            weights of keys without z; for heads that k and v do not divide.
     """
     kv, z, log_scale = state
     if q_map.kind != k_map.kind or q_map.kind not in KINDS or (q_map.center is None) != (k_map.center is None):
@@ -344,7 +344,7 @@ def _step(
     out, normalizer, *after = _results(q, v, kv)
     constants = config.step_constants(
         *(features, width, dim, 0 if k_weight is None else k_weight.shape[-1]),
-        GROUP=heads // k.shape[1],
+        GROUP=group_of(q, k, v),
         KIND=kind,
         NORMALIZED=z is not None,
         HAS_MASK=token_mask is not None,

@@ -78,8 +78,8 @@ def linear_attention(
 
     Args:
         q_features: `[B, H, Tq, F]`.
-        k_features: `[B, H, Tk, F]`, finite also at padded keys.
-        v: `[B, H, Tk, D]`.
+        k_features: `[B, H / groups, Tk, F]`, each for a group of heads side by side, finite also at padded keys.
+        v: `[B, H / groups, Tk, D]`.
         log_decay: `[B, H, Tk]` or `[B, H, Tk, F]`, at most 0 (-inf forgets everything): what happens to the sums over
             earlier keys when token t comes, before its own key is added; without is_causal, to those over later keys
             too. None for none.
@@ -94,8 +94,9 @@ def linear_attention(
         output `[B, H, Tq, D]`, 0 in rows that see no key, and the state after these keys (None if none came).
 
     Raises:
-        ValueError: for a state without causality, no normalizer with neither causality nor decay, more queries than
-            keys with either, a state that does not fit the call, or key weights without a normalizer.
+        ValueError: for heads that keys and values do not divide into groups, a state without causality, no normalizer
+            with neither causality nor decay, more queries than keys with either, a state that does not fit the call,
+            or key weights without a normalizer.
         RuntimeError: for `backend="triton"` where the kernels cannot run.
     """
     maps = ParametricMap(_as_they_are), ParametricMap(_as_they_are)
@@ -181,7 +182,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None, State | None]:
     """Output, log denominator (None with decay or without a normalizer) and state, by the form that fits the call."""
     q_len, k_len, heads = q.shape[2], v.shape[2], q.shape[1]
-    _check(q_len, k_len, log_decay, is_causal, normalized, state)
+    _check(q, k, v, log_decay, is_causal, normalized, state)
     by_kernels = use_triton(backend, v, ONE_DIRECTION if log_decay is not None and not is_causal else None)
     if not by_kernels:
         k, v = of_each_head(k, heads), of_each_head(v, heads)
@@ -206,7 +207,7 @@ def _attend(
             return found
         if k.shape[1] != heads:
             rest = log_decay, log_weight, token_mask, query_mask, is_causal, normalized, state, "torch"
-            return _attend(q, of_each_head(k, heads), of_each_head(v, heads), q_map, k_map, *rest)
+            return _attend(q, k, v, q_map, k_map, *rest)
     if state is not None and q_len == 1:
         return step.attend(call)
     # A traced graph has no reentrant backward, and a map that trains tensors which it does not name needs autograd to
@@ -220,7 +221,18 @@ def _attend(
     return plain.attend(call)
 
 
-def _check(q_len: int, k_len: int, log_decay: Any, is_causal: bool, normalized: bool, state: State | None) -> None:
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: Any,
+    is_causal: bool,
+    normalized: bool,
+    state: State | None,
+) -> None:
+    heads, (shared, k_len), q_len = q.shape[1], v.shape[1:3], q.shape[2]
+    if k.shape[1] != shared or shared == 0 or heads % shared:
+        raise ValueError(f"Keys and values must have H / groups heads, got {k.shape[1]} and {shared} for H = {heads}.")
     if not normalized and not is_causal and log_decay is None:
         raise ValueError("normalized=False needs is_causal=True or log_decay, got neither.")
     if (is_causal or log_decay is not None) and q_len > k_len:

@@ -14,6 +14,8 @@ from transformers import DynamicCache
 
 from hf_linear_attn import convert_model, set_backend
 from hf_linear_attn.kernels.linear import mapped_op, op, step
+from hf_linear_attn.ops.features.maps import KeyWeights, TokenMap
+from hf_linear_attn.ops.linear.attention import linear_attention
 from hf_linear_attn.seam.cache import cache_keyword
 from hf_linear_attn.testing.contract import Subject
 from hf_linear_attn.testing.tools import draw, padding_masks, tokens
@@ -149,10 +151,33 @@ def test_models_hand_over_groups(
     assert read == [groups if prompt else heads] * layers + [groups] * layers
 
 
-def test_heads_that_no_group_divides_are_refused() -> None:
-    q, k, v = _given(5, 5)
+def test_what_the_last_padded_place_reads_is_not_repeated_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = convert_model(causal_lm("llama"), "linear"), token_batch(2, 24)
+    batch["attention_mask"][0, -5:] = 0
+    expected = model(**batch).logits
+    set_backend(model, "triton")
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", None)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("heads", "key_heads", "value_heads"), [(3, 2, 2), (2, 4, 4), (4, 1, 4)])
+def test_heads_that_no_group_divides_are_refused(heads: int, key_heads: int, value_heads: int, backend: str) -> None:
+    x = torch.ones(1, 4, 5, 8)
+    given = x[:, :heads], x[:, :key_heads], x[:, :value_heads]
+    with pytest.raises(ValueError, match=f"H / groups heads, got {key_heads} and {value_heads} for H = {heads}"):
+        linear_attention(*given, is_causal=True, backend=backend)
     with pytest.raises(ValueError, match=r"k \[B, H / group, Tk, F\]"):
-        op.linear_attention(q[:, :3], k, v, is_causal=True)
+        op.linear_attention(*given, is_causal=True)
+    state = torch.ones(1, heads, 8, 8), torch.ones(1, heads, 8), torch.ones(1, heads)
+    elu = TokenMap("elu")
+    for call in (
+        lambda: mapped_op.mapped_attention(*given, elu, elu, KeyWeights(), is_causal=True),
+        lambda: step.decode_step(*given, elu, elu, KeyWeights(), state),
+    ):
+        with pytest.raises(ValueError, match="k and v must have H / group heads each"):
+            call()
 
 
 @pytest.mark.gpu
