@@ -281,9 +281,9 @@ def pays() -> str:
 
 
 def chunks() -> str:
-    """Documents as vectors, nothing trained: methods beside the checkpoint in chunks, at the shortest length."""
+    """Documents as vectors, nothing trained: methods beside the checkpoint in chunks, at the recipe's first length."""
     data = json.loads((EMBEDDERS / "embedder" / "retrieval.json").read_text(encoding="utf-8"))
-    return f"{render_headline(data, min(measured_lengths(data)))}\n\nMade by `{data['meta']['command']}`."
+    return f"{render_headline(data, measured_lengths(data)[0])}\n\nMade by `{data['meta']['command']}`."
 
 
 def device_results(path: Path, data: dict[str, Any]) -> str:
