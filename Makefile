@@ -93,7 +93,7 @@ $(OTHERS:%=$(TRUST)/peft-%.xml): $(TRUST)/peft-%.xml:
 	HF_HUB_OFFLINE=1 $(OTHERS_PYTEST) -p tests.trust.others.peft_models tests/trust/others/peft_models.py $(MAY_FAIL)
 
 $(TRUST)/actions.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_user_actions.py $(ARGS)
-$(TRUST)/numerics.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_long_numerics.py $(ARGS)
+$(TRUST)/numerics.xml: ; $(TRUST_PYTEST) -m heavy tests/trust/test_long_numerics.py tests/trust/test_determinism.py $(ARGS)
 $(TRUST)/long.xml: ; $(TRUST_PYTEST) --dist worksteal tests/trust/test_long_runs.py -m heavy $(ARGS)
 $(TRUST)/faults.xml: $(STAMP)-weights $(STAMP)-decoder-weights ; $(TRUST_PYTEST) -m "not heavy and not gpu" $(FAULTS) $(ARGS)
 $(TRUST)/mutants.json: .ci/mutants.py $(shell find tests -name '*.py')

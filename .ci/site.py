@@ -142,7 +142,21 @@ def measured(spec: VariantSpec) -> str:
         "`scaled_dot_product_attention`: [all methods beside each other](../methods.md), "
         "[performance](../performance.md), [results](../results.md)."
     )
-    return f"{readme().table(header, rows)}\n\n{about}" if rows else f"Not measured. {about}"
+    start = f"{readme().table(header, rows)}\n\n{about}" if rows else f"Not measured. {about}"
+    return f"{start}\n\n{half_precision(spec)}"
+
+
+def half_precision(spec: VariantSpec) -> str:
+    """How far the method is from float64 where that is hardest, a row for each side."""
+    found = json.loads(readme().TRUST.read_text(encoding="utf-8"))["numerics"]
+    sides = {side: found[name] for side in ("encoder", "decoder") if (name := f"{spec.key}-{side}") in found}
+    columns = [name for name in next(iter(sides.values())) if name == "tokens" or "float" in name]
+    about = (
+        "In half precision, on tokens of the scales that are hard on it: the error of the worst token against float64, "
+        "relative to its norm, of what is allowed ([trust](../trust.md))."
+    )
+    rows = [[side, *(found.get(name, "-") for name in columns)] for side, found in sides.items()]
+    return f"{about}\n\n{readme().table(['side', *columns], rows)}"
 
 
 @cache

@@ -81,7 +81,10 @@ def licenses() -> dict[str, list[str]]:
 
 def by_method(stage: dict[str, Any]) -> dict[str, dict[str, str]]:
     """What a stage's tests recorded, by what they are parametrized with, or their name."""
-    return {name.partition("[")[2].rstrip("]") or name: found for name, found in stage["properties"].items()}
+    merged: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, found in stage["properties"].items():
+        merged[name.partition("[")[2].rstrip("]") or name].update(found)
+    return dict(merged)
 
 
 def differing(stages: dict[str, Any]) -> list[str]:

@@ -53,7 +53,11 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
     report(tmp_path / "peft-without.xml", f=PASSED, g=skipped("asks for weights"))
     report(tmp_path / "peft-with.xml", f=FAILED, g=skipped("asks for weights"))
     report(tmp_path / "actions.xml", part1=properties(actions=40, sequences=2), part2=properties(actions=2))
-    report(tmp_path / "numerics.xml", **{"long(linear-decoder)": properties(scale="0.1 of 0.2")})
+    again = properties(**{"another run": "same bits", "other threads": "3e-07", "larger batch": "same bits"})
+    report(
+        tmp_path / "numerics.xml",
+        **{"long(linear-decoder)": properties(scale="0.1 of 0.2", tokens=9), "again(linear-decoder)": again},
+    )
     report(
         tmp_path / "long.xml",
         **{"last(linear)": properties(tokens=9, seconds="1.01", error="2e-06"), "cycles": properties(cycles=7)},
@@ -77,7 +81,8 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
     assert results["excluded"]["linear"] == {"asks for weights": 1}
     assert results["excluded"]["peft-linear"] == {"fills a cache": 1}
     assert results["actions"] == {"actions": 42, "sequences": 2}
-    assert results["numerics"] == {"linear-decoder": {"scale": "0.1 of 0.2"}}
+    found = results["numerics"]["linear-decoder"]
+    assert (found["scale"], found["tokens"], found["other threads"]) == ("0.1 of 0.2", "9", "3e-07")
     assert results["long"]["cycles"] == {"cycles": "7"}
     assert "pytest" in results["licenses"]["MIT"]
     assert results["mutants"] == mutants
@@ -87,7 +92,8 @@ def test_results_and_page_say_what_the_reports_say(tmp_path: Path, monkeypatch: 
         "`without` | 2 | 1 | 1 | 2",
         "linear | asks for weights | 1",
         "peft-linear | fills a cache | 1",
-        "linear-decoder | 0.1 of 0.2",
+        "linear-decoder | 9 | 0.1 of 0.2",
+        "linear-decoder | same bits | 3e-07 | same bits",
         "linear | 9 | 1.01 | 2e-06",
     ):
         assert f"| {cells} |" in page
