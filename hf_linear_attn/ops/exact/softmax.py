@@ -28,7 +28,8 @@ def softmax_attention(
     SDPA drops causality as soon as it is given a mask, so padding, causality and the sliding window (the last
     `sliding_window` tokens of a causal layer, None for all) are combined here.
     """
-    q_len, k_len, heads = query.shape[2], key.shape[2], query.shape[1]
+    (batch, heads, q_len, _), k_len = query.shape, key.shape[2]
+    shape = batch, heads, q_len, value.shape[-1]
     if q_len == 1:  # the queries of a group side by side, as those of one head
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     else:
@@ -38,7 +39,7 @@ def softmax_attention(
         output = F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=is_causal and q_len > 1, scale=scaling
         )
-        return output.reshape(len(query), heads, q_len, -1)
+        return output.reshape(shape)
     allowed = torch.ones((1, 1, 1, k_len), dtype=torch.bool, device=query.device)
     if token_mask is not None:
         allowed = token_mask[:, None, None, :]
@@ -50,4 +51,4 @@ def softmax_attention(
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=allowed | ~sees_a_key, dropout_p=dropout, scale=scaling
     )
-    return output.masked_fill(~sees_a_key, 0.0).reshape(len(query), heads, q_len, -1)
+    return output.masked_fill(~sees_a_key, 0.0).reshape(shape)

@@ -48,6 +48,16 @@ def test_is_the_loop_over_rows(key_heads, queries, padded, is_causal, window):
     torch.testing.assert_close(found, by_rows(q, k, v, *given, window))
 
 
+@pytest.mark.parametrize("shape", [(0, 1), (0, 3), (2, 0)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_gives_nothing(shape, padded):
+    batch, queries = shape
+    mask = torch.ones(batch, 5, dtype=torch.bool) if padded else None
+    key = torch.zeros(batch, 2, 5, DIM)
+    found = softmax_attention(torch.zeros(batch, HEADS, queries, DIM), key, key[..., :3], mask, True, 1.0, 0.0)
+    assert found.shape == (batch, HEADS, queries, 3)
+
+
 def test_heads_that_are_no_groups_are_refused():
     with pytest.raises(ValueError, match="3 heads of queries are no groups of as many for 2 heads of keys"):
         of_each_head(torch.zeros(1, 2, 3, 4), 3)
