@@ -87,7 +87,9 @@ def test_what_only_the_checkpoint_and_the_documents_tell_is_said_before_anything
         )
 
 
-@pytest.mark.parametrize("name", ["embedder.yaml", "embedder_demo.yaml", "trained_embedder.yaml"])
+@pytest.mark.parametrize(
+    "name", ["embedder.yaml", "embedder_demo.yaml", "trained_embedder.yaml", "distilled_retrieval.yaml"]
+)
 def test_the_shipped_recipes_are_right(name: str) -> None:
     recipe = RetrievalRecipe.from_yaml(ROOT / "recipes" / "minilm" / name)
     assert {system.reads for system in recipe.systems} >= {"truncated", "chunks", "whole"}
@@ -96,8 +98,8 @@ def test_the_shipped_recipes_are_right(name: str) -> None:
 def test_what_the_shipped_embedders_learn_from_is_not_searched() -> None:
     """The same split of the same source: its training part for the two of a budget, its test part for the search."""
     folder = ROOT / "recipes" / "minilm"
-    trained = [Recipe.from_yaml(folder / f"{name}_embedder.yaml") for name in ("long", "chunk")]
-    for name in ("embedder.yaml", "trained_embedder.yaml"):
+    trained = [Recipe.from_yaml(folder / f"{name}_embedder.yaml") for name in ("long", "chunk", "distilled")]
+    for name in ("embedder.yaml", "trained_embedder.yaml", "distilled_retrieval.yaml"):
         searched = RetrievalRecipe.from_yaml(folder / name).documents
         for embedder in trained:
             data = embedder.data
