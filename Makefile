@@ -70,7 +70,9 @@ test-conformance: $(STAMP)-dev $(STAMP)-conformance $(STAMP)-weights ## same wei
 TRUST := outputs/trust
 OTHERS := without with linear longformer
 TRUST_STAGES := $(addprefix $(TRUST)/,$(addsuffix .xml,$(OTHERS) $(OTHERS:%=peft-%) actions numerics faults long) mutants.json)
-TRUST_PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) --junitxml=$@
+# No stacks of tests that are long on purpose: to walk those of threads at work may end the process.
+TRUST_PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) --junitxml=$@ \
+	-o faulthandler_timeout=0
 FAULTS := tests/test_saving.py tests/training/test_safety.py tests/test_push.py tests/test_interrupts.py \
 	tests/test_threads.py tests/test_damaged_checkpoints.py tests/test_security.py
 
