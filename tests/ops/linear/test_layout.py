@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from hf_linear_attn.ops.base.numerics import LOG_ZERO
+from hf_linear_attn.ops.features.maps import ParametricMap
 from hf_linear_attn.ops.linear import layout
-from hf_linear_attn.ops.linear.layout import Call, Options, relative_to_peaks
+from hf_linear_attn.ops.linear.attention import feature_map_attention, init_linear_state
+from hf_linear_attn.ops.linear.layout import Call, LogDecay, Options, relative_to_peaks
 
 F64 = torch.float64
 
@@ -51,3 +53,39 @@ def test_a_block_is_whole_chunks_and_fits_the_budget():
         size = layout.block_size(torch.empty(batch, heads, 1, 1))
         assert size % layout.CHUNK == 0
         assert size == layout._MIN_BLOCK or size * batch * heads <= layout._CPU_BLOCK_ROWS
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+@pytest.mark.parametrize("pieces", [(11,), (6, 5), (9, 1, 1)], ids=str)
+def test_padded_tokens_may_hold_anything(pieces, decayed):
+    """Queries, keys, values and the tokens of a decay, before their maps, whole and after a state."""
+    g = torch.Generator().manual_seed(0)
+    clean = [torch.randn(2, 3, 11, size, generator=g, dtype=F64) for size in (4, 4, 5, 2)]
+    mask = torch.arange(11) % torch.tensor([[3], [4]]) != 1
+    poisoned = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in clean]
+
+    def features(x, scale):
+        return (x * scale).exp(), x.sum(-1)
+
+    def run(given):
+        state, outputs = init_linear_state(2, 3, 4, 5, F64, torch.device("cpu")), []
+        split = [x.split(pieces, 2) for x in given]
+        for q, k, v, tokens, real in zip(*split, mask.split(pieces, 1), strict=True):
+            maps = [ParametricMap(features, (torch.tensor(0.3, dtype=F64),)) for _ in range(2)]
+            decay = LogDecay(lambda x: -x.square().sum(-1, keepdim=True), tokens) if decayed else None
+            options = {"log_decay": decay, "token_mask": real, "is_causal": True, "state": state}
+            output, state = feature_map_attention(q, k, v, *maps, **options)
+            outputs.append(output)
+        return torch.cat(outputs, 2).transpose(1, 2)[mask], state
+
+    (found, after), (expected, expected_after) = run(poisoned), run(clean)
+    torch.testing.assert_close(found, expected)
+    for name, x in expected_after.items():
+        torch.testing.assert_close(after[name], x)
+
+
+def test_log_decays_of_all_tokens():
+    tokens = torch.randn(2, 1, 6, 3, dtype=F64)
+    mask = torch.arange(6) != torch.tensor([[2], [5]])
+    decay = LogDecay(lambda x, rate: -rate * x.square(), tokens.masked_fill(~mask[:, None, :, None], torch.nan), (2.0,))
+    torch.testing.assert_close(decay(mask), (-2 * tokens.square()).masked_fill(~mask[:, None, :, None], 0))
