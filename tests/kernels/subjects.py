@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 
 from hf_linear_attn import get_variant, list_variants
 from hf_linear_attn.testing.contract import Subject
 
-__all__ = ["forgets_both_ways", "label", "subjects"]
+__all__ = ["cases", "forgets_both_ways", "label", "subjects"]
 
 
 @functools.cache
@@ -39,3 +43,14 @@ def forgets_both_ways(subject: Subject) -> bool:
 def label(subject: Subject) -> str:
     side, options = "decoder" if subject.is_causal else "encoder", "options" if subject.options else "defaults"
     return f"{subject.spec.key}-{side}-{options}"
+
+
+def cases(found: Iterable[Subject]) -> list[Any]:
+    """Parameters of tests: `make test` runs the first options of each side, as short inputs tell little of the rest."""
+    first: dict[tuple[str, bool], Subject] = {}
+    return [
+        pytest.param(
+            s, marks=() if first.setdefault((s.spec.key, s.is_causal), s) is s else pytest.mark.slow, id=label(s)
+        )
+        for s in found
+    ]

@@ -11,7 +11,7 @@ from hf_linear_attn import get_variant
 from hf_linear_attn.ops.base import backend
 from hf_linear_attn.testing.contract import Subject
 from hf_linear_attn.testing.tools import draw, padding_masks, tokens
-from tests.kernels.subjects import forgets_both_ways, label, subjects
+from tests.kernels.subjects import cases, forgets_both_ways, subjects
 
 LENGTH = 21
 
@@ -25,17 +25,6 @@ def _subjects() -> list[Subject]:
         if runs and (is_first or not subject.options):
             found.append(subject)
     return found
-
-
-def _cases() -> list[Any]:
-    """`make test` runs the first options of each side: short inputs would show little of the defaults."""
-    found: dict[tuple[str, bool], Any] = {}
-    return [
-        pytest.param(
-            s, marks=() if found.setdefault((s.spec.key, s.is_causal), s) is s else pytest.mark.slow, id=label(s)
-        )
-        for s in _subjects()
-    ]
 
 
 def _attend(module: Any, inputs: Any, state: Any = None) -> tuple[list[torch.Tensor], Any]:
@@ -52,7 +41,7 @@ def _attend(module: Any, inputs: Any, state: Any = None) -> tuple[list[torch.Ten
 
 
 @pytest.mark.parametrize("padding", [pytest.param(None, marks=pytest.mark.slow), "left"])
-@pytest.mark.parametrize("subject", _cases())
+@pytest.mark.parametrize("subject", cases(_subjects()))
 def test_triton_is_the_twin(subject: Subject, padding: str | None) -> None:
     module = subject.build(dtype=torch.float32, trained=True)
     mask = None if padding is None else padding_masks(2, LENGTH)[padding][1:]
@@ -69,7 +58,7 @@ def test_triton_is_the_twin(subject: Subject, padding: str | None) -> None:
         torch.testing.assert_close(ours, twin, rtol=2e-3, atol=2e-4 * float(twin.abs().max()) + 1e-6)
 
 
-@pytest.mark.parametrize("subject", [case for case in _cases() if case.values[0].decodes])
+@pytest.mark.parametrize("subject", [case for case in cases(_subjects()) if case.values[0].decodes])
 @torch.no_grad()
 def test_decoding_is_the_twins(subject: Subject) -> None:
     module = subject.build(dtype=torch.float32, trained=True)

@@ -28,13 +28,19 @@ def _deterministic() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def context(subject: Subject) -> LayerContext:
+    return LayerContext(1, 2, 256, 4, 64, LENGTH, subject.is_causal)
+
+
 def outputs_and_gradients(subject: Subject, inputs: AttentionInputs) -> list[torch.Tensor]:
     """Of a layer made anew: its output, and the gradients of its inputs by real rows."""
-    module = subject.build(LayerContext(1, 2, 256, 4, 64, LENGTH, subject.is_causal), dtype=torch.float32, trained=True)
+    module = subject.build(context(subject), dtype=torch.float32, trained=True)
     leaves = [getattr(inputs, name).detach().clone().requires_grad_() for name in ("query", "key", "value")]
     inputs = AttentionInputs(*leaves, inputs.token_mask, inputs.is_causal, inputs.scaling, inputs.hidden_states)
     output = module(inputs)[0].masked_fill(~inputs.token_mask[:, None, :, None], 0)
-    return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+    found = [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+    assert all(x.isfinite().all() for x in found)
+    return found
 
 
 def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -48,11 +54,10 @@ def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float
 )
 def test_the_same_bits_again(subject: Subject, record_property: Callable[[str, object], None]) -> None:
     torch.set_num_threads(1)
-    context = LayerContext(1, 2, 256, 4, 64, LENGTH, subject.is_causal)
     masks = padding_masks(BATCH, LENGTH)
     found = dict.fromkeys(LARGEST, 0.0)
     for side in ("left", "right"):
-        inputs = draw(context, LENGTH, batch=BATCH, padding=masks[side], dtype=torch.float32)
+        inputs = draw(context(subject), LENGTH, batch=BATCH, padding=masks[side], dtype=torch.float32)
         first = outputs_and_gradients(subject, inputs)
         again = {"another run": outputs_and_gradients(subject, inputs)}
         rows = each(inputs, lambda x, dim: x[:1])

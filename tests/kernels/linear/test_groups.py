@@ -20,7 +20,7 @@ from hf_linear_attn.seam.cache import cache_keyword
 from hf_linear_attn.testing.contract import Subject
 from hf_linear_attn.testing.tools import draw, padding_masks, tokens
 from tests.kernels.linear.test_op import _cut
-from tests.kernels.subjects import forgets_both_ways, label, subjects
+from tests.kernels.subjects import cases, forgets_both_ways, subjects
 from tests.tiny import causal_lm, token_batch
 
 BATCH, HEADS, KEY_HEADS, DIM, WIDTH = 2, 4, 2, 20, 24
@@ -73,20 +73,14 @@ def test_encoders(monkeypatch: pytest.MonkeyPatch, q_len: int, k_len: int, segme
     _same(*(_outputs_and_gradients(repeat, given, is_causal=False, feature_map="elu") for repeat in (False, True)))
 
 
-def _layers() -> list[Any]:
-    """Every method that reads groups and that kernels serve, each side; with its other options in long tests alone."""
-    first: dict[tuple[str, bool], Any] = {}
-    return [
-        pytest.param(
-            s, marks=() if first.setdefault((s.spec.key, s.is_causal), s) is s else pytest.mark.slow, id=label(s)
-        )
-        for s in subjects()
-        if s.spec.has_kernel(s.is_causal) and not forgets_both_ways(s) and s.build().reads_groups
-    ]
+def _layers() -> list[Subject]:
+    """Every method that reads groups and that kernels serve, each side."""
+    served = (s for s in subjects() if s.spec.has_kernel(s.is_causal) and not forgets_both_ways(s))
+    return [s for s in served if s.build().reads_groups]
 
 
 @pytest.mark.parametrize("padding", [pytest.param(None, marks=pytest.mark.slow), "left"])
-@pytest.mark.parametrize("subject", _layers())
+@pytest.mark.parametrize("subject", cases(_layers()))
 @torch.no_grad()
 def test_layers(subject: Subject, padding: str | None) -> None:
     """A whole sequence, then a state, two more tokens and one."""
